@@ -1,0 +1,141 @@
+"""Which rows of a matrix are replaced: token ids, checked once, and the tables that a lookup needs."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Table(NamedTuple):
+    """The ids on one device, each `(k,)` int64: as given, in rising order, and the row of each risen id."""
+
+    ids: Tensor
+    sorted: Tensor
+    row: Tensor
+
+
+class TokenIndices:
+    """Distinct token ids in the order given: row i of every `(k, D)` array belongs to id i.
+
+    Compares and hashes by content. The tables of a device are made at its first use and kept, so
+    that a training step moves nothing between devices.
+    """
+
+    def __init__(self, ids: tuple[int, ...]) -> None:
+        self.ids = ids
+        self._hash = hash(ids)
+        self._rows = {token: row for row, token in enumerate(ids)}
+        self._tables: dict[torch.device, Table] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, TokenIndices) and self.ids == other.ids)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenIndices, (self.ids,)
+
+    def row_of(self, token: int) -> int | None:
+        """The row that belongs to `token`, or None."""
+        return self._rows.get(token)
+
+    def on(self, device: torch.device) -> Table:
+        """The tables on `device`."""
+        if device not in self._tables:
+            ids = torch.tensor(self.ids, dtype=torch.int64)
+            ordered, row = torch.sort(ids)
+            self._tables[device] = Table(ids.to(device), ordered.to(device), row.to(device))
+        return self._tables[device]
+
+    def joined(self, other: TokenIndices) -> TokenIndices:
+        """These ids, then `other`'s. Raises ValueError when an id is in both."""
+        if both := sorted(self._rows.keys() & other._rows.keys()):
+            raise ValueError(
+                f"token indices {_shorten(both)} are in more than one of the parameters: each "
+                "token has one row. Train or merge the adapters one at a time, or drop the overlap."
+            )
+        return TokenIndices(self.ids + other.ids)
+
+
+def token_indices(idx: Iterable[Any], vocabulary: int, name: str) -> TokenIndices:
+    """Token ids for the matrix `name` of `vocabulary` rows, from any sequence of integers.
+
+    Takes a list, tuple, range, tensor or numpy array of one dimension. Raises TypeError for what is
+    not an integer, ValueError for an empty, repeated or negative one, IndexError past the end.
+    """
+    ids = [_token_id(token, name) for token in _elements(idx, name)]
+    if not ids:
+        raise ValueError(f"no token indices for {name!r}: got {idx!r}. Give at least one token id.")
+    if negative := [token for token in ids if token < 0]:
+        raise ValueError(
+            f"negative token indices {_shorten(negative)} for {name!r}: a token id counts from 0. "
+            f"For the last row write {vocabulary - 1}."
+        )
+    if beyond := [token for token in ids if token >= vocabulary]:
+        raise IndexError(
+            f"token indices {_shorten(beyond)} are past the end of {name!r}, which has "
+            f"{vocabulary} rows (0 to {vocabulary - 1}). Resize the model first "
+            "(model.resize_token_embeddings(len(tokenizer))), or use rows that it has to spare."
+        )
+    if len(set(ids)) != len(ids):
+        repeated = sorted(token for token, times in Counter(ids).items() if times > 1)
+        raise ValueError(
+            f"token indices {_shorten(repeated)} for {name!r} are given more than once: each token "
+            "has one row. Remove the copies, list(dict.fromkeys(idx)) keeps the order."
+        )
+    return TokenIndices(tuple(ids))
+
+
+def _elements(idx: Iterable[Any], name: str) -> list[Any]:
+    if isinstance(idx, (Tensor, np.ndarray)):
+        if idx.ndim != 1:
+            raise TypeError(
+                f"token indices for {name!r} must have one dimension, got shape {tuple(idx.shape)}. "
+                "Flatten them: idx.ravel()."
+            )
+        idx = idx.tolist()
+    # A set has no order, and row i must belong to index i; a string iterates over characters.
+    if isinstance(idx, (str, bytes, set, frozenset)) or not isinstance(idx, Iterable):
+        raise TypeError(
+            f"token indices for {name!r} must be a sequence of token ids such as [3, 7], got "
+            f"{type(idx).__name__}: {idx!r}. A tokenizer gives them: "
+            "tokenizer.convert_tokens_to_ids([...])."
+        )
+    return list(idx)
+
+
+def _token_id(token: Any, name: str) -> int:
+    if isinstance(token, (bool, np.bool_)) or (
+        isinstance(token, Tensor) and token.dtype == torch.bool
+    ):
+        raise TypeError(
+            f"token indices for {name!r} must be integers, got the boolean {token!r}. "
+            "For a mask, give mask.nonzero().ravel()."
+        )
+    if token is None:
+        raise TypeError(
+            f"a token index for {name!r} is None, which is what a tokenizer gives for a token that "
+            "it does not know. Add it first: tokenizer.add_tokens([...])."
+        )
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise TypeError(
+            f"token indices for {name!r} must be integers, got {type(token).__name__}: {token!r}. "
+            "Convert them with int(...) if they are whole."
+        ) from None
+
+
+def _shorten(ids: list[int], most: int = 8) -> str:
+    shown = ", ".join(map(str, ids[:most]))
+    return f"[{shown}]" if len(ids) <= most else f"[{shown}, … {len(ids)} in all]"

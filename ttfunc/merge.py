@@ -1,0 +1,109 @@
+"""Writing the trained rows into a state dict, and taking them out again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ttfunc.deltas import TokenDeltas, TokenRows, combine
+from ttfunc.targets import same_memory
+
+
+def merge(
+    state_dict: Mapping[str, Tensor],
+    params: TokenDeltas,
+    *more: TokenDeltas,
+    check_finite: bool = False,
+) -> dict[str, Tensor]:
+    """A state dict with the trained rows in it; `unmerge(merge(sd, p), p)` is `sd` bit for bit.
+
+    Args:
+        state_dict: of the model, in any float dtype. It is not changed.
+        params: with `(k, D)` deltas; they are cast to the dtype of the matrix.
+        more: further rows, of other tokens.
+        check_finite: refuse rows that are NaN or infinite in the matrix's dtype.
+
+    Returns:
+        A new dict. Every tensor that is not patched is the one passed in, and names that were one
+        tensor are one tensor still. Differentiable by the deltas: merge `params` that do not
+        require grad, or under `torch.no_grad()`, for a state dict to save.
+
+    Raises:
+        KeyError: the state dict has none of a matrix's names.
+        ValueError: a matrix of another shape, overlapping tokens, or a row that is not finite.
+    """
+    together = combine(params, *more)
+    merged = _written(state_dict, together, together.deltas)
+    if check_finite:
+        for name, row in together.rows.items():
+            held = next(merged[alias] for alias in row.names if alias in merged)
+            _check_finite(held, row, name)
+    return merged
+
+
+def unmerge(
+    state_dict: Mapping[str, Tensor], params: TokenDeltas, *more: TokenDeltas
+) -> dict[str, Tensor]:
+    """A state dict with the original rows back in place: the inverse of `merge`.
+
+    The originals are those that `params` were made with; whatever has been written to these rows
+    since is overwritten. The state dict is not changed; the result shares with it as `merge`'s
+    does.
+
+    Raises:
+        KeyError, ValueError: as `merge`.
+    """
+    together = combine(params, *more)
+    return _written(state_dict, together, together.originals)
+
+
+def _written(
+    state_dict: Mapping[str, Tensor], params: TokenDeltas, values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    # copy.copy keeps the type and the _metadata of what nn.Module.state_dict returns.
+    result: dict[str, Tensor] = copy.copy(state_dict)  # type: ignore[assignment]
+    for name, row in params.rows.items():
+        held = {alias: state_dict[alias] for alias in row.names if alias in state_dict}
+        if not held:
+            raise KeyError(
+                f"the state dict has none of the names {row.names} of the token matrix. Is it of "
+                f"the same model, without a prefix? It begins with {list(state_dict)[:3]}."
+            )
+        for alias, matrix in held.items():
+            if tuple(matrix.shape) != row.shape:
+                raise ValueError(
+                    f"{alias!r} in the state dict has shape {tuple(matrix.shape)}, and the "
+                    f"parameters were made for {row.shape}. Use the state dict of that model."
+                )
+        for matrix, aliases in _distinct(state_dict, held):
+            ids = row.indices.on(matrix.device).ids
+            written = matrix.index_copy(0, ids, values[name].to(matrix.device, matrix.dtype))
+            result.update(dict.fromkeys(aliases, written))
+    return result
+
+
+def _distinct(
+    state_dict: Mapping[str, Tensor], held: Mapping[str, Tensor]
+) -> list[tuple[Tensor, list[str]]]:
+    """The distinct tensors of `held`, each with all names of the state dict that are this tensor."""
+    distinct: list[Tensor] = []
+    for matrix in held.values():
+        if not any(same_memory(matrix, other) for other in distinct):
+            distinct.append(matrix)
+    return [
+        (matrix, [n for n, other in state_dict.items() if same_memory(matrix, other)])
+        for matrix in distinct
+    ]
+
+
+def _check_finite(matrix: Tensor, row: TokenRows, name: str) -> None:
+    rows = matrix.detach().index_select(0, row.indices.on(matrix.device).ids)
+    finite = torch.isfinite(rows).all(dim=1).tolist()
+    if bad := [token for token, fine in zip(row.indices.ids, finite, strict=True) if not fine]:
+        raise ValueError(
+            f"the rows of tokens {bad} for {name!r} are not finite in {matrix.dtype}. Train with a "
+            "smaller step, or merge into a wider dtype."
+        )

@@ -1,0 +1,56 @@
+"""From trained rows to the weights that a functional call swaps in."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ttfunc.deltas import TokenDeltas, combine
+from ttfunc.weight import Source, patched
+
+
+def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[str, Tensor]:
+    """The patched weights of the model that `params` were made from, by parameter name.
+
+    Give the result to `torch.func.functional_call` or to `ttfunc.functional_call`; it is
+    differentiable by the deltas alone. `patch(a, b)` is `patch(combine(a, b))`. Neither the model
+    nor `params` is changed.
+
+    Args:
+        params: with `(k, D)` deltas; they are cast to the dtype and moved to the device that the
+            model has now.
+        more: further rows of the same model, of other tokens.
+        dense: copy the matrices at once, which costs V×D memory for the weight and for each of its
+            gradients. By default they are deferred: the frozen matrix is read in place and the k
+            rows are put into what it gives (see `PatchedWeight`). A matrix of an Embedding with
+            `max_norm` is always copied.
+
+    Returns:
+        A `(V, D)` weight for each distinct matrix, under one name of each Parameter that holds it.
+
+    Raises:
+        ValueError: deltas of another shape, or a token in more than one of the parameters.
+        RuntimeError: `params` were unpickled and belong to no model.
+    """
+    weights: dict[str, Tensor] = {}
+    together = combine(params, *more)
+    for name, delta in together.deltas.items():
+        row = together.rows[name]
+        if row.matrix is None:
+            raise RuntimeError(
+                f"the parameters for {name!r} belong to no model: pickling leaves the base behind. "
+                "Put them on one: optree.tree_map(lambda new, old: old, "
+                "init_deltas(model, idx), params)."
+            )
+        expected = (len(row.indices), row.shape[1])
+        if tuple(delta.shape) != expected:
+            raise ValueError(
+                f"the delta of {name!r} has shape {tuple(delta.shape)}, and {expected} is needed: "
+                "a row for each token index. For a leading axis of adapters use torch.vmap."
+            )
+        base = row.matrix.parameter.detach()
+        rows = delta.to(base.device, base.dtype)
+        source = Source(base, rows, row.indices, row.matrix, set())
+        # A matrix that rescales itself when it is read must be one tensor for the whole call.
+        weight = patched(source, dense=dense or row.matrix.renormed)
+        weights.update(dict.fromkeys(row.matrix.distinct, weight))
+    return weights

@@ -1,0 +1,145 @@
+"""The two reads of a matrix with replaced rows: looking rows up, and multiplying by all of them.
+
+Both give what they would on `base.index_copy(0, ids, rows)`, without that copy and without a
+gradient of its size. `base` is `(V, D)`, `rows` is `(k, D)` of the same dtype and device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttfunc.indices import TokenIndices
+
+
+def lookup(
+    tokens: Tensor,
+    base: Tensor,
+    rows: Tensor,
+    indices: TokenIndices,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """`F.embedding` of `(...)` integer tokens: `(..., D)`, differentiable by the rows alone."""
+    table = indices.on(base.device)
+    frozen = F.embedding(tokens, base)
+    # Static shapes and no table of V entries: a binary search among the k ids.
+    place = torch.searchsorted(table.sorted, tokens.to(table.sorted.dtype))
+    place = place.clamp(max=len(indices) - 1)
+    hit = table.sorted[place] == tokens
+    padding_row = None if padding_idx is None else indices.row_of(padding_idx % base.shape[0])
+    replaced = F.embedding(table.row[place], rows, padding_idx=padding_row)
+    return torch.where(hit.unsqueeze(-1), replaced, frozen)
+
+
+def product(
+    hidden: Tensor, base: Tensor, rows: Tensor, indices: TokenIndices, bias: Tensor | None = None
+) -> Tensor:
+    """`F.linear` of `(..., D)` hidden states: `(..., V)`, differentiable by all but the base."""
+    hidden, base, rows, bias = _autocast(hidden, base, rows, bias)
+    operands = (hidden, base, rows, bias, indices.on(base.device).ids)
+    # torch.compile cannot trace a Function with a jvp, and fuses the plain form by itself.
+    if torch.compiler.is_compiling():
+        return _product(*operands)
+    return _Product.apply(*operands)  # type: ignore[no-any-return]
+
+
+def carrier(rows: Tensor, base: Tensor, indices: TokenIndices) -> Tensor:
+    """NaN in the shape of `base`, in no memory; a `(V, D)` gradient given to it goes to the rows."""
+    if torch.compiler.is_compiling():
+        return rows.new_full((), torch.nan).expand(base.shape)
+    return _Carrier.apply(rows, indices.on(base.device).ids, base.shape[0])  # type: ignore[no-any-return]
+
+
+def _product(
+    hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, ids: Tensor
+) -> Tensor:
+    some_bias = None if bias is None else bias.index_select(0, ids)
+    return F.linear(hidden, base, bias).index_copy(-1, ids, F.linear(hidden, rows, some_bias))
+
+
+class _Product(torch.autograd.Function):
+    """The product with k columns written in place, and a backward that copies no gradient.
+
+    Plain autograd of `_product` keeps three buffers of the size of the logits.
+    """
+
+    @staticmethod
+    def forward(
+        hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, ids: Tensor
+    ) -> Tensor:
+        some_bias = None if bias is None else bias.index_select(0, ids)
+        fresh = F.linear(hidden, base, bias)
+        return fresh.index_copy_(-1, ids, F.linear(hidden, rows, some_bias))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        hidden, base, rows, bias, ids = inputs
+        ctx.save_for_backward(hidden, base, rows, ids)
+        ctx.save_for_forward(hidden, base, rows, ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, base, rows, ids = ctx.saved_tensors
+        needs_hidden, _, needs_rows, needs_bias, _ = ctx.needs_input_grad
+        some = grad.index_select(-1, ids)
+        to_hidden = to_rows = to_bias = None
+        if needs_hidden:
+            to_hidden = grad @ base + some @ (rows - base.index_select(0, ids))
+        if needs_rows:
+            to_rows = some.reshape(-1, rows.shape[0]).mT @ hidden.reshape(-1, rows.shape[1])
+        if needs_bias:
+            to_bias = grad.sum(tuple(range(grad.ndim - 1)))
+        return to_hidden, None, to_rows, to_bias, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        hidden, base, rows, ids = ctx.saved_tensors
+        to_hidden, _, to_rows, to_bias, _ = tangents
+        to_hidden = torch.zeros_like(hidden) if to_hidden is None else to_hidden
+        tangent = _product(to_hidden, base, rows, to_bias, ids)
+        if to_rows is None:
+            return tangent
+        return tangent.index_add(-1, ids, F.linear(hidden, to_rows))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+        # In place, a batch of rows would not fit into the product of an unbatched hidden state.
+        return torch.vmap(_product, in_dims, randomness=info.randomness)(*operands), 0
+
+
+class _Carrier(torch.autograd.Function):
+    """NaN with a gradient: for an autograd.Function of the model's own that is given the weight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, ids: Tensor, vocabulary: int) -> Tensor:
+        return rows.new_full((), torch.nan).expand(vocabulary, rows.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.shape = output.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        return grad.index_select(0, ids), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.new_full((), torch.nan).expand(ctx.shape)
+
+
+def _autocast(*operands: Tensor | None) -> list[Any]:
+    """What autocast does to `F.linear`, done before the Function so that its backward agrees."""
+    first = operands[0]
+    assert first is not None
+    device = first.device.type
+    if not torch.is_autocast_enabled(device):
+        return list(operands)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in operands]

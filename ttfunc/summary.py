@@ -1,0 +1,71 @@
+"""How much is trained, and how much it weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ttfunc.deltas import TokenDeltas
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` counted. Tied and shared tensors count once; bytes are of what is stored."""
+
+    trainable_parameters: int
+    trainable_bytes: int
+    total_parameters: int
+    total_bytes: int
+    matrices: dict[str, str]
+
+    @property
+    def fraction(self) -> float:
+        """Trainable parameters of all: the model's and the deltas'."""
+        return self.trainable_parameters / self.total_parameters
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {what}" for name, what in self.matrices.items()]
+        lines.append(
+            f"trainable: {self.trainable_parameters:,} parameters ({_size(self.trainable_bytes)}) "
+            f"of {self.total_parameters:,} ({_size(self.total_bytes)}), {self.fraction:.4%}"
+        )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module, params: TokenDeltas) -> Summary:
+    """Counts of the frozen model and of the trained rows; neither is changed.
+
+    Returns:
+        Summary, with the deltas counted in the total as well, and what each matrix trains.
+    """
+    deltas = params.deltas.values()
+    trainable = sum(delta.numel() for delta in deltas)
+    size = sum(delta.nbytes for delta in deltas)
+    matrices = {}
+    for name, row in params.rows.items():
+        tied = f", tied with {', '.join(row.names[1:])}" if len(row.names) > 1 else ""
+        delta = params.deltas[name]
+        matrices[name] = (
+            f"{len(row.indices):,} of {row.shape[0]:,} rows × {row.shape[1]:,}, "
+            f"{str(delta.dtype).removeprefix('torch.')}{tied}"
+        )
+    # Parameters over the same memory (a tie that torch does not know of) are one.
+    distinct = {
+        (p.untyped_storage()._cdata, p.storage_offset(), p.shape): p for p in model.parameters()
+    }.values()
+    return Summary(
+        trainable_parameters=trainable,
+        trainable_bytes=size,
+        total_parameters=trainable + sum(p.numel() for p in distinct),
+        total_bytes=size + sum(p.nbytes for p in distinct),
+        matrices=matrices,
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,215 @@
+"""Where the token matrices of a model are, and what is tied to what.
+
+Identity decides: two names are tied when their parameters are one object, or two objects over the
+same memory. No config is read for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+Targets: TypeAlias = "str | Sequence[str] | re.Pattern[str]"
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One distinct token matrix of a model.
+
+    names: every name that `state_dict` gives it, the first one first.
+    slots: one name for each distinct (module, attribute) that holds it, with its parameter. A module
+        reached by two paths is one slot: swapping it twice would leave it swapped for good.
+    renormed: an Embedding with max_norm holds it, which rescales it in place as it reads.
+    """
+
+    names: tuple[str, ...]
+    slots: tuple[tuple[str, nn.Parameter], ...]
+    renormed: bool
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The `(V, D)` parameter under the first name."""
+        return self.slots[0][1]
+
+    @property
+    def distinct(self) -> dict[str, nn.Parameter]:
+        """One name for each distinct Parameter object: what torch's own functional_call needs."""
+        first: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, parameter in self.slots:
+            first.setdefault(id(parameter), (name, parameter))
+        return dict(first.values())
+
+
+def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]:
+    """The modules that `targets` names, by their full names; by default the input embedding.
+
+    A string is a full module name, or else the end of one at a dot (`"embed_tokens"` finds
+    `model.embed_tokens`); a list is several strings, each of which must match; a compiled pattern
+    must match the whole name. Raises ValueError where nothing matches, TypeError for a module that
+    is neither an Embedding nor a Linear.
+    """
+    if targets is None:
+        return dict([_input_embedding(model)])
+    if not isinstance(targets, (str, re.Pattern)):
+        if not targets:
+            raise ValueError(f"targets is empty: {targets!r}. Name a module, or leave it out.")
+        return {
+            name: module
+            for target in targets
+            for name, module in find_targets(model, _checked(target)).items()
+        }
+    modules = {name: module for name, module in _named_modules(model) if name}
+    found = {name: modules[name] for name in _matching(list(modules), targets)}
+    if not found:
+        quoted = targets if isinstance(targets, str) else f"re.compile({targets.pattern!r})"
+        raise ValueError(
+            f"target {quoted!r} matches no module. {_candidates(model)} A string is a full module "
+            "name or its end at a dot; for a regular expression give re.compile(...)."
+        )
+    for name, module in found.items():
+        _check_module(model, name, module)
+    return found
+
+
+def matrix_of(model: nn.Module, parameter: nn.Parameter) -> Matrix:
+    """Every place of `model` that holds `parameter`: by identity, or by the same memory and shape.
+
+    Raises ValueError where another parameter covers a part of the same memory, or all of it in
+    another shape: it cannot be swapped together with this one.
+    """
+    names: list[str] = []
+    slots: dict[tuple[int, str], tuple[str, nn.Parameter]] = {}
+    renormed = False
+    for path, module in _named_modules(model):
+        for attribute, other in module._parameters.items():
+            if other is None:
+                continue
+            name = f"{path}.{attribute}" if path else attribute
+            if other is parameter or same_memory(other, parameter):
+                names.append(name)
+                slots.setdefault((id(module), attribute), (name, other))
+                renormed |= getattr(module, "max_norm", None) is not None
+            elif _overlaps(other, parameter):
+                raise ValueError(
+                    f"parameter {name!r} {tuple(other.shape)} is another view of the token matrix "
+                    f"{tuple(parameter.shape)}: the two cannot be patched together. Give it "
+                    "memory of its own, or make it the same parameter."
+                )
+    return Matrix(tuple(names), tuple(slots.values()), renormed)
+
+
+def count_slots(model: nn.Module, matrices: Iterable[Matrix]) -> int:
+    """How many (module, attribute) of `model` hold a parameter of `matrices` now."""
+    wanted = {id(parameter) for matrix in matrices for _, parameter in matrix.slots}
+    # model.modules() does the same at twice the time, and this runs at every call.
+    pending, seen, count = [model], {id(model)}, 0
+    while pending:
+        module = pending.pop()
+        count += sum(id(parameter) in wanted for parameter in module._parameters.values())
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                pending.append(child)
+    return count
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one: the same storage, offset, shape, strides and dtype."""
+    return (
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.storage_offset() == b.storage_offset()
+    )
+
+
+def _overlaps(a: Tensor, b: Tensor) -> bool:
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    # Flat storages hold many parameters side by side, which is no overlap.
+    (start_a, end_a), (start_b, end_b) = _extent(a), _extent(b)
+    return start_a < end_b and start_b < end_a
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    start = tensor.storage_offset() * tensor.element_size()
+    if not tensor.numel():
+        return start, start
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return model.named_modules(remove_duplicate=False)
+
+
+def _checked(target: object) -> str:
+    if not isinstance(target, str):
+        raise TypeError(
+            f"targets must be module names, got {type(target).__name__}: {target!r}. Give a "
+            "string, a list of strings, or one compiled pattern."
+        )
+    return target
+
+
+def _matching(names: list[str], target: str | re.Pattern[str]) -> list[str]:
+    if isinstance(target, re.Pattern):
+        return [name for name in names if target.fullmatch(name)]
+    if target in names:
+        return [target]
+    return [name for name in names if target and name.endswith(f".{target}")]
+
+
+def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    if not isinstance(module, (nn.Embedding, nn.Linear)):
+        raise TypeError(
+            f"target {name!r} is a {type(module).__name__}: only Embedding and Linear modules have "
+            f"rows to train. {_candidates(model)}"
+        )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise TypeError(
+            f"target {name!r} has no parameter named weight (it is computed, or managed by an "
+            "engine), so there are no rows to swap. Remove the parametrization first."
+        )
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"target {name!r} has a weight of dtype {weight.dtype}: only floating-point rows can "
+            "be trained. Leave the token matrices out of the quantisation."
+        )
+
+
+def _input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
+    """The embedding that the model itself names, else the only one, else the one named embed_tokens."""
+    try:
+        named = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # not a transformers model, or a composite one
+        named = None
+    embeddings = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    for choice in (
+        [(n, m) for n, m in embeddings if m is named],
+        embeddings,
+        [(n, m) for n, m in embeddings if n.rpartition(".")[2] == "embed_tokens"],
+    ):
+        if len(choice) == 1:
+            _check_module(model, *choice[0])
+            return choice[0]
+    raise ValueError(
+        f"cannot tell which module is the input embedding of {type(model).__name__}. "
+        f"{_candidates(model)} Name one: init_deltas(model, idx, targets=...)."
+    )
+
+
+def _candidates(model: nn.Module, most: int = 8) -> str:
+    embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n]
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n]
+    if not embeddings + linears:
+        return "The model has no named Embedding or Linear module."
+    # Heads come last in a model, so the last Linear modules are the likely ones.
+    shown = embeddings[:most] + linears[-max(2, most - len(embeddings)) :]
+    return f"Candidates: {', '.join(map(repr, shown))}."

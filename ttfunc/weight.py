@@ -1,0 +1,306 @@
+"""The patched weight: an `index_copy` that has not happened yet.
+
+`base.index_copy(0, ids, rows)` copies a V×D matrix at each call, and its backward builds V×D
+gradients to keep k rows of them. A deferred weight keeps `(base, ids, rows)` and gives the same
+results where a model looks tokens up or multiplies by the matrix; for anything else it becomes
+the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ttfunc.indices import TokenIndices
+from ttfunc.reads import carrier, lookup, product
+from ttfunc.targets import Matrix
+
+
+class Source(NamedTuple):
+    """What a patched weight is made of: `(V, D)` base and `(k, D)` rows, of one dtype and device."""
+
+    base: Tensor
+    rows: Tensor
+    indices: TokenIndices
+    matrix: Matrix | None
+    uses: set[str]
+
+    def copied(self) -> Tensor:
+        """The patched matrix itself."""
+        return self.base.index_copy(0, self.indices.on(self.base.device).ids, self.rows)
+
+
+class PatchedWeight(Tensor):
+    """A `(V, D)` weight with k of its rows replaced, or the `(D, V)` transpose of one.
+
+    Made by `patch`. `source.uses` tells how it was read in eager calls: `"lookup"`, `"product"`,
+    `"dense"`.
+    """
+
+    source: Source
+    deferred: bool
+    transposed: bool
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ABOUT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*tree_map(_frozen, args), **tree_map(_frozen, kwargs))
+        if func in _GRADIENT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        _refuse(func, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+
+
+def patched(source: Source, *, dense: bool) -> PatchedWeight:
+    """The weight that `source` describes, copied at once (`dense`) or deferred.
+
+    The memory beneath a deferred weight is one NaN, expanded: whatever gets past
+    `__torch_function__` sees NaN, never the base.
+    """
+    if dense:
+        return _wrap(source.copied(), source, deferred=False, transposed=False)
+    beneath = carrier(source.rows, source.base, source.indices)
+    return _wrap(beneath, source, deferred=True, transposed=False)
+
+
+def _wrap(beneath: Tensor, source: Source, *, deferred: bool, transposed: bool) -> PatchedWeight:
+    weight = beneath.as_subclass(PatchedWeight)
+    weight.source, weight.deferred, weight.transposed = source, deferred, transposed
+    return weight
+
+
+def _used(source: Source, how: str) -> None:
+    if not torch.compiler.is_compiling():  # a side effect, which would break the graph
+        source.uses.add(how)
+
+
+def _frozen(value: Any) -> Any:
+    """In place of a patched weight its base, which has the same shape, dtype, device and layout."""
+    if not isinstance(value, PatchedWeight):
+        return value
+    return value.source.base.mT if value.transposed else value.source.base
+
+
+def _dense(value: Any) -> Any:
+    """In place of a patched weight the matrix itself."""
+    if not isinstance(value, PatchedWeight):
+        return value
+    _used(value.source, "dense")
+    if not value.deferred:
+        return value.as_subclass(Tensor)
+    return value.source.copied().mT if value.transposed else value.source.copied()
+
+
+def _refuse(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise where the copy would be written to, or outlived by a pointer: both would be lost."""
+    name = getattr(func, "__name__", str(func))
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
+    written = tree_leaves(kwargs.get("out")) + list(args[:1] if in_place else ())
+    if any(isinstance(value, PatchedWeight) and value.deferred for value in written):
+        raise RuntimeError(
+            f"{name} on a patched weight: the weight is made anew for each call, so what is written "
+            "to it (or read through a pointer to it) would be lost. Write to the model or to the "
+            "deltas before the call, or use patch(params, dense=True)."
+        )
+
+
+# --- The reads that need no copy. Each gets the arguments of the torch function it stands for.
+
+
+def _is_deferred(value: Any, *, transposed: bool = False) -> bool:
+    return (
+        isinstance(value, PatchedWeight) and value.deferred and value.transposed is transposed
+    )
+
+
+def _embedding(
+    input: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    # max_norm rescales the matrix itself, and the last two say how its V×D gradient is made.
+    if max_norm is not None or scale_grad_by_freq or sparse or not _is_deferred(weight):
+        return NotImplemented
+    if isinstance(input, PatchedWeight):
+        return NotImplemented
+    source = weight.source
+    _used(source, "lookup")
+    return lookup(input, source.base, source.rows, source.indices, padding_idx)
+
+
+def _getitem(weight: Any, tokens: Any) -> Any:
+    if not (_is_deferred(weight) and isinstance(tokens, Tensor)):
+        return NotImplemented
+    if tokens.dtype not in (torch.int64, torch.int32):  # a mask, or bytes that count as one
+        return NotImplemented
+    # Indexing counts negative numbers from the end, an embedding refuses them.
+    return _embedding(torch.where(tokens < 0, tokens + len(weight), tokens), weight)
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if not _is_deferred(weight) or isinstance(input, PatchedWeight):
+        return NotImplemented
+    if isinstance(bias, PatchedWeight):
+        return NotImplemented
+    source = weight.source
+    _used(source, "product")
+    return product(input, source.base, source.rows, source.indices, bias)
+
+
+def _matmul(input: Any, other: Any) -> Any:
+    if _is_deferred(other, transposed=True):
+        return _linear(input, _transpose(other))
+    if _is_deferred(input) and isinstance(other, Tensor):  # W @ x is (xᵀ @ Wᵀ)ᵀ
+        return _linear(other, input) if other.ndim == 1 else _linear(other.mT, input).mT
+    return NotImplemented
+
+
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    if beta != 1 or alpha != 1 or not _is_deferred(mat2, transposed=True):
+        return NotImplemented
+    out = _matmul(mat1, mat2)
+    return out if out is NotImplemented else out + input
+
+
+def _einsum(equation: Any, *operands: Any) -> Any:
+    """One matrix and one tensor of hidden states, contracted over the features."""
+    if not isinstance(equation, str) or len(operands) != 2:
+        return NotImplemented
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    which = 1 if isinstance(operands[1], PatchedWeight) else 0
+    weight, hidden = operands[which], operands[1 - which]
+    letters, others = inputs.split(",")[which], inputs.split(",")[1 - which]
+    if not arrow or isinstance(hidden, PatchedWeight) or not weight.deferred or len(letters) != 2:
+        return NotImplemented
+    token, feature = reversed(letters) if weight.transposed else letters
+    batch = out.replace(token, "")
+    if out.count(token) != 1 or sorted(batch + feature) != sorted(others) or token == feature:
+        return NotImplemented  # it sums over the tokens, or over a dimension of the batch
+    hidden = torch.einsum(f"{others}->{batch}{feature}", hidden)
+    weight = _transpose(weight) if weight.transposed else weight
+    return torch.einsum(f"{batch}{token}->{out}", _linear(hidden, weight))
+
+
+def _transpose(weight: Any) -> Any:
+    if not isinstance(weight, PatchedWeight) or not weight.deferred:
+        return NotImplemented
+    beneath = weight.as_subclass(Tensor).mT
+    return _wrap(beneath, weight.source, deferred=True, transposed=not weight.transposed)
+
+
+def _swap(weight: Any, dim0: int, dim1: int) -> Any:
+    # Of two dimensions, -2 and 0 are one and so are -1 and 1.
+    swaps = {dim0, dim1} <= {-2, -1, 0, 1} and dim0 % 2 != dim1 % 2
+    return _transpose(weight) if swaps else NotImplemented
+
+
+def _permute(weight: Any, *dims: Any) -> Any:
+    first, *rest = dims[0] if isinstance(dims[0], (tuple, list)) else dims
+    return _swap(weight, first, *rest) if first % 2 == 1 and len(rest) == 1 else NotImplemented
+
+
+def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that acts on each row alone goes to the base and to the rows."""
+
+    def handler(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(weight, PatchedWeight) or not weight.deferred:
+            return NotImplemented
+        args, kwargs = tree_map(_frozen, args), tree_map(_frozen, kwargs)
+        base = func(weight.source.base, *args, **kwargs)
+        if base is weight.source.base:
+            return weight
+        rows = func(weight.source.rows, *args, **kwargs)
+        source = weight.source._replace(base=base, rows=rows)
+        beneath = carrier(rows, base, source.indices)
+        return _wrap(
+            beneath.mT if weight.transposed else beneath,
+            source,
+            deferred=True,
+            transposed=weight.transposed,
+        )
+
+    return handler
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.embedding: _embedding,
+    Tensor.__getitem__: _getitem,
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.__rmatmul__: lambda self, other: _matmul(other, self),
+    torch.mm: _matmul,
+    Tensor.mm: _matmul,
+    torch.addmm: _addmm,
+    torch.einsum: _einsum,
+    Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]
+    Tensor.t: _transpose,
+    torch.t: _transpose,
+    Tensor.transpose: _swap,
+    torch.transpose: _swap,
+    Tensor.permute: _permute,
+    torch.permute: _permute,
+    **{
+        func: _rowwise(func)
+        for func in (
+            Tensor.to,
+            Tensor.type_as,
+            Tensor.float,
+            Tensor.half,
+            Tensor.bfloat16,
+            Tensor.detach,
+        )
+    },
+}
+
+# What the base answers as well: nothing is read for it.
+_ABOUT = {
+    getattr(Tensor, name).__get__
+    for name in (
+        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
+        *("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested"),
+    )
+} | {
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
+    *(Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.element_size),
+    *(Tensor.get_device, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed),
+}
+
+# What autograd knows of the weight itself.
+_GRADIENT = {
+    getattr(Tensor, name).__get__
+    for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")
+}
+
+_WRITES = {
+    *("__setitem__", "__set__", "__delete__", "__iadd__", "__isub__", "__imul__", "__itruediv__"),
+    *("__ifloordiv__", "__imod__", "__ipow__", "__imatmul__", "__iand__", "__ior__", "__ixor__"),
+    *("data_ptr", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
+}
