@@ -91,7 +91,7 @@ class _Product(torch.autograd.Function):
         if needs_rows:
             to_rows = some.reshape(-1, rows.shape[0]).mT @ hidden.reshape(-1, rows.shape[1])
         if needs_bias:
-            to_bias = grad.sum(tuple(range(grad.ndim - 1)))
+            to_bias = grad.reshape(-1, base.shape[0]).sum(0)
         return to_hidden, None, to_rows, to_bias, None
 
     @staticmethod

@@ -65,9 +65,8 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
     modules = {name: module for name, module in _named_modules(model) if name}
     found = {name: modules[name] for name in _matching(list(modules), targets)}
     if not found:
-        quoted = targets if isinstance(targets, str) else f"re.compile({targets.pattern!r})"
         raise ValueError(
-            f"target {quoted!r} matches no module. {_candidates(model)} A string is a full module "
+            f"target {targets!r} matches no module. {_candidates(model)} A string is a full module "
             "name or its end at a dot; for a regular expression give re.compile(...)."
         )
     for name, module in found.items():

@@ -39,11 +39,11 @@ class PatchedWeight(Tensor):
     """A `(V, D)` weight with k of its rows replaced, or the `(D, V)` transpose of one.
 
     Made by `patch`. `source.uses` tells how it was read in eager calls: `"lookup"`, `"product"`,
-    `"dense"`.
+    `"dense"`. A deferred weight has no `copy`; a dense one is nothing else.
     """
 
     source: Source
-    deferred: bool
+    copy: Tensor | None
     transposed: bool
 
     @classmethod
@@ -78,14 +78,16 @@ def patched(source: Source, *, dense: bool) -> PatchedWeight:
     `__torch_function__` sees NaN, never the base.
     """
     if dense:
-        return _wrap(source.copied(), source, deferred=False, transposed=False)
-    beneath = carrier(source.rows, source.base, source.indices)
-    return _wrap(beneath, source, deferred=True, transposed=False)
+        copy = source.copied()
+        return _wrap(copy, source, copy=copy)
+    return _wrap(carrier(source.rows, source.base, source.indices), source)
 
 
-def _wrap(beneath: Tensor, source: Source, *, deferred: bool, transposed: bool) -> PatchedWeight:
+def _wrap(
+    beneath: Tensor, source: Source, *, copy: Tensor | None = None, transposed: bool = False
+) -> PatchedWeight:
     weight = beneath.as_subclass(PatchedWeight)
-    weight.source, weight.deferred, weight.transposed = source, deferred, transposed
+    weight.source, weight.copy, weight.transposed = source, copy, transposed
     return weight
 
 
@@ -106,8 +108,8 @@ def _dense(value: Any) -> Any:
     if not isinstance(value, PatchedWeight):
         return value
     _used(value.source, "dense")
-    if not value.deferred:
-        return value.as_subclass(Tensor)
+    if value.copy is not None:
+        return value.copy
     return value.source.copied().mT if value.transposed else value.source.copied()
 
 
@@ -115,8 +117,9 @@ def _refuse(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     """Raise where the copy would be written to, or outlived by a pointer: both would be lost."""
     name = getattr(func, "__name__", str(func))
     in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
-    written = tree_leaves(kwargs.get("out")) + list(args[:1] if in_place else ())
-    if any(isinstance(value, PatchedWeight) and value.deferred for value in written):
+    first = (*args, *kwargs.values())[:1]
+    written = tree_leaves(kwargs.get("out")) + list(first if in_place else ())
+    if any(isinstance(value, PatchedWeight) and value.copy is None for value in written):
         raise RuntimeError(
             f"{name} on a patched weight: the weight is made anew for each call, so what is written "
             "to it (or read through a pointer to it) would be lost. Write to the model or to the "
@@ -129,7 +132,7 @@ def _refuse(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 def _is_deferred(value: Any, *, transposed: bool = False) -> bool:
     return (
-        isinstance(value, PatchedWeight) and value.deferred and value.transposed is transposed
+        isinstance(value, PatchedWeight) and value.copy is None and value.transposed is transposed
     )
 
 
@@ -194,7 +197,7 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     which = 1 if isinstance(operands[1], PatchedWeight) else 0
     weight, hidden = operands[which], operands[1 - which]
     letters, others = inputs.split(",")[which], inputs.split(",")[1 - which]
-    if not arrow or isinstance(hidden, PatchedWeight) or not weight.deferred or len(letters) != 2:
+    if not arrow or isinstance(hidden, PatchedWeight) or weight.copy is not None or len(letters) != 2:
         return NotImplemented
     token, feature = reversed(letters) if weight.transposed else letters
     batch = out.replace(token, "")
@@ -206,10 +209,10 @@ def _einsum(equation: Any, *operands: Any) -> Any:
 
 
 def _transpose(weight: Any) -> Any:
-    if not isinstance(weight, PatchedWeight) or not weight.deferred:
+    if not isinstance(weight, PatchedWeight) or weight.copy is not None:
         return NotImplemented
     beneath = weight.as_subclass(Tensor).mT
-    return _wrap(beneath, weight.source, deferred=True, transposed=not weight.transposed)
+    return _wrap(beneath, weight.source, transposed=not weight.transposed)
 
 
 def _swap(weight: Any, dim0: int, dim1: int) -> Any:
@@ -227,7 +230,7 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
     """A function that acts on each row alone goes to the base and to the rows."""
 
     def handler(weight: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(weight, PatchedWeight) or not weight.deferred:
+        if not isinstance(weight, PatchedWeight) or weight.copy is not None:
             return NotImplemented
         args, kwargs = tree_map(_frozen, args), tree_map(_frozen, kwargs)
         base = func(weight.source.base, *args, **kwargs)
@@ -236,12 +239,8 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
         rows = func(weight.source.rows, *args, **kwargs)
         source = weight.source._replace(base=base, rows=rows)
         beneath = carrier(rows, base, source.indices)
-        return _wrap(
-            beneath.mT if weight.transposed else beneath,
-            source,
-            deferred=True,
-            transposed=weight.transposed,
-        )
+        beneath = beneath.mT if weight.transposed else beneath
+        return _wrap(beneath, source, transposed=weight.transposed)
 
     return handler
 
@@ -272,6 +271,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
             Tensor.to,
             Tensor.type_as,
             Tensor.float,
+            Tensor.double,
             Tensor.half,
             Tensor.bfloat16,
             Tensor.detach,
@@ -293,7 +293,7 @@ _ABOUT = {
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed),
 }
 
-# What autograd knows of the weight itself.
+# What autograd knows of the tensor beneath.
 _GRADIENT = {
     getattr(Tensor, name).__get__
     for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")

@@ -1,0 +1,237 @@
+"""functional_call: the three traps of torch's own, other methods, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tests.models import D, Language, V, make, tokens
+from tests.oracle import edited, snapshot
+from ttfunc import functional_call, init_deltas, merge, patch
+
+NAME = "embed_tokens.weight"
+X = tokens(7, 3)
+
+
+def rows(model: nn.Module, **kwargs):
+    return init_deltas(model, [7, 3], init="mean", **kwargs)
+
+
+def test_a_module_reached_by_two_paths_is_restored():
+    model = make("encoder_decoder")
+    before = snapshot(model)
+    weights = patch(rows(model))
+    expected = edited(model, rows(model))(X)
+    torch.testing.assert_close(functional_call(model, weights, (X,)), expected)
+    assert snapshot(model) == before
+
+    corrupted = copy.deepcopy(model)  # the trap itself: torch's own leaves its patch in the model
+    plain = dict(corrupted.named_parameters())[NAME]
+    torch.func.functional_call(corrupted, {NAME: torch.zeros(V, D)}, (X,))
+    assert corrupted.embed_tokens.weight is not plain
+
+
+def test_a_misspelt_name_is_refused():
+    model = make("tied")
+    weight = patch(rows(model))[NAME]
+    match = "Language has no parameter or buffer named 'embed_token.weight'.*mean 'embed_tokens"
+    with pytest.raises(KeyError, match=match):
+        functional_call(model, {"embed_token.weight": weight}, (X,))
+    with pytest.raises(KeyError, match="no parameter or buffer named 'a.b.c'"):
+        functional_call(model, {"a.b.c": torch.zeros(1)}, (X,))
+
+
+@pytest.mark.parametrize("name", [NAME, "lm_head.weight"])
+@pytest.mark.parametrize("case", ["tied", "storage_tied", "encoder_decoder"])
+def test_any_name_of_a_tied_weight_swaps_all_of_them(case: str, name: str):
+    model = make(case)
+    weight = torch.randn(V, D)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.embed_tokens.weight.copy_(weight)
+        reference.lm_head.weight.copy_(weight)
+    assert torch.equal(functional_call(model, {name: weight}, (X,)), reference(X))
+    every = {alias: weight for alias in (NAME, "lm_head.weight")}
+    assert torch.equal(functional_call(model, every, (X,)), reference(X))
+
+
+def test_a_tied_weight_given_twice_is_refused():
+    model = make("tied")
+    before = snapshot(model)
+    two = {NAME: torch.zeros(V, D), "lm_head.weight": torch.ones(V, D)}
+    with pytest.raises(ValueError, match="'lm_head.weight' and another.*are one tied weight"):
+        functional_call(model, two, (X,))
+    assert snapshot(model) == before
+
+
+def test_other_weights_and_buffers_go_along():
+    model = make("tied")
+    model.register_buffer("shift", torch.ones(V))
+    model.register_forward_hook(lambda module, _, out: out + module.shift)
+    weights = {**patch(rows(model)), "body.bias": torch.zeros(D), "shift": torch.zeros(V)}
+    reference = edited(model, rows(model))
+    nn.init.zeros_(reference.body.bias)
+    nn.init.zeros_(reference.shift)
+    torch.testing.assert_close(functional_call(model, weights, (X,)), reference(X))
+
+
+def test_a_patch_works_under_the_names_of_a_wrapper():
+    model = make("tied")
+    wrapper = nn.Sequential(nn.Identity(), model)
+    weights = {f"1.{name}": weight for name, weight in patch(rows(model)).items()}
+    expected = functional_call(model, patch(rows(model)), (X,))
+    assert torch.equal(functional_call(wrapper, weights, X), expected)
+    with pytest.raises(ValueError, match="stale patch: the parameter '1.embed_tokens.weight'"):
+        functional_call(nn.Sequential(nn.Identity(), make("tied")), weights, X)
+
+
+def test_arguments_are_passed_as_torch_passes_them():
+    class Echo(Language):
+        def forward(self, *args, **kwargs):
+            self.lm_head(self.embed_tokens(X))
+            return args, kwargs
+
+    model = Echo()
+    weights = patch(rows(model))
+    assert functional_call(model, weights) == ((), {})
+    assert functional_call(model, weights, "one") == (("one",), {})
+    assert functional_call(model, weights, ["one"]) == ((["one"],), {})
+    assert functional_call(model, weights, (1, 2), {"three": 3}) == ((1, 2), {"three": 3})
+
+
+def test_another_method_is_called():
+    model = make("tied")
+    expected = edited(model, rows(model)).embed(X)
+    assert torch.equal(functional_call(model, patch(rows(model)), X, method="embed"), expected)
+    with pytest.raises(AttributeError, match="Language has no method 'generate' to call"):
+        functional_call(model, patch(rows(model)), X, method="generate")
+    with pytest.raises(AttributeError, match="no method 'body.weight'"):
+        functional_call(model, patch(rows(model)), X, method="body.weight")
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+def test_generate_is_that_of_the_merged_model(tie: bool, options: dict):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=tie,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    nn.init.normal_(model.lm_head.weight)
+    params = init_deltas(model, [7, 3], init=10 * torch.randn(2, D))
+    merged = copy.deepcopy(model)
+    merged.load_state_dict(merge(model.state_dict(), params))
+
+    def generated(call):
+        torch.manual_seed(1)
+        return call({"input_ids": X, "max_new_tokens": 8, "pad_token_id": 0, **options})
+
+    expected = generated(lambda kwargs: merged.generate(**kwargs))
+    before = snapshot(model)
+    found = generated(
+        lambda kwargs: functional_call(model, patch(params), kwargs=kwargs, method="generate")
+    )
+    assert torch.equal(found, expected)
+    assert not torch.equal(generated(lambda kwargs: model.generate(**kwargs)), expected)
+    assert snapshot(model) == before
+
+
+def replaced(model: nn.Module) -> None:
+    model.embed_tokens.weight = nn.Parameter(torch.zeros(V, D))
+
+
+def resized(model: nn.Module) -> None:
+    model.embed_tokens = nn.Embedding(V + 1, D)
+    model.lm_head = nn.Linear(D, V + 1)
+
+
+def untied(model: nn.Module) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def removed(model: nn.Module) -> None:
+    model.lm_head = nn.Identity()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (replaced, r"stale patch: the parameter 'embed_tokens.weight'.*shape \(23, 8\)"),
+        (resized, r"stale patch.*another one, of shape \(24, 8\).*anew with init_deltas"),
+        (untied, "stale patch: the parameter 'lm_head.weight'"),
+        (removed, "stale patch: the parameter 'lm_head.weight'.*is not there"),
+    ],
+)
+def test_a_stale_patch_is_refused(change, match: str, dense: bool):
+    model = make("tied")
+    weights = patch(rows(model), dense=dense)
+    change(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=match):
+        functional_call(model, weights, (X,))
+    assert snapshot(model) == before
+
+
+def test_a_patch_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="stale patch.*another model"):
+        functional_call(make("tied"), patch(rows(make("tied"))), (X,))
+
+
+def test_a_tie_made_since_is_refused():
+    model = make("untied")
+    weights = patch(rows(model))
+    model.lm_head.weight = model.embed_tokens.weight
+    with pytest.raises(ValueError, match="ties 'embed_tokens.weight' to more than it did"):
+        functional_call(model, weights, (X,))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_matrix_that_no_call_reads_is_told(dense: bool):
+    model = make("tied")
+    model.unused = nn.Embedding(V, D)
+    weights = patch(rows(model, targets="unused"), dense=dense)
+    with pytest.warns(UserWarning, match=r"did not read.*'unused.weight'.*no effect") as caught:
+        functional_call(model, weights, (X,))
+    assert caught[0].filename == __file__
+    # What an earlier call read is no excuse.
+    weights = patch(rows(model), dense=dense)
+    functional_call(model, weights, (X,))
+    with pytest.warns(UserWarning, match="did not read the patched matrix"):
+        functional_call(model, weights, (torch.zeros(2, D),), method="mix")
+
+
+def test_bart_without_ties_does_not_read_its_input_embedding():
+    config = transformers.BartConfig(
+        vocab_size=V, d_model=D, encoder_layers=1, decoder_layers=1, encoder_attention_heads=1,
+        decoder_attention_heads=1, encoder_ffn_dim=8, decoder_ffn_dim=8, tie_word_embeddings=False,
+        max_position_embeddings=32, pad_token_id=1,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config).eval()
+    with pytest.warns(UserWarning, match="did not read the patched matrix"):
+        functional_call(model, patch(rows(model)), (X,))
+
+
+def test_gradient_checkpointing_in_the_blocks_changes_nothing():
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).train()
+
+    def gradient() -> torch.Tensor:
+        params = rows(model, requires_grad=True)
+        functional_call(model, patch(params), kwargs={"input_ids": X, "labels": X}).loss.backward()
+        (delta,) = params.deltas.values()
+        return delta.grad
+
+    plain = gradient()
+    model.activation_checkpointing_enable()
+    assert torch.equal(gradient(), plain)
+    assert plain.abs().sum() > 0

@@ -1,0 +1,104 @@
+"""Token ids: every form of them, and every way in which they can be wrong."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from ttfunc.indices import TokenIndices, token_indices
+
+CPU = torch.device("cpu")
+distinct = st.lists(st.integers(0, 99), min_size=1, unique=True)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        list,
+        tuple,
+        np.array,
+        torch.tensor,
+        iter,
+        lambda ids: torch.tensor(ids, dtype=torch.int32),
+        lambda ids: np.array(ids, dtype=np.uint8),
+        lambda ids: [np.int64(i) for i in ids],
+        lambda ids: [torch.tensor(i) for i in ids],
+        lambda ids: dict.fromkeys(ids).keys(),
+    ],
+)
+@given(ids=distinct)
+def test_every_form_of_the_ids_is_read_in_its_order(form, ids: list[int]):
+    assert token_indices(form(ids), 100, "w").ids == tuple(ids)
+
+
+def test_a_range_is_read():
+    assert token_indices(range(3, 9, 2), 100, "w").ids == (3, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("idx", "error", "match"),
+    [
+        ([], ValueError, "no token indices for 'w'"),
+        (torch.tensor([], dtype=torch.int64), ValueError, "no token indices"),
+        ([3, 1, 3], ValueError, r"\[3\] for 'w' are given more than once"),
+        ([3, -1], ValueError, r"negative token indices \[-1\].*write 99"),
+        ([3, 100], IndexError, r"\[100\] are past the end of 'w', which has 100 rows.*resize_token"),
+        (list(range(95, 120)), IndexError, r"… 20 in all"),
+        ([True], TypeError, "got the boolean True.*nonzero"),
+        (torch.tensor([True, False]), TypeError, "got the boolean"),
+        (torch.tensor(3), TypeError, r"one dimension, got shape \(\)"),
+        (np.array([[1, 2]]), TypeError, r"one dimension, got shape \(1, 2\)"),
+        ([1.0], TypeError, r"must be integers, got float: 1\.0"),
+        (np.array([0.5]), TypeError, "must be integers, got float"),
+        ([3, None], TypeError, "is None.*add_tokens"),
+        ([[1, 2]], TypeError, "must be integers, got list"),
+        (["<new>"], TypeError, "must be integers, got str: '<new>'"),
+        ("<new>", TypeError, "must be a sequence.*got str: '<new>'"),
+        (7, TypeError, "must be a sequence.*got int: 7"),
+        (None, TypeError, "must be a sequence.*got NoneType"),
+        ({3, 7}, TypeError, "must be a sequence.*got set"),
+    ],
+)
+def test_what_is_no_token_index_is_refused(idx, error, match: str):
+    with pytest.raises(error, match=match):
+        token_indices(idx, 100, "w")
+
+
+@given(ids=distinct)
+def test_the_table_finds_the_row_of_each_id(ids: list[int]):
+    indices = TokenIndices(tuple(ids))
+    table = indices.on(CPU)
+    assert table.ids.tolist() == ids
+    assert table.sorted.tolist() == sorted(ids)
+    assert table.ids[table.row].tolist() == sorted(ids)
+    assert [indices.row_of(token) for token in ids] == list(range(len(ids)))
+    assert indices.row_of(100) is None
+
+
+def test_a_device_gets_its_table_once():
+    indices = TokenIndices((5, 2))
+    assert indices.on(CPU) is indices.on(CPU)
+
+
+@given(a=distinct, b=distinct)
+def test_indices_compare_by_content(a: list[int], b: list[int]):
+    one, other = TokenIndices(tuple(a)), TokenIndices(tuple(b))
+    assert (one == other) == (a == b)
+    assert one == pickle.loads(pickle.dumps(one)) == copy.deepcopy(one)  # noqa: S301
+    assert hash(one) == hash(TokenIndices(tuple(a)))
+
+
+@given(a=distinct, b=distinct)
+def test_joining_keeps_the_order_or_refuses(a: list[int], b: list[int]):
+    one, other = TokenIndices(tuple(a)), TokenIndices(tuple(b))
+    if set(a) & set(b):
+        with pytest.raises(ValueError, match="in more than one of the parameters"):
+            one.joined(other)
+    else:
+        assert one.joined(other).ids == tuple(a + b)

@@ -1,0 +1,130 @@
+"""merge and unmerge, beside the laws: what they keep, and what they refuse."""
+
+from __future__ import annotations
+
+import collections
+
+import optree
+import pytest
+import torch
+import transformers
+
+from tests.models import D, V, make, tokens
+from tests.oracle import same_bits
+from ttfunc import functional_call, init_deltas, merge, patch, unmerge
+
+NAME = "embed_tokens.weight"
+
+
+def rows(model, idx=(7, 3), **kwargs):
+    return init_deltas(model, idx, init="normal", **kwargs)
+
+
+def test_the_rows_are_written_under_every_name():
+    model = make("storage_tied")
+    params, state = rows(model), model.state_dict()
+    merged = merge(state, params)
+    assert type(merged) is type(state) is collections.OrderedDict
+    assert merged._metadata == state._metadata
+    for name in (NAME, "lm_head.weight"):
+        for row, token in enumerate([7, 3]):
+            assert torch.equal(merged[name][token], params.deltas[NAME][row])
+    assert merged[NAME] is merged["lm_head.weight"]
+    assert merged["body.weight"] is state["body.weight"]
+
+
+def test_a_file_that_keeps_one_name_of_a_tied_matrix_is_enough():
+    model = make("tied")
+    state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    merged = merge(state, rows(model))
+    assert merged.keys() == state.keys()
+    assert same_bits(unmerge(merged, rows(model)), state)
+
+
+def test_copies_of_a_tied_matrix_are_each_written():
+    model = make("tied")
+    params = rows(model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = merge(state, params)
+    assert torch.equal(merged[NAME], merged["lm_head.weight"])
+    assert merged[NAME] is not merged["lm_head.weight"]
+
+
+def test_a_name_that_the_model_tied_only_later_follows_its_tensor():
+    model = make("untied")
+    params = rows(model)
+    state = model.state_dict()
+    state["lm_head.weight"] = state[NAME]
+    merged = merge(state, params)
+    assert merged["lm_head.weight"] is merged[NAME]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_rows_are_cast_to_the_dtype_of_the_state_dict(dtype: torch.dtype):
+    model = make("tied")
+    params = rows(model)
+    merged = merge({n: t.to(dtype) for n, t in model.state_dict().items()}, params)
+    assert merged[NAME].dtype == dtype
+    assert torch.equal(merged[NAME][[7, 3]], params.deltas[NAME].to(dtype))
+
+
+def test_a_merge_is_differentiable_by_the_rows():
+    model, x = make("tied"), tokens(7, 3)
+    params, state = rows(model), model.state_dict()
+
+    def merged_loss(p):
+        return torch.func.functional_call(model, merge(state, p), (x,)).pow(2).sum()
+
+    found = torch.func.grad(merged_loss)(params).deltas[NAME]
+    expected = torch.func.grad(lambda p: functional_call(model, patch(p), (x,)).pow(2).sum())(
+        params
+    )
+    torch.testing.assert_close(found, expected.deltas[NAME], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("write", [merge, unmerge])
+def test_a_state_dict_that_does_not_fit_is_refused(write):
+    model = make("tied")
+    params = rows(model)
+    prefixed = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    with pytest.raises(KeyError, match="none of the names.*It begins with .'model.embed_tokens"):
+        write(prefixed, params)
+    state = model.state_dict()
+    state["lm_head.weight"] = torch.zeros(V + 1, D)
+    with pytest.raises(ValueError, match=r"'lm_head.weight'.*\(24, 8\).*made for \(23, 8\)"):
+        write(state, params)
+    assert torch.equal(state[NAME], model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite_are_refused_when_asked(bad: float):
+    model = make("tied")
+    params = rows(model)
+    params.deltas[NAME][1, 2] = bad
+    state = model.state_dict()
+    with pytest.raises(ValueError, match=r"rows of tokens \[3\].*not finite in torch.float32"):
+        merge(state, params, check_finite=True)
+    assert not merge(state, params)[NAME].isfinite().all()
+    assert state[NAME].isfinite().all()
+
+
+def test_a_row_that_overflows_the_state_dict_is_not_finite():
+    model = make("tied").half()
+    params = optree.tree_map(lambda rows: rows + 1e5, rows(model))
+    assert params.deltas[NAME].isfinite().all()
+    with pytest.raises(ValueError, match=r"tokens \[7, 3\].*not finite in torch.float16"):
+        merge(model.state_dict(), params, check_finite=True)
+
+
+def test_a_merged_model_saves_and_loads(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    params, x = rows(model, requires_grad=True), tokens(7, 3)
+    expected = functional_call(model, patch(params, dense=True), (x,)).logits
+    with torch.no_grad():
+        model.save_pretrained(tmp_path, state_dict=merge(model.state_dict(), params))
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(x).logits, expected)

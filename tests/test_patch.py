@@ -1,0 +1,95 @@
+"""From parameters to the weights of a call."""
+
+from __future__ import annotations
+
+import optree
+import pytest
+import torch
+
+from tests.models import D, V, make
+from ttfunc import PatchedWeight, combine, functional_call, init_deltas, patch
+
+NAME = "embed_tokens.weight"
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        ("untied", [NAME]),
+        ("tied", [NAME]),
+        ("encoder_decoder", [NAME]),
+        # torch's functional_call does not see this tie, so both Parameters are named.
+        ("storage_tied", [NAME, "lm_head.weight"]),
+    ],
+)
+def test_there_is_one_name_for_each_parameter(case: str, names: list[str], dense: bool):
+    weights = patch(init_deltas(make(case), [7, 3]), dense=dense)
+    assert list(weights) == names
+    assert len({id(weight) for weight in weights.values()}) == 1
+    assert all(type(weight) is PatchedWeight for weight in weights.values())
+    assert weights[NAME].shape == (V, D)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_weight_is_the_matrix_with_the_rows(dense: bool):
+    model = make("tied")
+    params = init_deltas(model, [7, 3], init="normal")
+    expected = model.embed_tokens.weight.detach().clone()
+    for row, token in enumerate([7, 3]):
+        expected[token] = params.deltas[NAME][row]
+    assert torch.equal(patch(params, dense=dense)[NAME] + 0, expected)
+
+
+def test_several_parameters_are_patched_together():
+    model = make("tied")
+    a, b = init_deltas(model, [7], init="mean"), init_deltas(model, [3], init="normal")
+    together = patch(combine(a, b))[NAME] + 0
+    assert torch.equal(patch(a, b)[NAME] + 0, together)
+    assert torch.equal(patch(b, a)[NAME] + 0, together)
+    with pytest.raises(ValueError, match=r"\[7\] are in more than one"):
+        patch(a, b, a)
+
+
+def test_a_matrix_with_a_maximal_norm_is_copied():
+    assert patch(init_deltas(make("max_norm"), [3]))[NAME].copy is not None
+    assert patch(init_deltas(make("tied"), [3]))[NAME].copy is None
+
+
+def test_a_delta_of_another_shape_is_refused():
+    params = init_deltas(make("tied"), [7, 3])
+    stacked = optree.tree_map(lambda rows: torch.stack([rows, rows]), params)
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 8\), and \(2, 8\) is needed.*torch.vmap"):
+        patch(stacked)
+
+
+def test_the_weight_follows_the_model_when_it_is_cast():
+    model = make("tied")
+    params = init_deltas(model, [7, 3], init="normal")
+    model.to(torch.bfloat16)
+    x = torch.tensor([[7, 3, 1]])
+    assert patch(params)[NAME].dtype == torch.bfloat16
+    deferred = functional_call(model, patch(params), (x,))
+    torch.testing.assert_close(deferred, functional_call(model, patch(params, dense=True), (x,)))
+    (gradient,) = optree.tree_leaves(
+        torch.func.grad(lambda p: functional_call(model, patch(p), (x,)).float().sum())(params)
+    )
+    assert gradient.dtype == torch.float32
+
+
+def test_a_patch_costs_no_memory_of_the_matrix():
+    with torch.device("meta"):
+        model = torch.nn.Embedding(10**9, 4096)  # 16 TB, were it copied
+    weight = patch(init_deltas(model, [3, 10**9 - 1]))["weight"]
+    assert weight.shape == (10**9, 4096)
+    assert weight[torch.tensor([[3, 4]], device="meta")].shape == (1, 2, 4096)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_gradient_goes_to_the_rows_alone(dense: bool):
+    model = make("tied")  # whose parameters all require grad
+    params = init_deltas(model, [7, 3], requires_grad=True)
+    weight = patch(params, dense=dense)[NAME]
+    (weight[torch.tensor([7, 1])].sum() + (weight @ torch.ones(D)).sum()).backward()
+    assert params.deltas[NAME].grad.tolist() == [[2.0] * D, [1.0] * D]
+    assert all(parameter.grad is None for parameter in model.parameters())

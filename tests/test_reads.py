@@ -1,0 +1,146 @@
+"""The two reads of a patched matrix, against the same functions on the copy."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ttfunc.indices import TokenIndices
+from ttfunc.reads import carrier, lookup, product
+
+V, D = 17, 5
+ids = st.lists(st.integers(0, V - 1), min_size=1, max_size=V, unique=True)
+
+
+def operands(ids: list[int], seed: int = 0, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(V, D, generator=generator, dtype=dtype)
+    rows = torch.randn(len(ids), D, generator=generator, dtype=dtype, requires_grad=True)
+    return base, rows, TokenIndices(tuple(ids))
+
+
+def copied(base: Tensor, rows: Tensor, indices: TokenIndices) -> Tensor:
+    return base.index_copy(0, torch.tensor(indices.ids), rows)
+
+
+@given(ids=ids, seed=st.integers(0, 99), padding=st.none() | st.integers(-V, V - 1))
+def test_lookup(ids: list[int], seed: int, padding: int | None):
+    base, rows, indices = operands(ids, seed)
+    tokens = torch.randint(0, V, (3, 4), generator=torch.Generator().manual_seed(seed))
+    found = lookup(tokens, base, rows, indices, padding)
+    expected = F.embedding(tokens, copied(base, rows, indices), padding)
+    assert torch.equal(found, expected)
+    weight = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((found * weight).sum(), rows),
+        torch.autograd.grad((expected * weight).sum(), rows),
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (4,), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lookup_takes_every_shape_of_tokens(shape: tuple[int, ...], dtype: torch.dtype):
+    base, rows, indices = operands([3, 1])
+    tokens = torch.randint(0, V, shape).to(dtype)
+    expected = F.embedding(tokens, copied(base, rows, indices))
+    assert torch.equal(lookup(tokens, base, rows, indices), expected)
+
+
+@pytest.mark.parametrize("token", [V, -1])
+def test_lookup_refuses_what_an_embedding_refuses(token: int):
+    base, rows, indices = operands([V - 1])
+    with pytest.raises(IndexError, match="index out of range"):
+        lookup(torch.tensor([token]), base, rows, indices)
+
+
+@given(ids=ids, seed=st.integers(0, 99), biased=st.booleans(), flat=st.booleans())
+def test_product(ids: list[int], seed: int, biased: bool, flat: bool):
+    base, rows, indices = operands(ids, seed)
+    hidden = torch.randn((D,) if flat else (2, 3, D), dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(V, dtype=torch.float64, requires_grad=True) if biased else None
+    found = product(hidden, base, rows, indices, bias)
+    expected = F.linear(hidden, copied(base, rows, indices), bias)
+    torch.testing.assert_close(found, expected)
+    inputs = [x for x in (hidden, rows, bias) if x is not None]
+    weight = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((found * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+    )
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_product_has_all_derivatives(biased: bool):
+    base, rows, indices = operands([3, 1, 11])
+    hidden = torch.randn(2, D, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(V, dtype=torch.float64, requires_grad=True) if biased else None
+
+    def f(hidden, rows, bias=None):
+        return product(hidden, base, rows, indices, bias)
+
+    inputs = (hidden, rows) if bias is None else (hidden, rows, bias)
+    checks = {"check_forward_ad": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(f, inputs, check_batched_forward_grad=True, **checks)
+    assert torch.autograd.gradgradcheck(f, inputs, check_fwd_over_rev=True)
+
+
+def test_a_base_that_requires_grad_gets_none_and_keeps_its_values():
+    base, rows, indices = operands([3, 1])
+    base.requires_grad_()
+    before = base.detach().clone()
+    hidden = lookup(torch.tensor([[3, 4]]), base.detach(), rows, indices)
+    product(hidden, base.detach(), rows, indices).sum().backward()
+    assert base.grad is None
+    assert torch.equal(base, before)
+
+
+def test_the_product_saves_nothing_of_the_size_of_its_result():
+    base, rows, indices = operands([3, 1])
+    hidden = torch.randn(50, D, dtype=torch.float64, requires_grad=True)
+    sizes = []
+
+    def saved(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with saved_tensors_hooks(saved, lambda tensor: tensor):
+        product(hidden, base, rows, indices)
+    assert sorted(sizes) == sorted(x.numel() for x in (hidden, base, rows, torch.zeros(2)))
+
+
+def test_the_carrier_is_nan_in_no_memory_and_carries_gradients():
+    base, rows, indices = operands([3, 1])
+    carried = carrier(rows, base, indices)
+    assert carried.shape == base.shape
+    assert carried.isnan().all()
+    assert carried.untyped_storage().nbytes() == base.element_size()
+    gradient = torch.randn_like(base)
+    (found,) = torch.autograd.grad(carried, rows, gradient)
+    assert torch.equal(found, gradient[[3, 1]])
+    _, tangent = torch.func.jvp(lambda r: carrier(r, base, indices), (rows,), (rows,))
+    assert tangent.isnan().all()
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+def test_product_under_autocast(hidden_dtype: torch.dtype):
+    base, rows, indices = operands([3, 1, 11], dtype=torch.float32)
+    hidden = torch.randn(4, D).to(hidden_dtype).requires_grad_()
+    bias = torch.randn(V)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = product(hidden, base, rows, indices, bias)
+        expected = F.linear(hidden, copied(base, rows, indices), bias)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad(found.float().pow(2).sum(), (hidden, rows))
+    full = torch.autograd.grad(expected.float().pow(2).sum(), (hidden, rows))
+    for one, other in zip(gradients, full, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+    assert torch.autograd.gradcheck(  # float64 is left as it is, as torch leaves it
+        lambda r: product(hidden.double(), base.double(), r, indices), rows.double()
+    )

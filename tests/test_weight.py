@@ -1,0 +1,251 @@
+"""The patched weight as a tensor: whatever a model does with it, it gets what the copy would give."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.models import D, V, Fused
+from ttfunc.indices import TokenIndices
+from ttfunc.weight import PatchedWeight, Source, patched
+
+IDS = [7, 3, 20]
+HIDDEN, MATRIX, VECTOR = torch.randn(2, 4, D), torch.randn(D, 6), torch.randn(D)
+TOKENS = torch.tensor([[3, 7, 0], [20, 20, 1]])
+
+
+def weights(dtype: torch.dtype = torch.float32) -> tuple[PatchedWeight, Tensor, Tensor]:
+    """A deferred weight, the copy that it stands for, and their rows."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(V, D, generator=generator).to(dtype)
+    rows = torch.randn(len(IDS), D, generator=generator).to(dtype).requires_grad_()
+    weight = patched(Source(base, rows, TokenIndices(tuple(IDS)), None, set()), dense=False)
+    return weight, base.index_copy(0, torch.tensor(IDS), rows), rows
+
+
+def check(read, how: set[str]) -> None:
+    """`read` gives the same on both, values and gradients, and reads the deferred weight as told."""
+    weight, full, rows = weights()
+    found, expected = read(weight), read(full)
+    assert type(found) is Tensor
+    torch.testing.assert_close(found, expected)
+    assert weight.source.uses == how
+    if expected.requires_grad:
+        factor = torch.randn_like(expected)
+        torch.testing.assert_close(
+            torch.autograd.grad((found * factor).sum(), rows),
+            torch.autograd.grad((expected * factor).sum(), rows),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: F.embedding(TOKENS, w),
+        lambda w: F.embedding(TOKENS, w, padding_idx=3),
+        lambda w: F.embedding(input=TOKENS, weight=w, padding_idx=-3),
+        lambda w: w[TOKENS],
+        lambda w: w[TOKENS - V],
+        lambda w: w[TOKENS.int()],
+        lambda w: F.embedding(TOKENS, w.to(torch.float64)),
+    ],
+)
+def test_lookups_need_no_copy(read):
+    check(read, {"lookup"})
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: F.linear(HIDDEN, w),
+        lambda w: F.linear(HIDDEN, w, torch.ones(V)),
+        lambda w: F.linear(VECTOR, weight=w, bias=None),
+        lambda w: HIDDEN @ w.T,
+        lambda w: HIDDEN @ w.t(),
+        lambda w: HIDDEN @ w.mT,
+        lambda w: HIDDEN @ w.T.T.T,
+        lambda w: HIDDEN.matmul(w.transpose(0, 1)),
+        lambda w: torch.matmul(HIDDEN, w.transpose(-1, -2)),
+        lambda w: torch.matmul(HIDDEN, torch.transpose(w, 1, -2)),
+        lambda w: torch.matmul(VECTOR, torch.t(w)),
+        lambda w: torch.mm(HIDDEN[0], w.permute(1, 0)),
+        lambda w: HIDDEN[0].mm(w.permute((-1, -2))),
+        lambda w: torch.addmm(torch.ones(V), HIDDEN[0], w.t()),
+        lambda w: w @ MATRIX,
+        lambda w: w @ VECTOR,
+        lambda w: torch.matmul(w, HIDDEN.mT),
+        lambda w: torch.einsum("bld,vd->blv", HIDDEN, w),
+        lambda w: torch.einsum("vd, bld -> bvl", w, HIDDEN),
+        lambda w: torch.einsum("...d,vd->...v", HIDDEN, w),
+        lambda w: torch.einsum("bld,dv->lvb", HIDDEN, w.T),
+        lambda w: torch.einsum("d,vd->v", VECTOR, w),
+        lambda w: F.linear(HIDDEN.double(), w.double()),
+        lambda w: F.linear(HIDDEN, w.detach()),
+        lambda w: HIDDEN.double() @ w.T.to(dtype=torch.float64),
+        lambda w: F.linear(HIDDEN, w.to("cpu").type_as(w)),
+    ],
+)
+def test_products_need_no_copy(read):
+    check(read, {"product"})
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: w + 0,
+        lambda w: w[3],
+        lambda w: w[:9],
+        lambda w: w[TOKENS[0] > 0].sum() if len(w) == 3 else w[torch.arange(V) > 9],
+        lambda w: w[TOKENS[0], TOKENS[1, 0] - 20],
+        lambda w: torch.cat([w, w.T.T]),
+        lambda w: w.norm(dim=1),
+        lambda w: w.T @ torch.ones(V),
+        lambda w: w @ w.T,
+        lambda w: F.linear(w, MATRIX.T),
+        lambda w: F.linear(w, w),
+        lambda w: torch.einsum("bld,vd->bl", HIDDEN, w),
+        lambda w: torch.einsum("bld,vd", HIDDEN, w),
+        lambda w: torch.einsum("bld,vd->bv", HIDDEN, w),
+        lambda w: torch.einsum("vd,vd->v", w, w),
+        lambda w: torch.addmm(torch.ones(V), HIDDEN[0], w.t(), beta=2),
+        lambda w: torch.baddbmm(torch.ones(V), HIDDEN, w.T.expand(2, D, V)),
+        lambda w: torch.tensordot(HIDDEN, w, dims=([2], [1])),
+        lambda w: F.embedding(TOKENS, w, scale_grad_by_freq=True),
+        lambda w: F.embedding_bag(TOKENS, w),
+        lambda w: w.permute(0, 1) * 2,
+        lambda w: w.transpose(0, -2) * 2,
+        lambda w: w.T.contiguous(),
+        lambda w: w.view(-1),
+        lambda w: w.clone(),
+        lambda w: w.data * 1,
+        lambda w: torch.stack([w, w])[1],
+        lambda w: copy.deepcopy(w.detach()) * 1,
+        lambda w: torch.ops.aten.mul(w, 2),
+        lambda w: torch.tensor(w.tolist()),
+    ],
+)
+def test_everything_else_gets_the_copy(read):
+    check(read, {"dense"})
+
+
+def test_a_maximal_norm_rescales_the_copy_and_not_the_base():
+    weight, full, _ = weights()
+    base = weight.source.base.clone()
+    found = F.embedding(TOKENS, weight, max_norm=1.0)
+    torch.testing.assert_close(found, F.embedding(TOKENS, full, max_norm=1.0))
+    assert torch.equal(weight.source.base, base)
+
+
+def test_a_sparse_gradient_fails_as_it_does_on_the_copy():
+    weight, full, _ = weights()
+    for one in (weight, full):
+        with pytest.raises(RuntimeError, match="[Ss]parse"):
+            F.embedding(TOKENS, one, sparse=True).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        lambda w: w.shape,
+        lambda w: w.size(),
+        lambda w: w.size(-1),
+        lambda w: (w.dtype, w.device, w.layout, w.itemsize, w.nbytes, w.get_device()),
+        lambda w: (w.ndim, w.dim(), w.numel(), len(w), torch.numel(w), w.element_size()),
+        lambda w: (w.is_cuda, w.is_cpu, w.is_meta, w.is_sparse, w.is_quantized),
+        lambda w: (w.is_floating_point(), torch.is_complex(w), w.is_signed()),
+        lambda w: (w.stride(), w.is_contiguous(), w.storage_offset()),
+        lambda w: (w.T.shape, w.T.stride(), w.mT.is_contiguous(), len(w.t())),
+        lambda w: (w.requires_grad, w.is_leaf, w.grad_fn is None),
+        lambda w: isinstance(w, Tensor),
+    ],
+)
+def test_questions_about_it_are_answered_without_work(about):
+    weight, full, _ = weights()
+    assert about(weight) == about(full)
+    assert weight.source.uses == set()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.mul_(2),
+        lambda w: w.zero_(),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: w.__iadd__(1),
+        lambda w: w.T.copy_(torch.zeros(D, V)),
+        lambda w: torch.add(torch.ones(V, D), 1, out=w),
+        lambda w: torch.nn.init.normal_(w),
+        lambda w: setattr(w, "data", torch.zeros(V, D)),
+        lambda w: w.data_ptr(),
+        lambda w: w.register_hook(print),
+        lambda w: w.retain_grad(),
+        lambda w: w.requires_grad_(False),
+    ],
+)
+def test_writing_to_it_is_refused(write):
+    weight, _, _ = weights()
+    base = weight.source.base.clone()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="on a patched weight.*would be lost"):
+        write(weight)
+    assert torch.equal(weight.source.base, base)
+
+
+def test_what_gets_past_it_is_nan():
+    weight, _, _ = weights()
+    with torch._C.DisableTorchFunctionSubclass():
+        assert F.linear(HIDDEN, weight).isnan().all()
+        assert F.embedding(TOKENS, weight).isnan().all()
+    assert weight.as_subclass(Tensor).isnan().all()
+
+
+class OldStyle(torch.autograd.Function):
+    """The loss and its gradients made in the forward pass, as fused linear cross-entropy does."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = hidden @ weight.t()
+        ctx.save_for_backward(2 * logits @ weight, 2 * logits.flatten(0, 1).T @ hidden.flatten(0, 1))
+        return logits.pow(2).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        to_hidden, to_weight = ctx.saved_tensors
+        return grad * to_hidden, grad * to_weight
+
+
+@pytest.mark.parametrize("head", [OldStyle, Fused])
+def test_a_fused_head_of_the_models_own_gets_the_right_gradients(head):
+    weight, full, rows = weights()
+    found, expected = (
+        torch.autograd.grad(head.apply(torch.tanh(F.embedding(TOKENS, w)), w).pow(2).sum(), rows)
+        for w in (weight, full)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_dense_weight_is_the_copy_itself():
+    weight, full, rows = weights()
+    dense = patched(weight.source, dense=True)
+    assert torch.equal(dense.as_subclass(Tensor), full)
+    assert dense.shape == full.shape
+    assert dense.requires_grad
+    assert weight.source.uses == set()
+    assert torch.equal(F.linear(HIDDEN, dense), F.linear(HIDDEN, full))
+    assert torch.equal(HIDDEN @ dense.T, HIDDEN @ full.T)
+    assert weight.source.uses == {"dense"}
+    found = torch.autograd.grad(F.embedding(TOKENS, dense).pow(2).sum(), rows)
+    assert torch.equal(found[0], torch.autograd.grad(full[TOKENS].pow(2).sum(), rows)[0])
+    with torch.no_grad():
+        dense.mul_(2)
+    assert torch.equal(dense + 0, 2 * full)
+
+
+def test_it_prints_as_the_matrix_it_is():
+    weight, full, _ = weights()
+    assert repr(weight) == repr(full)
