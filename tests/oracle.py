@@ -49,7 +49,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
 
 def bits(tensor: Tensor) -> bytes:
     """The bytes of a tensor, so that NaN equals itself and -0 is not 0."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

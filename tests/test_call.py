@@ -55,7 +55,7 @@ def test_any_name_of_a_tied_weight_swaps_all_of_them(case: str, name: str):
         reference.embed_tokens.weight.copy_(weight)
         reference.lm_head.weight.copy_(weight)
     assert torch.equal(functional_call(model, {name: weight}, (X,)), reference(X))
-    every = {alias: weight for alias in (NAME, "lm_head.weight")}
+    every = dict.fromkeys((NAME, "lm_head.weight"), weight)
     assert torch.equal(functional_call(model, every, (X,)), reference(X))
 
 
@@ -150,6 +150,15 @@ def resized(model: nn.Module) -> None:
     model.lm_head = nn.Linear(D, V + 1)
 
 
+def refilled(model: nn.Module) -> None:
+    # As transformers' resize_token_embeddings does: the same Parameter with other data.
+    model.embed_tokens.weight.data = torch.zeros(V + 1, D)
+
+
+def cast(model: nn.Module) -> None:
+    model.to(torch.bfloat16)
+
+
 def untied(model: nn.Module) -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
 
@@ -162,8 +171,10 @@ def removed(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (replaced, r"stale patch: the parameter 'embed_tokens.weight'.*shape \(23, 8\)"),
-        (resized, r"stale patch.*another one, of shape \(24, 8\).*anew with init_deltas"),
+        (replaced, r"stale patch: the parameter 'embed_tokens.weight'.*another one, \(23, 8\)"),
+        (resized, r"stale patch.*another one, \(24, 8\).*init_deltas where the weights"),
+        (refilled, r"stale patch.*another one, \(24, 8\)"),
+        (cast, r"stale patch.*in torch.bfloat16 on cpu.*Call patch again"),
         (untied, "stale patch: the parameter 'lm_head.weight'"),
         (removed, "stale patch: the parameter 'lm_head.weight'.*is not there"),
     ],

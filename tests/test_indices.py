@@ -48,7 +48,11 @@ def test_a_range_is_read():
         (torch.tensor([], dtype=torch.int64), ValueError, "no token indices"),
         ([3, 1, 3], ValueError, r"\[3\] for 'w' are given more than once"),
         ([3, -1], ValueError, r"negative token indices \[-1\].*write 99"),
-        ([3, 100], IndexError, r"\[100\] are past the end of 'w', which has 100 rows.*resize_token"),
+        (
+            [3, 100],
+            IndexError,
+            r"\[100\] are past the end of 'w', which has 100 rows.*resize_token",
+        ),
         (list(range(95, 120)), IndexError, r"… 20 in all"),
         ([True], TypeError, "got the boolean True.*nonzero"),
         (torch.tensor([True, False]), TypeError, "got the boolean"),

@@ -21,7 +21,7 @@ cases = st.sampled_from(sorted(CORPUS))
 seeds = st.integers(0, 2**16)
 floats = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
-# torch's own functional_call leaves a model that reaches one module by two paths with the patch in it.
+# torch's own leaves its patch in a model that reaches one module by two paths.
 SERVED_BY_TORCH = sorted(CORPUS.keys() - {"encoder_decoder"})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import optree
 import pytest
 import torch
+import transformers
 
 from tests.models import D, V, make
 from ttfunc import PatchedWeight, combine, functional_call, init_deltas, patch
@@ -61,6 +62,18 @@ def test_a_delta_of_another_shape_is_refused():
     stacked = optree.tree_map(lambda rows: torch.stack([rows, rows]), params)
     with pytest.raises(ValueError, match=r"shape \(2, 2, 8\), and \(2, 8\) is needed.*torch.vmap"):
         patch(stacked)
+
+
+def test_parameters_of_a_resized_model_are_refused():
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    params = init_deltas(model, [7, 3])
+    model.resize_token_embeddings(V + 2, mean_resizing=False)
+    with pytest.raises(ValueError, match=r"stale parameters.*\(23, 8\).*has \(25, 8\) now"):
+        patch(params)
 
 
 def test_the_weight_follows_the_model_when_it_is_cast():

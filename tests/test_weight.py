@@ -1,4 +1,4 @@
-"""The patched weight as a tensor: whatever a model does with it, it gets what the copy would give."""
+"""The patched weight as a tensor: whatever is done with it, it gives what the copy would give."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.models import D, V, Fused
+from tests.models import D, Fused, V
 from ttfunc.indices import TokenIndices
 from ttfunc.weight import PatchedWeight, Source, patched
 
@@ -28,7 +28,7 @@ def weights(dtype: torch.dtype = torch.float32) -> tuple[PatchedWeight, Tensor, 
 
 
 def check(read, how: set[str]) -> None:
-    """`read` gives the same on both, values and gradients, and reads the deferred weight as told."""
+    """`read` gives the same on both, values and gradients, and uses the deferred one as told."""
     weight, full, rows = weights()
     found, expected = read(weight), read(full)
     assert type(found) is Tensor
@@ -210,7 +210,9 @@ class OldStyle(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
         logits = hidden @ weight.t()
-        ctx.save_for_backward(2 * logits @ weight, 2 * logits.flatten(0, 1).T @ hidden.flatten(0, 1))
+        ctx.save_for_backward(
+            2 * logits @ weight, 2 * logits.flatten(0, 1).T @ hidden.flatten(0, 1)
+        )
         return logits.pow(2).sum()
 
     @staticmethod

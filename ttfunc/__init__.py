@@ -1,7 +1,8 @@
 """Train a few token rows of a frozen model, functionally."""
 
 from ttfunc.call import functional_call
-from ttfunc.deltas import TokenDeltas, combine, init_deltas
+from ttfunc.deltas import TokenDeltas, combine
+from ttfunc.init import init_deltas
 from ttfunc.merge import merge, unmerge
 from ttfunc.patch import patch
 from ttfunc.summary import Summary, summary

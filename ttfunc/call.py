@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -79,11 +79,12 @@ class _Method(nn.Module):
 def _swaps(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same weights, under one name for each place of the model that holds one."""
     swaps: dict[str, Tensor] = {}
-    own: dict[int, Matrix] = {}
+    own: list[tuple[PatchedWeight, Matrix]] = []
     for name, weight in weights.items():
         matrix = weight.source.matrix if isinstance(weight, PatchedWeight) else None
-        if matrix is not None and name in matrix.names:
-            own[id(matrix)] = matrix
+        slots: Sequence[tuple[str, Tensor]]
+        if isinstance(weight, PatchedWeight) and matrix is not None and name in matrix.names:
+            own.append((weight, matrix))
             slots = matrix.slots
         else:  # under a name of the caller's own, as in a wrapper of the model
             slots = _slots(model, name, matrix)
@@ -94,7 +95,7 @@ def _swaps(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
                     f"{type(model).__name__} ({slot!r}). Give it once."
                 )
     if not torch.compiler.is_compiling():  # where ids cannot be read; the eager call has checked
-        _check_fresh(model, own.values())
+        _check_fresh(model, own)
     return swaps
 
 
@@ -112,25 +113,34 @@ def _slots(model: nn.Module, name: str, matrix: Matrix | None) -> Sequence[tuple
     return [(name, current)]
 
 
-def _check_fresh(model: nn.Module, matrices: Collection[Matrix]) -> None:
-    slots = [slot for matrix in matrices for slot in matrix.slots]
-    for name, parameter in slots:
-        if _held(model, name) is not parameter:
-            raise _stale(model, name)
+def _check_fresh(model: nn.Module, own: Sequence[tuple[PatchedWeight, Matrix]]) -> None:
+    for weight, matrix in own:
+        for name, parameter in matrix.slots:
+            # Resizing and casting may keep the Parameter and replace what is in it.
+            if _held(model, name) is not parameter or parameter.shape != weight.shape:
+                raise _stale(model, name)
+            if parameter.dtype != weight.dtype or parameter.device != weight.device:
+                raise _stale(model, name)
+    matrices = {id(matrix): matrix for _, matrix in own}.values()
+    slots = [name for matrix in matrices for name, _ in matrix.slots]
     if slots and count_slots(model, matrices) != len(slots):
         raise ValueError(
-            f"{type(model).__name__} ties {slots[0][0]!r} to more than it did when the parameters "
+            f"{type(model).__name__} ties {slots[0]!r} to more than it did when the parameters "
             "were made. Make them anew with init_deltas after tying the weights."
         )
 
 
 def _stale(model: nn.Module, name: str) -> ValueError:
     held = _held(model, name)
-    now = "is not there" if held is None else f"is another one, of shape {tuple(held.shape)}"
+    now = (
+        "is not there"
+        if held is None
+        else f"is another one, {tuple(held.shape)} in {held.dtype} on {held.device}"
+    )
     return ValueError(
         f"stale patch: the parameter {name!r} that it was made from {now} in this "
-        f"{type(model).__name__} (another model, or weights that were resized or replaced). Make "
-        "the parameters anew with init_deltas on the model as it is."
+        f"{type(model).__name__} (another model, or one that was resized, cast or moved since). "
+        "Call patch again, and init_deltas where the weights were replaced."
     )
 
 

@@ -1,4 +1,4 @@
-"""Which rows of a matrix are replaced: token ids, checked once, and the tables that a lookup needs."""
+"""Which rows of a matrix are replaced: token ids, checked once, and the tables for a lookup."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Table(NamedTuple):
-    """The ids on one device, each `(k,)` int64: as given, in rising order, and the row of each risen id."""
+    """The ids on one device, `(k,)` int64 each: as given; sorted; the row of each sorted one."""
 
     ids: Tensor
     sorted: Tensor
@@ -100,8 +100,8 @@ def _elements(idx: Iterable[Any], name: str) -> list[Any]:
     if isinstance(idx, (Tensor, np.ndarray)):
         if idx.ndim != 1:
             raise TypeError(
-                f"token indices for {name!r} must have one dimension, got shape {tuple(idx.shape)}. "
-                "Flatten them: idx.ravel()."
+                f"token indices for {name!r} must have one dimension, got shape "
+                f"{tuple(idx.shape)}. Flatten them: idx.ravel()."
             )
         idx = idx.tolist()
     # A set has no order, and row i must belong to index i; a string iterates over characters.

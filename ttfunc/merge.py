@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def _written(
     state_dict: Mapping[str, Tensor], params: TokenDeltas, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     # copy.copy keeps the type and the _metadata of what nn.Module.state_dict returns.
-    result: dict[str, Tensor] = copy.copy(state_dict)  # type: ignore[assignment]
+    result = cast("dict[str, Tensor]", copy.copy(state_dict))
     for name, row in params.rows.items():
         held = {alias: state_dict[alias] for alias in row.names if alias in state_dict}
         if not held:
@@ -88,7 +89,7 @@ def _written(
 def _distinct(
     state_dict: Mapping[str, Tensor], held: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, list[str]]]:
-    """The distinct tensors of `held`, each with all names of the state dict that are this tensor."""
+    """The distinct tensors of `held`, each with all names that the state dict has for it."""
     distinct: list[Tensor] = []
     for matrix in held.values():
         if not any(same_memory(matrix, other) for other in distinct):

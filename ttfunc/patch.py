@@ -28,7 +28,8 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
         A `(V, D)` weight for each distinct matrix, under one name of each Parameter that holds it.
 
     Raises:
-        ValueError: deltas of another shape, or a token in more than one of the parameters.
+        ValueError: deltas of another shape, a matrix that was resized since they were made, or a
+            token in more than one of the parameters.
         RuntimeError: `params` were unpickled and belong to no model.
     """
     weights: dict[str, Tensor] = {}
@@ -48,6 +49,11 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
                 "a row for each token index. For a leading axis of adapters use torch.vmap."
             )
         base = row.matrix.parameter.detach()
+        if tuple(base.shape) != row.shape:
+            raise ValueError(
+                f"stale parameters: {name!r} had shape {row.shape} when they were made, and has "
+                f"{tuple(base.shape)} now. Make them anew with init_deltas on the model as it is."
+            )
         rows = delta.to(base.device, base.dtype)
         source = Source(base, rows, row.indices, row.matrix, set())
         # A matrix that rescales itself when it is read must be one tensor for the whole call.

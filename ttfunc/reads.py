@@ -38,19 +38,23 @@ def product(
     hidden: Tensor, base: Tensor, rows: Tensor, indices: TokenIndices, bias: Tensor | None = None
 ) -> Tensor:
     """`F.linear` of `(..., D)` hidden states: `(..., V)`, differentiable by all but the base."""
-    hidden, base, rows, bias = _autocast(hidden, base, rows, bias)
+    hidden, base, rows = _autocast(hidden), _autocast(base), _autocast(rows)
+    bias = None if bias is None else _autocast(bias)
     operands = (hidden, base, rows, bias, indices.on(base.device).ids)
     # torch.compile cannot trace a Function with a jvp, and fuses the plain form by itself.
     if torch.compiler.is_compiling():
         return _product(*operands)
-    return _Product.apply(*operands)  # type: ignore[no-any-return]
+    result: Tensor = _Product.apply(*operands)  # type: ignore[no-untyped-call]
+    return result
 
 
 def carrier(rows: Tensor, base: Tensor, indices: TokenIndices) -> Tensor:
-    """NaN in the shape of `base`, in no memory; a `(V, D)` gradient given to it goes to the rows."""
+    """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
     if torch.compiler.is_compiling():
         return rows.new_full((), torch.nan).expand(base.shape)
-    return _Carrier.apply(rows, indices.on(base.device).ids, base.shape[0])  # type: ignore[no-any-return]
+    ids = indices.on(base.device).ids
+    carried: Tensor = _Carrier.apply(rows, ids, base.shape[0])  # type: ignore[no-untyped-call]
+    return carried
 
 
 def _product(
@@ -76,7 +80,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        hidden, base, rows, bias, ids = inputs
+        hidden, base, rows, _, ids = inputs
         ctx.save_for_backward(hidden, base, rows, ids)
         ctx.save_for_forward(hidden, base, rows, ids)
 
@@ -134,12 +138,9 @@ class _Carrier(torch.autograd.Function):
         return tangent.new_full((), torch.nan).expand(ctx.shape)
 
 
-def _autocast(*operands: Tensor | None) -> list[Any]:
+def _autocast(operand: Tensor) -> Tensor:
     """What autocast does to `F.linear`, done before the Function so that its backward agrees."""
-    first = operands[0]
-    assert first is not None
-    device = first.device.type
-    if not torch.is_autocast_enabled(device):
-        return list(operands)
-    dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in operands]
+    device = operand.device.type
+    if not torch.is_autocast_enabled(device) or operand.dtype == torch.float64:
+        return operand
+    return operand.to(torch.get_autocast_dtype(device))

@@ -21,8 +21,8 @@ class Matrix:
     """One distinct token matrix of a model.
 
     names: every name that `state_dict` gives it, the first one first.
-    slots: one name for each distinct (module, attribute) that holds it, with its parameter. A module
-        reached by two paths is one slot: swapping it twice would leave it swapped for good.
+    slots: one name for each distinct (module, attribute) that holds it, with its parameter. A
+        module reached by two paths is one slot: swapped twice, it would stay swapped for good.
     renormed: an Embedding with max_norm holds it, which rescales it in place as it reads.
     """
 
@@ -136,15 +136,15 @@ def _overlaps(a: Tensor, b: Tensor) -> bool:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    start = tensor.storage_offset() * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
     if not tensor.numel():
         return start, start
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum((n - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return model.named_modules(remove_duplicate=False)
+    yield from model.named_modules(remove_duplicate=False)
 
 
 def _checked(target: object) -> str:
@@ -165,12 +165,13 @@ def _matching(names: list[str], target: str | re.Pattern[str]) -> list[str]:
 
 
 def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    if not isinstance(module, (nn.Embedding, nn.Linear)):
+    known = isinstance(module, (nn.Embedding, nn.Linear)) or module is _named_by_model(model)
+    weight = module._parameters.get("weight")
+    if not known or (weight is not None and weight.ndim != 2):
         raise TypeError(
             f"target {name!r} is a {type(module).__name__}: only Embedding and Linear modules have "
             f"rows to train. {_candidates(model)}"
         )
-    weight = module._parameters.get("weight")
     if weight is None:
         raise TypeError(
             f"target {name!r} has no parameter named weight (it is computed, or managed by an "
@@ -183,15 +184,22 @@ def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
         )
 
 
-def _input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
-    """The embedding that the model itself names, else the only one, else the one named embed_tokens."""
+def _named_by_model(model: nn.Module) -> object:
+    """What the model itself names as its input embedding, where it can."""
     try:
-        named = model.get_input_embeddings()  # type: ignore[operator]
+        return model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):  # not a transformers model, or a composite one
-        named = None
-    embeddings = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        return None
+
+
+def _input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
+    """The embedding that the model names, else the only one, else the one named embed_tokens."""
+    named = _named_by_model(model)
+    modules: list[tuple[str, nn.Module]] = list(model.named_modules())
+    embeddings = [(n, m) for n, m in modules if isinstance(m, nn.Embedding)]
     for choice in (
-        [(n, m) for n, m in embeddings if m is named],
+        # Some models have an embedding class of their own.
+        [(n, m) for n, m in modules if m is named and "weight" in m._parameters],
         embeddings,
         [(n, m) for n, m in embeddings if n.rpartition(".")[2] == "embed_tokens"],
     ):

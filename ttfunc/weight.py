@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ttfunc.indices import TokenIndices
+from ttfunc.overrides import ABOUT, GRADIENT, einsum_as_product, transposes, written_by
 from ttfunc.reads import carrier, lookup, product
 from ttfunc.targets import Matrix
 
 
 class Source(NamedTuple):
-    """What a patched weight is made of: `(V, D)` base and `(k, D)` rows, of one dtype and device."""
+    """What a patched weight is made of: `(V, D)` base and `(k, D)` rows, alike in all else."""
 
     base: Tensor
     rows: Tensor
@@ -55,10 +56,10 @@ class PatchedWeight(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _ABOUT:
+        if func in ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*tree_map(_frozen, args), **tree_map(_frozen, kwargs))
-        if func in _GRADIENT:
+        if func in GRADIENT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
@@ -115,15 +116,12 @@ def _dense(value: Any) -> Any:
 
 def _refuse(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise where the copy would be written to, or outlived by a pointer: both would be lost."""
-    name = getattr(func, "__name__", str(func))
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
-    first = (*args, *kwargs.values())[:1]
-    written = tree_leaves(kwargs.get("out")) + list(first if in_place else ())
+    written = written_by(func, args, kwargs)
     if any(isinstance(value, PatchedWeight) and value.copy is None for value in written):
         raise RuntimeError(
-            f"{name} on a patched weight: the weight is made anew for each call, so what is written "
-            "to it (or read through a pointer to it) would be lost. Write to the model or to the "
-            "deltas before the call, or use patch(params, dense=True)."
+            f"{func.__name__} on a patched weight: the weight is made anew for each call, so what "
+            "is written to it (or read through a pointer to it) would be lost. Write to the model "
+            "or to the deltas before the call, or use patch(params, dense=True)."
         )
 
 
@@ -190,22 +188,17 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -
 
 
 def _einsum(equation: Any, *operands: Any) -> Any:
-    """One matrix and one tensor of hidden states, contracted over the features."""
     if not isinstance(equation, str) or len(operands) != 2:
         return NotImplemented
-    inputs, arrow, out = equation.replace(" ", "").partition("->")
     which = 1 if isinstance(operands[1], PatchedWeight) else 0
     weight, hidden = operands[which], operands[1 - which]
-    letters, others = inputs.split(",")[which], inputs.split(",")[1 - which]
-    if not arrow or isinstance(hidden, PatchedWeight) or weight.copy is not None or len(letters) != 2:
+    if isinstance(hidden, PatchedWeight) or weight.copy is not None:
         return NotImplemented
-    token, feature = reversed(letters) if weight.transposed else letters
-    batch = out.replace(token, "")
-    if out.count(token) != 1 or sorted(batch + feature) != sorted(others) or token == feature:
-        return NotImplemented  # it sums over the tokens, or over a dimension of the batch
-    hidden = torch.einsum(f"{others}->{batch}{feature}", hidden)
+    around = einsum_as_product(equation, which, weight.transposed)
+    if around is None:
+        return NotImplemented
     weight = _transpose(weight) if weight.transposed else weight
-    return torch.einsum(f"{batch}{token}->{out}", _linear(hidden, weight))
+    return torch.einsum(around[1], _linear(torch.einsum(around[0], hidden), weight))
 
 
 def _transpose(weight: Any) -> Any:
@@ -216,14 +209,13 @@ def _transpose(weight: Any) -> Any:
 
 
 def _swap(weight: Any, dim0: int, dim1: int) -> Any:
-    # Of two dimensions, -2 and 0 are one and so are -1 and 1.
-    swaps = {dim0, dim1} <= {-2, -1, 0, 1} and dim0 % 2 != dim1 % 2
-    return _transpose(weight) if swaps else NotImplemented
+    return _transpose(weight) if transposes(dim0, dim1) else NotImplemented
 
 
 def _permute(weight: Any, *dims: Any) -> Any:
-    first, *rest = dims[0] if isinstance(dims[0], (tuple, list)) else dims
-    return _swap(weight, first, *rest) if first % 2 == 1 and len(rest) == 1 else NotImplemented
+    order = tuple(dims[0]) if isinstance(dims[0], (tuple, list)) else dims
+    turned = len(order) == 2 and transposes(*order) and order[0] in (1, -1)
+    return _transpose(weight) if turned else NotImplemented
 
 
 def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -245,62 +237,32 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
     return handler
 
 
+def _positional(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave a call with keywords to the copy: each torch function has names of its own for them."""
+    return lambda *args, **kwargs: NotImplemented if kwargs else handler(*args)
+
+
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
-    Tensor.__getitem__: _getitem,
     F.linear: _linear,
-    torch.matmul: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
-    Tensor.__rmatmul__: lambda self, other: _matmul(other, self),
-    torch.mm: _matmul,
-    Tensor.mm: _matmul,
     torch.addmm: _addmm,
     torch.einsum: _einsum,
-    Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
-    Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]
-    Tensor.t: _transpose,
-    torch.t: _transpose,
-    Tensor.transpose: _swap,
-    torch.transpose: _swap,
-    Tensor.permute: _permute,
-    torch.permute: _permute,
-    **{
-        func: _rowwise(func)
-        for func in (
-            Tensor.to,
-            Tensor.type_as,
-            Tensor.float,
-            Tensor.double,
-            Tensor.half,
-            Tensor.bfloat16,
-            Tensor.detach,
-        )
-    },
+    Tensor.__getitem__: _getitem,
+    Tensor.__rmatmul__: lambda self, other: _matmul(other, self),
 }
-
-# What the base answers as well: nothing is read for it.
-_ABOUT = {
-    getattr(Tensor, name).__get__
-    for name in (
-        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
-        *("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested"),
+_HANDLERS |= dict.fromkeys(
+    (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _positional(_matmul)
+)
+_HANDLERS |= dict.fromkeys(
+    (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t),  # type: ignore[attr-defined]
+    _positional(_transpose),
+)
+_HANDLERS |= dict.fromkeys((Tensor.transpose, torch.transpose), _positional(_swap))
+_HANDLERS |= dict.fromkeys((Tensor.permute, torch.permute), _positional(_permute))
+_HANDLERS |= {
+    func: _rowwise(func)
+    for func in (
+        *(Tensor.to, Tensor.type_as, Tensor.detach),
+        *(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
     )
-} | {
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
-    *(Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.element_size),
-    *(Tensor.get_device, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
-    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed),
-}
-
-# What autograd knows of the tensor beneath.
-_GRADIENT = {
-    getattr(Tensor, name).__get__
-    for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")
-}
-
-_WRITES = {
-    *("__setitem__", "__set__", "__delete__", "__iadd__", "__isub__", "__imul__", "__itruediv__"),
-    *("__ifloordiv__", "__imod__", "__ipow__", "__imatmul__", "__iand__", "__ior__", "__ixor__"),
-    *("data_ptr", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
 }

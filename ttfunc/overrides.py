@@ -1,0 +1,73 @@
+"""What torch functions do to a matrix: ask about it, turn it, multiply by it, or write to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+# What the base answers as well: nothing is read for it.
+ABOUT = {
+    getattr(Tensor, name).__get__
+    for name in (
+        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
+        *("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested"),
+    )
+} | {
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
+    *(Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.element_size),
+    *(Tensor.get_device, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed),
+}
+
+# What autograd knows of the tensor beneath.
+GRADIENT = {
+    getattr(Tensor, name).__get__
+    for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")
+}
+
+_WRITES = {
+    *("__setitem__", "__set__", "__delete__", "__iadd__", "__isub__", "__imul__", "__itruediv__"),
+    *("__ifloordiv__", "__imod__", "__ipow__", "__imatmul__", "__iand__", "__ior__", "__ixor__"),
+    *("data_ptr", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
+}
+
+
+def written_by(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Any]:
+    """The arguments that `func` writes to, or gives a pointer to."""
+    name = func.__name__
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
+    first = (*args, *kwargs.values())[:1]
+    return [*tree_leaves(kwargs.get("out")), *(first if in_place else ())]
+
+
+def transposes(*dims: int) -> bool:
+    """Whether swapping these two dimensions of a matrix turns it."""
+    # Of a matrix, -2 and 0 are one dimension and so are -1 and 1.
+    return set(dims) <= {-2, -1, 0, 1} and dims[0] % 2 != dims[1] % 2
+
+
+def einsum_as_product(equation: str, which: int, transposed: bool) -> tuple[str, str] | None:
+    """An einsum of hidden states and a matrix, as a linear product between two permutations.
+
+    `which` of the two operands is the `(V, D)` matrix, or the `(D, V)` one if `transposed`. Returns
+    the equation that brings the hidden states to `(..., D)` and the one that brings `(..., V)` to
+    the result; None where the einsum does more than that.
+    """
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != 2 or len(terms[which]) != 2:
+        return None
+    token, feature = terms[which][0], terms[which][1]
+    if transposed:
+        token, feature = feature, token
+    hidden, batch = terms[1 - which], out.replace(token, "")
+    # Otherwise it sums over the tokens, or over a dimension of the batch.
+    if token == feature or out.count(token) != 1 or sorted(batch + feature) != sorted(hidden):
+        return None
+    return f"{hidden}->{batch}{feature}", f"{batch}{token}->{out}"
