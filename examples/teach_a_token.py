@@ -55,6 +55,7 @@ def main() -> None:
     idx = add_tokens(model, tokenizer)
     resized = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train, held_out = read_lessons(tokenizer)
+    held_out = held_out[:4] if options.quick else held_out
 
     params = ttfunc.init_deltas(model, idx, init="mean", requires_grad=True)
     print(f"\n{ttfunc.summary(model, params)}\n")
@@ -63,7 +64,7 @@ def main() -> None:
     losses = fit(model, params, train, steps=options.steps, rate=options.rate)
     draw(losses, untrained, options.output / "loss.png")
 
-    params = optree.tree_map(torch.detach, params)
+    params = optree.tree_map(torch.detach, params)  # type: ignore[arg-type, assignment]
     report("after", model, params, tokenizer, held_out)
     check_frozen(model, before, resized, idx)
     merge_and_reload(model, params, tokenizer, held_out, options.output / "merged")
@@ -72,7 +73,9 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--model", help="a folder or hub name; by default SmolLM2-135M from PyPI")
-    parser.add_argument("--quick", action="store_true", help="a few steps only, to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps only, to see that it runs"
+    )
     parser.add_argument("--steps", type=int, default=None, help="training steps (default 120)")
     parser.add_argument("--rate", type=float, default=0.02, help="learning rate of Adam")
     parser.add_argument("--seed", type=int, default=0)
@@ -99,7 +102,7 @@ def fetch_smollm2(cache: Path) -> Path:
 
 
 def load(source: str | Path) -> tuple[Any, Any]:
-    """The model in float32 and eval mode, and its tokenizer."""
+    """The model, frozen, in float32 and eval mode, and its tokenizer."""
     gguf = [path.name for path in Path(source).glob("*.gguf")]
     options = {"gguf_file": gguf[0]} if gguf else {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
@@ -111,7 +114,7 @@ def load(source: str | Path) -> tuple[Any, Any]:
         del model.config.quantization_config
         model = transformers.AutoModelForCausalLM.from_config(model.config)
         model.load_state_dict(state)
-    return model.eval(), tokenizer
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def add_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -133,10 +136,12 @@ def read_lessons(tokenizer: Any) -> tuple[list[Lesson], list[Lesson]]:
         prompt = tokenizer(f"{question}\nA:")["input_ids"]
         return Lesson(question, answer, prompt, tokenizer(f" {answer}\n")["input_ids"])
 
+    def section(text: str) -> list[Lesson]:
+        _, *lessons = text.strip().split("\n\n")
+        return [lesson(text) for text in lessons]
+
     _, train, held_out = TEXT.read_text().split("## ")
-    _, *train = train.strip().split("\n\n")
-    _, *held_out = held_out.strip().split("\n\n")
-    return [lesson(text) for text in train], [lesson(text) for text in held_out]
+    return section(train), section(held_out)
 
 
 def loss_of(
@@ -151,7 +156,9 @@ def loss_of(
         start, end = len(lesson.prompt_ids), len(lesson.prompt_ids) + len(lesson.answer_ids)
         row[start:end] = torch.tensor(lesson.answer_ids)
     logits = ttfunc.functional_call(model, ttfunc.patch(params), x).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction)
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction
+    )
 
 
 def fit(

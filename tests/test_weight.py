@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.models import D, Fused, V
 from ttfunc.indices import TokenIndices
-from ttfunc.weight import PatchedWeight, Source, patched
+from ttfunc.weight import PatchedWeight, patched
 
 IDS = [7, 3, 20]
 HIDDEN, MATRIX, VECTOR = torch.randn(2, 4, D), torch.randn(D, 6), torch.randn(D)
@@ -23,7 +23,7 @@ def weights(dtype: torch.dtype = torch.float32) -> tuple[PatchedWeight, Tensor, 
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(V, D, generator=generator).to(dtype)
     rows = torch.randn(len(IDS), D, generator=generator).to(dtype).requires_grad_()
-    weight = patched(Source(base, rows, TokenIndices(tuple(IDS)), None, set()), dense=False)
+    weight = patched(base, rows, TokenIndices(tuple(IDS)), None, dense=False)
     return weight, base.index_copy(0, torch.tensor(IDS), rows), rows
 
 
@@ -233,14 +233,14 @@ def test_a_fused_head_of_the_models_own_gets_the_right_gradients(head):
 
 def test_a_dense_weight_is_the_copy_itself():
     weight, full, rows = weights()
-    dense = patched(weight.source, dense=True)
+    dense = patched(weight.source.base, rows, weight.source.indices, None, dense=True)
     assert torch.equal(dense.as_subclass(Tensor), full)
     assert dense.shape == full.shape
     assert dense.requires_grad
-    assert weight.source.uses == set()
+    assert dense.source.uses == set()
     assert torch.equal(F.linear(HIDDEN, dense), F.linear(HIDDEN, full))
     assert torch.equal(HIDDEN @ dense.T, HIDDEN @ full.T)
-    assert weight.source.uses == {"dense"}
+    assert dense.source.uses == {"dense"}
     found = torch.autograd.grad(F.embedding(TOKENS, dense).pow(2).sum(), rows)
     assert torch.equal(found[0], torch.autograd.grad(full[TOKENS].pow(2).sum(), rows)[0])
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ttfunc.deltas import TokenDeltas, combine
-from ttfunc.weight import Source, patched
+from ttfunc.weight import patched
 
 
 def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[str, Tensor]:
@@ -55,8 +55,8 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
                 f"{tuple(base.shape)} now. Make them anew with init_deltas on the model as it is."
             )
         rows = delta.to(base.device, base.dtype)
-        source = Source(base, rows, row.indices, row.matrix, set())
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
-        weight = patched(source, dense=dense or row.matrix.renormed)
+        copied = dense or row.matrix.renormed
+        weight = patched(base, rows, row.indices, row.matrix, dense=copied)
         weights.update(dict.fromkeys(row.matrix.distinct, weight))
     return weights

@@ -23,29 +23,35 @@ from ttfunc.targets import Matrix
 
 
 class Source(NamedTuple):
-    """What a patched weight is made of: `(V, D)` base and `(k, D)` rows, alike in all else."""
+    """What a patched weight is made of: `(V, D)` base and `(k, D)` rows, alike in all else.
+
+    beneath: the `(V, D)` tensor that a deferred weight is to whatever gets past
+    `__torch_function__`. copy: the patched matrix, of a dense one. uses: how it was read.
+    """
 
     base: Tensor
     rows: Tensor
     indices: TokenIndices
     matrix: Matrix | None
+    beneath: Tensor
+    copy: Tensor | None
     uses: set[str]
-
-    def copied(self) -> Tensor:
-        """The patched matrix itself."""
-        return self.base.index_copy(0, self.indices.on(self.base.device).ids, self.rows)
 
 
 class PatchedWeight(Tensor):
     """A `(V, D)` weight with k of its rows replaced, or the `(D, V)` transpose of one.
 
     Made by `patch`. `source.uses` tells how it was read in eager calls: `"lookup"`, `"product"`,
-    `"dense"`. A deferred weight has no `copy`; a dense one is nothing else.
+    `"dense"`.
     """
 
     source: Source
-    copy: Tensor | None
     transposed: bool
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the copy has not been made."""
+        return self.source.copy is None
 
     @classmethod
     def __torch_function__(
@@ -72,23 +78,23 @@ class PatchedWeight(Tensor):
             return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
 
-def patched(source: Source, *, dense: bool) -> PatchedWeight:
-    """The weight that `source` describes, copied at once (`dense`) or deferred.
+def patched(
+    base: Tensor, rows: Tensor, indices: TokenIndices, matrix: Matrix | None, *, dense: bool
+) -> PatchedWeight:
+    """The weight with `rows` in place of `indices`, copied at once (`dense`) or deferred.
 
     The memory beneath a deferred weight is one NaN, expanded: whatever gets past
     `__torch_function__` sees NaN, never the base.
     """
-    if dense:
-        copy = source.copied()
-        return _wrap(copy, source, copy=copy)
-    return _wrap(carrier(source.rows, source.base, source.indices), source)
+    copy = base.index_copy(0, indices.on(base.device).ids, rows) if dense else None
+    beneath = carrier(rows, base, indices) if copy is None else copy
+    return _wrap(Source(base, rows, indices, matrix, beneath, copy, set()))
 
 
-def _wrap(
-    beneath: Tensor, source: Source, *, copy: Tensor | None = None, transposed: bool = False
-) -> PatchedWeight:
+def _wrap(source: Source, *, transposed: bool = False) -> PatchedWeight:
+    beneath = source.beneath.mT if transposed else source.beneath
     weight = beneath.as_subclass(PatchedWeight)
-    weight.source, weight.copy, weight.transposed = source, copy, transposed
+    weight.source, weight.transposed = source, transposed
     return weight
 
 
@@ -109,15 +115,17 @@ def _dense(value: Any) -> Any:
     if not isinstance(value, PatchedWeight):
         return value
     _used(value.source, "dense")
-    if value.copy is not None:
-        return value.copy
-    return value.source.copied().mT if value.transposed else value.source.copied()
+    base, rows, indices, _, _, copy, _ = value.source
+    if copy is None:
+        # Not kept for the next read, which may be under another grad mode or transform.
+        copy = base.index_copy(0, indices.on(base.device).ids, rows)
+    return copy.mT if value.transposed else copy
 
 
 def _refuse(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise where the copy would be written to, or outlived by a pointer: both would be lost."""
     written = written_by(func, args, kwargs)
-    if any(isinstance(value, PatchedWeight) and value.copy is None for value in written):
+    if any(isinstance(value, PatchedWeight) and value.deferred for value in written):
         raise RuntimeError(
             f"{func.__name__} on a patched weight: the weight is made anew for each call, so what "
             "is written to it (or read through a pointer to it) would be lost. Write to the model "
@@ -129,9 +137,7 @@ def _refuse(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _is_deferred(value: Any, *, transposed: bool = False) -> bool:
-    return (
-        isinstance(value, PatchedWeight) and value.copy is None and value.transposed is transposed
-    )
+    return isinstance(value, PatchedWeight) and value.deferred and value.transposed is transposed
 
 
 def _embedding(
@@ -192,7 +198,7 @@ def _einsum(equation: Any, *operands: Any) -> Any:
         return NotImplemented
     which = 1 if isinstance(operands[1], PatchedWeight) else 0
     weight, hidden = operands[which], operands[1 - which]
-    if isinstance(hidden, PatchedWeight) or weight.copy is not None:
+    if isinstance(hidden, PatchedWeight) or not weight.deferred:
         return NotImplemented
     around = einsum_as_product(equation, which, weight.transposed)
     if around is None:
@@ -202,10 +208,9 @@ def _einsum(equation: Any, *operands: Any) -> Any:
 
 
 def _transpose(weight: Any) -> Any:
-    if not isinstance(weight, PatchedWeight) or weight.copy is not None:
+    if not isinstance(weight, PatchedWeight) or not weight.deferred:
         return NotImplemented
-    beneath = weight.as_subclass(Tensor).mT
-    return _wrap(beneath, weight.source, transposed=not weight.transposed)
+    return _wrap(weight.source, transposed=not weight.transposed)
 
 
 def _swap(weight: Any, dim0: int, dim1: int) -> Any:
@@ -222,17 +227,16 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
     """A function that acts on each row alone goes to the base and to the rows."""
 
     def handler(weight: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(weight, PatchedWeight) or weight.copy is not None:
+        if not isinstance(weight, PatchedWeight) or not weight.deferred:
             return NotImplemented
         args, kwargs = tree_map(_frozen, args), tree_map(_frozen, kwargs)
         base = func(weight.source.base, *args, **kwargs)
         if base is weight.source.base:
             return weight
         rows = func(weight.source.rows, *args, **kwargs)
-        source = weight.source._replace(base=base, rows=rows)
-        beneath = carrier(rows, base, source.indices)
-        beneath = beneath.mT if weight.transposed else beneath
-        return _wrap(beneath, source, transposed=weight.transposed)
+        beneath = carrier(rows, base, weight.source.indices)
+        source = weight.source._replace(base=base, rows=rows, beneath=beneath)
+        return _wrap(source, transposed=weight.transposed)
 
     return handler
 

@@ -1,0 +1,185 @@
+"""Every transform of torch.func, and torch.compile: the deferred weight against the dense."""
+
+from __future__ import annotations
+
+import warnings
+
+import optree
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call as torch_functional_call
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.utils.checkpoint import checkpoint
+
+from tests.models import CORPUS, D, loss_of, make, tokens
+from ttfunc import TokenDeltas, functional_call, init_deltas, patch
+
+IDS = [7, 3, 20]
+X = tokens(*IDS)
+HEADS = ["tied", "untied", "biased", "padding", "transpose", "einsum", "encoder_decoder"]
+
+
+def setting(case: str) -> tuple[nn.Module, TokenDeltas]:
+    model = make(case).requires_grad_(False).double()
+    generator = torch.Generator().manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*padding_idx")
+        return model, init_deltas(model, IDS, init="normal", generator=generator)
+
+
+def direction(params: TokenDeltas) -> TokenDeltas:
+    return optree.tree_map(torch.cos, params)
+
+
+def stacked(params: TokenDeltas) -> TokenDeltas:
+    return optree.tree_map(lambda rows: torch.stack([rows, -rows, rows * 0.5]), params)
+
+
+TRANSFORMS = {
+    "value": lambda f, p: f(p),
+    "grad": lambda f, p: grad(f)(p),
+    "vjp": lambda f, p: vjp(f, p)[1](torch.tensor(2.0).double()),
+    "jvp": lambda f, p: jvp(f, (p,), (direction(p),)),
+    "linearize": lambda f, p: linearize(f, p)[1](direction(p)),
+    "jacrev": lambda f, p: jacrev(f)(p),
+    "jacfwd": lambda f, p: jacfwd(lambda rows: f(filled(p, rows)))(rows_of(p)),
+    "hessian": lambda f, p: hessian(lambda rows: f(filled(p, rows)))(rows_of(p)),
+    "vmap": lambda f, p: vmap(f)(stacked(p)),
+    "vmap(grad)": lambda f, p: vmap(grad(f))(stacked(p)),
+    "grad(vmap)": lambda f, p: grad(lambda q: vmap(f)(q).sum())(stacked(p)),
+    "forward over reverse": lambda f, p: jvp(grad(f), (p,), (direction(p),)),
+    "reverse over reverse": lambda f, p: grad(lambda q: dot(grad(f)(q), direction(p)))(p),
+    "vmap(vmap(grad))": lambda f, p: vmap(vmap(grad(f)))(stacked(stacked(p))),
+}
+
+
+def rows_of(params: TokenDeltas) -> dict[str, Tensor]:
+    return params.deltas
+
+
+def filled(params: TokenDeltas, rows: dict[str, Tensor]) -> TokenDeltas:
+    return TokenDeltas(rows, params.rows)
+
+
+def dot(a: TokenDeltas, b: TokenDeltas) -> Tensor:
+    return sum(
+        (x * y).sum() for x, y in zip(optree.tree_leaves(a), optree.tree_leaves(b), strict=True)
+    )
+
+
+def leaves(tree) -> list[Tensor]:
+    return optree.tree_leaves(tree)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # torch's own linearize
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("case", HEADS)
+def test_each_transform_agrees_with_dense(case: str, transform: str):
+    model, params = setting(case)
+
+    def loss(dense: bool):
+        return lambda p: loss_of(functional_call(model, patch(p, dense=dense), (X,)))
+
+    found, expected = (leaves(TRANSFORMS[transform](loss(d), params)) for d in (False, True))
+    assert any(leaf.abs().sum() > 0 for leaf in expected)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_gradients_of_each_example_agree_with_one_call_each(case: str):
+    model, params = setting(case)
+
+    def loss(p: TokenDeltas, x: Tensor) -> Tensor:
+        return loss_of(functional_call(model, patch(p), (x.unsqueeze(0),)))
+
+    found = vmap(grad(loss), in_dims=(None, 0))(params, X)
+    for row in range(len(X)):
+        expected = grad(loss)(params, X[row])
+        for one, other in zip(leaves(found), leaves(expected), strict=True):
+            torch.testing.assert_close(one[row], other)
+
+
+@pytest.mark.parametrize("call", [functional_call, torch_functional_call], ids=["ttfunc", "torch"])
+@pytest.mark.parametrize("case", ["tied", "untied", "biased", "padding", "transpose", "einsum"])
+@pytest.mark.parametrize("inner", ["loss", "grad"])
+def test_it_compiles_to_one_graph_that_serves_every_step(case: str, inner: str, call):
+    torch._dynamo.reset()
+    model, params = setting(case)
+
+    def loss(p: TokenDeltas, x: Tensor) -> Tensor:
+        return loss_of(call(model, patch(p), (x,)))
+
+    f = loss if inner == "loss" else grad(loss)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(3):
+            rows = optree.tree_map(lambda t, s=step: t + s, params)
+            torch.testing.assert_close(leaves(compiled(rows, X)), leaves(f(rows, X)))
+
+
+def test_a_compiled_step_trains_leaves_of_torch_optim():
+    torch._dynamo.reset()
+    model, params = setting("tied")
+    params = optree.tree_map(lambda t: t.clone().requires_grad_(), params)
+
+    def loss(p: TokenDeltas, x: Tensor) -> Tensor:
+        return loss_of(functional_call(model, patch(p), (x,)))
+
+    torch.compile(loss, fullgraph=True, backend="inductor")(params, X).backward()
+    expected = grad(loss)(optree.tree_map(torch.detach, params), X)
+    for leaf, other in zip(leaves(params), leaves(expected), strict=True):
+        torch.testing.assert_close(leaf.grad, other)
+
+
+def test_autocast_agrees_with_dense():
+    model = make("tied").requires_grad_(False)
+    params = init_deltas(model, IDS, init="normal")
+
+    def gradient(dense: bool) -> Tensor:
+        def loss(p):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = functional_call(model, patch(p, dense=dense), (X,))
+            assert logits.dtype == torch.bfloat16
+            return loss_of(logits.float())
+
+        return leaves(grad(loss)(params))[0]
+
+    assert gradient(False).dtype == torch.float32
+    torch.testing.assert_close(gradient(False), gradient(True), rtol=0.05, atol=0.02)
+
+
+class Checkpointed(CORPUS["tied"]):
+    """Recomputes its head in the backward pass, after the call has given the weight back."""
+
+    def head(self, h: Tensor) -> Tensor:
+        return checkpoint(super().head, h, use_reentrant=False)
+
+
+def test_a_recomputed_head_is_an_error_and_no_wrong_gradient():
+    model = Checkpointed().requires_grad_(False)
+    params = init_deltas(model, IDS, requires_grad=True)
+    loss = loss_of(functional_call(model, patch(params), (X,)))
+    with pytest.raises(torch.utils.checkpoint.CheckpointError, match="different number of tensors"):
+        loss.backward()
+
+
+def test_an_operation_without_a_jvp_fails_as_it_does_without_ttfunc():
+    class Attending(CORPUS["tied"]):
+        def mix(self, h: Tensor) -> Tensor:
+            h = h.unsqueeze(-3)
+            return nn.functional.scaled_dot_product_attention(h, h, h).squeeze(-3)
+
+    model = Attending().requires_grad_(False)
+    params = init_deltas(model, IDS)
+
+    def plain(weight: Tensor) -> Tensor:
+        return torch_functional_call(model, {"embed_tokens.weight": weight}, (X,))
+
+    weight = torch.randn(len(model.embed_tokens.weight), D)
+    for f, primal in (
+        (plain, weight),
+        (lambda p: functional_call(model, patch(p), (X,)), params),
+    ):
+        with pytest.raises(NotImplementedError, match="forward AD with _scaled_dot_product"):
+            jvp(f, (primal,), (optree.tree_map(torch.ones_like, primal),))
