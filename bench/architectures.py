@@ -7,7 +7,6 @@ python -m bench.architectures
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -30,11 +29,12 @@ def ttfunc_logits(model: Any, inputs: Any, params: ttfunc.TokenDeltas, dense: bo
     return logits
 
 
-def peft_logits(model: Any, inputs: Any, params: ttfunc.TokenDeltas, target: str | None) -> Tensor:
+def peft_logits(name: str, params: ttfunc.TokenDeltas) -> Tensor:
+    target, (model, inputs) = TARGETS.get(name), toy(name)
     config = peft.TrainableTokensConfig(
         token_indices=IDS, target_modules=None if target is None else [target]
     )
-    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+    wrapped = peft.get_peft_model(model, config)
     (rows,) = params.deltas.values()
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -54,7 +54,6 @@ def main() -> None:
     for name in track(names, "architectures"):
         model, inputs = toy(name)
         params = new_rows(model, name)
-        target = TARGETS.get(name)
         reference, _ = in_place(model, name, params)
         expected = logits_of(reference(**inputs)).detach()
         if any(len(row.names) > 1 for row in params.rows.values()):
@@ -62,7 +61,7 @@ def main() -> None:
         for way in ways:
             try:
                 if way == "PEFT":
-                    found = peft_logits(model, inputs, params, target)
+                    found = peft_logits(name, params)
                 else:
                     found = ttfunc_logits(model, inputs, params, dense="dense" in way)
             except Exception as error:  # a crash is no right answer

@@ -1,0 +1,137 @@
+"""The ways to train k token rows of a frozen model, on the same work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import peft
+import torch
+import transformers
+from torch import Tensor
+
+import ttfunc
+
+Step: TypeAlias = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A tied `(vocabulary, width)` matrix on a short Llama, a batch of one text, and k rows."""
+
+    vocabulary: int = 128_000
+    width: int = 1024
+    layers: int = 1
+    dtype: str = "float32"
+    tokens: int = 16
+    rows: int = 4
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.vocabulary:,}×{self.width:,} {self.dtype}"
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Size of the token matrix."""
+        size: int = getattr(torch, self.dtype).itemsize
+        return self.vocabulary * self.width * size
+
+    def model(self) -> Any:
+        """A frozen model, random but for its shape."""
+        config = transformers.LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.width,
+            intermediate_size=2 * self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.width // 64,
+            tie_word_embeddings=True,
+        )
+        torch.manual_seed(0)
+        model: Any = transformers.LlamaForCausalLM(config).requires_grad_(False)
+        return model.to(self.device, getattr(torch, self.dtype))
+
+    def idx(self) -> list[int]:
+        """Ids spread over the vocabulary."""
+        return list(range(0, self.vocabulary, self.vocabulary // self.rows))[: self.rows]
+
+    def text(self) -> Tensor:
+        """`(1, tokens)` ids, a quarter of them trained ones."""
+        torch.manual_seed(1)
+        x = torch.randint(0, self.vocabulary, (1, self.tokens))
+        hits = torch.tensor(self.idx())[torch.randint(0, self.rows, (self.tokens // 4,))]
+        x[0, : self.tokens // 4] = hits
+        return x.to(self.device)
+
+
+def frozen_floor(model: Any, x: Tensor, idx: list[int]) -> Step:
+    """Running the frozen model: the embedding's output alone requires grad."""
+
+    def step() -> None:
+        h = model.get_input_embeddings()(x).requires_grad_()
+        model(inputs_embeds=h, labels=x).loss.backward()
+
+    return step
+
+
+def deferred(model: Any, x: Tensor, idx: list[int], dense: bool = False) -> Step:
+    """Deferred weights, which is what ttfunc does by default."""
+    params = ttfunc.init_deltas(model, idx, requires_grad=True)
+    kwargs = {"input_ids": x, "labels": x}
+
+    def step() -> None:
+        weights = ttfunc.patch(params, dense=dense)
+        ttfunc.functional_call(model, weights, kwargs=kwargs).loss.backward()
+
+    return step
+
+
+def dense(model: Any, x: Tensor, idx: list[int]) -> Step:
+    """Weights that are copied at once."""
+    return deferred(model, x, idx, dense=True)
+
+
+def peft_tokens(model: Any, x: Tensor, idx: list[int]) -> Step:
+    """PEFT's TrainableTokensConfig."""
+    wrapped = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=idx))
+    return _plain_step(wrapped, x)
+
+
+def peft_lora(model: Any, x: Tensor, idx: list[int]) -> Step:
+    """PEFT's token rows inside LoRA, whose own matrices are as small as they can be."""
+    config = peft.LoraConfig(r=1, target_modules=["q_proj"], trainable_token_indices=idx)
+    return _plain_step(peft.get_peft_model(model, config), x)
+
+
+def gradient_mask(model: Any, x: Tensor, idx: list[int]) -> Step:
+    """What people write by hand: the full gradient, zeroed but for the rows."""
+    weight = model.get_input_embeddings().weight.requires_grad_()
+    mask = torch.zeros(len(weight), 1, dtype=weight.dtype, device=weight.device)
+    mask[idx] = 1
+    weight.register_hook(lambda gradient: gradient * mask)
+    return _plain_step(model, x)
+
+
+def full_embedding(model: Any, x: Tensor, idx: list[int]) -> Step:
+    """Training the whole matrix."""
+    model.get_input_embeddings().requires_grad_()
+    return _plain_step(model, x)
+
+
+def _plain_step(model: Any, x: Tensor) -> Step:
+    def step() -> None:
+        model.zero_grad()  # as a training loop does, so that no gradient adds up
+        model(input_ids=x, labels=x).loss.backward()
+
+    return step
+
+
+CONTESTANTS: dict[str, Callable[[Any, Tensor, list[int]], Step]] = {
+    "frozen floor": frozen_floor,
+    "ttfunc": deferred,
+    "ttfunc, dense": dense,
+    "PEFT": peft_tokens,
+    "PEFT in LoRA": peft_lora,
+    "gradient mask": gradient_mask,
+    "full embedding": full_embedding,
+}

@@ -1,0 +1,54 @@
+"""Time of a training step, forward and backward: all contestants interleaved, ratios of medians.
+
+python -m bench.step [--vocabulary 128000] [--width 1024] [--layers 2] [--dtype float32]
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+
+import torch
+
+from bench.contestants import CONTESTANTS, Work
+from bench.report import arguments, print_table
+
+
+def times(work: Work, names: list[str], repeats: int) -> dict[str, float]:
+    """Median seconds of a step, the contestants taking turns, each with a model of its own."""
+    steps = {name: CONTESTANTS[name](work.model(), work.text(), work.idx()) for name in names}
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for step in steps.values():  # to warm up
+        step()
+    gc.collect()
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = _now(work)
+            step()
+            taken[name].append(_now(work) - start)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def _now(work: Work) -> float:
+    if work.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    work, options = arguments(__doc__ or "")
+    found = times(work, [options.only] if options.only else list(CONTESTANTS), options.repeats)
+    floor = found.get("frozen floor", 1.0)
+    print_table(
+        f"a step on a tied {work}, {work.layers} layers, {work.tokens} tokens, {work.rows} rows",
+        ["", "median, ms", "times the floor", "times ttfunc"],
+        [
+            [name, f"{1e3 * s:,.1f}", f"{s / floor:.2f}", f"{s / found.get('ttfunc', s):.2f}"]
+            for name, s in found.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
