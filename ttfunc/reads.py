@@ -41,10 +41,11 @@ def product(
     hidden, base, rows = _autocast(hidden), _autocast(base), _autocast(rows)
     bias = None if bias is None else _autocast(bias)
     operands = (hidden, base, rows, bias, indices.on(base.device).ids)
-    # torch.compile cannot trace a Function with a jvp, and fuses the plain form by itself.
-    if torch.compiler.is_compiling():
-        return _product(*operands)
-    result: Tensor = _Product.apply(*operands)  # type: ignore[no-untyped-call]
+    traced = torch.compiler.is_compiling()
+    if traced and torch._C._are_functorch_transforms_active():
+        return _product(*operands)  # torch.compile has no rule for a Function under a transform
+    function = _TracedProduct if traced else _Product
+    result: Tensor = function.apply(*operands)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -64,7 +65,7 @@ def _product(
     return F.linear(hidden, base, bias).index_copy(-1, ids, F.linear(hidden, rows, some_bias))
 
 
-class _Product(torch.autograd.Function):
+class _TracedProduct(torch.autograd.Function):
     """The product with k columns written in place, and a backward that copies no gradient.
 
     Plain autograd of `_product` keeps three buffers of the size of the logits.
@@ -82,7 +83,6 @@ class _Product(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         hidden, base, rows, _, ids = inputs
         ctx.save_for_backward(hidden, base, rows, ids)
-        ctx.save_for_forward(hidden, base, rows, ids)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,6 +97,16 @@ class _Product(torch.autograd.Function):
         if needs_bias:
             to_bias = grad.reshape(-1, base.shape[0]).sum(0)
         return to_hidden, None, to_rows, to_bias, None
+
+
+class _Product(_TracedProduct):
+    """The same with the rules for transforms, which torch.compile cannot trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _TracedProduct.setup_context(ctx, inputs, output)
+        hidden, base, rows, _, ids = inputs
+        ctx.save_for_forward(hidden, base, rows, ids)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
