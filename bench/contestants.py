@@ -13,7 +13,13 @@ from torch import Tensor
 
 import ttfunc
 
-Step: TypeAlias = Callable[[], None]
+Step: TypeAlias = Callable[[], Any]
+Wrap: TypeAlias = Callable[[Any], Any]
+
+
+def as_it_is(loss: Any) -> Any:
+    """In the place of `torch.compile`."""
+    return loss
 
 
 @dataclass(frozen=True)
@@ -64,69 +70,76 @@ class Work:
         return x.to(self.device)
 
 
-def frozen_floor(model: Any, x: Tensor, idx: list[int]) -> Step:
+def frozen_floor(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
     """Running the frozen model: the embedding's output alone requires grad."""
 
-    def step() -> None:
-        h = model.get_input_embeddings()(x).requires_grad_()
-        model(inputs_embeds=h, labels=x).loss.backward()
+    @wrap
+    def loss(h: Tensor, x: Tensor) -> Tensor:
+        return model(inputs_embeds=h, labels=x).loss  # type: ignore[no-any-return]
 
-    return step
+    return lambda: loss(model.get_input_embeddings()(x).requires_grad_(), x).backward()
 
 
-def deferred(model: Any, x: Tensor, idx: list[int], dense: bool = False) -> Step:
+def deferred(
+    model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is, *, dense: bool = False
+) -> Step:
     """Deferred weights, which is what ttfunc does by default."""
     params = ttfunc.init_deltas(model, idx, requires_grad=True)
-    kwargs = {"input_ids": x, "labels": x}
 
-    def step() -> None:
+    @wrap
+    def loss(params: ttfunc.TokenDeltas, x: Tensor) -> Tensor:
         weights = ttfunc.patch(params, dense=dense)
-        ttfunc.functional_call(model, weights, kwargs=kwargs).loss.backward()
+        out = ttfunc.functional_call(model, weights, kwargs={"input_ids": x, "labels": x})
+        return out.loss  # type: ignore[no-any-return]
 
-    return step
+    return lambda: loss(params, x).backward()
 
 
-def dense(model: Any, x: Tensor, idx: list[int]) -> Step:
+def dense(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
     """Weights that are copied at once."""
-    return deferred(model, x, idx, dense=True)
+    return deferred(model, x, idx, wrap, dense=True)
 
 
-def peft_tokens(model: Any, x: Tensor, idx: list[int]) -> Step:
+def peft_tokens(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
     """PEFT's TrainableTokensConfig."""
     wrapped = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=idx))
-    return _plain_step(wrapped, x)
+    return _plain_step(wrapped, x, wrap)
 
 
-def peft_lora(model: Any, x: Tensor, idx: list[int]) -> Step:
+def peft_lora(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
     """PEFT's token rows inside LoRA, whose own matrices are as small as they can be."""
     config = peft.LoraConfig(r=1, target_modules=["q_proj"], trainable_token_indices=idx)
-    return _plain_step(peft.get_peft_model(model, config), x)
+    return _plain_step(peft.get_peft_model(model, config), x, wrap)
 
 
-def gradient_mask(model: Any, x: Tensor, idx: list[int]) -> Step:
+def gradient_mask(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
     """What people write by hand: the full gradient, zeroed but for the rows."""
     weight = model.get_input_embeddings().weight.requires_grad_()
     mask = torch.zeros(len(weight), 1, dtype=weight.dtype, device=weight.device)
     mask[idx] = 1
     weight.register_hook(lambda gradient: gradient * mask)
-    return _plain_step(model, x)
+    return _plain_step(model, x, wrap)
 
 
-def full_embedding(model: Any, x: Tensor, idx: list[int]) -> Step:
+def full_embedding(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
     """Training the whole matrix."""
     model.get_input_embeddings().requires_grad_()
-    return _plain_step(model, x)
+    return _plain_step(model, x, wrap)
 
 
-def _plain_step(model: Any, x: Tensor) -> Step:
+def _plain_step(model: Any, x: Tensor, wrap: Wrap) -> Step:
+    @wrap
+    def loss(x: Tensor) -> Tensor:
+        return model(input_ids=x, labels=x).loss  # type: ignore[no-any-return]
+
     def step() -> None:
         model.zero_grad()  # as a training loop does, so that no gradient adds up
-        model(input_ids=x, labels=x).loss.backward()
+        loss(x).backward()
 
     return step
 
 
-CONTESTANTS: dict[str, Callable[[Any, Tensor, list[int]], Step]] = {
+CONTESTANTS: dict[str, Callable[..., Step]] = {
     "frozen floor": frozen_floor,
     "ttfunc": deferred,
     "ttfunc, dense": dense,

@@ -22,6 +22,7 @@ def arguments(description: str) -> tuple[Work, argparse.Namespace]:
         parser.add_argument(f"--{field.name}", type=kind, default=field.default)
     parser.add_argument("--only", choices=CONTESTANTS, help="one contestant, in this process")
     parser.add_argument("--repeats", type=int, default=9, help="of a timed step")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile's graphs")
     options = parser.parse_args()
     return Work(**{field.name: getattr(options, field.name) for field in fields(Work)}), options
 

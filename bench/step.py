@@ -5,19 +5,24 @@ python -m bench.step [--vocabulary 128000] [--width 1024] [--layers 2] [--dtype 
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 
-from bench.contestants import CONTESTANTS, Work
+from bench.contestants import CONTESTANTS, Work, Wrap, as_it_is
 from bench.report import arguments, print_table
 
 
-def times(work: Work, names: list[str], repeats: int) -> dict[str, float]:
+def times(
+    work: Work, names: Sequence[str], repeats: int, wrap: Wrap = as_it_is
+) -> dict[str, float]:
     """Median seconds of a step, the contestants taking turns, each with a model of its own."""
-    steps = {name: CONTESTANTS[name](work.model(), work.text(), work.idx()) for name in names}
+    x, idx = work.text(), work.idx()
+    steps = {name: CONTESTANTS[name](work.model(), x, idx, wrap) for name in names}
     taken: dict[str, list[float]] = {name: [] for name in names}
     for step in steps.values():  # to warm up
         step()
@@ -38,10 +43,15 @@ def _now(work: Work) -> float:
 
 def main() -> None:
     work, options = arguments(__doc__ or "")
-    found = times(work, [options.only] if options.only else list(CONTESTANTS), options.repeats)
+    names = [options.only] if options.only else list(CONTESTANTS)
+    wrap: Wrap = as_it_is
+    if options.compile:  # what it can make one graph of
+        names, wrap = names[:3], functools.partial(torch.compile, fullgraph=True)
+    found = times(work, names, options.repeats, wrap)
     floor = found.get("frozen floor", 1.0)
     print_table(
-        f"a step on a tied {work}, {work.layers} layers, {work.tokens} tokens, {work.rows} rows",
+        f"a step on a tied {work}, {work.layers} layers, {work.tokens} tokens, {work.rows} rows"
+        + (", compiled" if options.compile else ""),
         ["", "median, ms", "times the floor", "times ttfunc"],
         [
             [name, f"{1e3 * s:,.1f}", f"{s / floor:.2f}", f"{s / found.get('ttfunc', s):.2f}"]

@@ -102,13 +102,14 @@ def test_gradients_of_each_example_agree_with_one_call_each(case: str):
 
 @pytest.mark.parametrize("call", [functional_call, torch_functional_call], ids=["ttfunc", "torch"])
 @pytest.mark.parametrize("case", ["tied", "untied", "biased", "padding", "transpose", "einsum"])
+@pytest.mark.parametrize("dense", [False, True], ids=["deferred", "dense"])
 @pytest.mark.parametrize("inner", ["loss", "grad"])
-def test_it_compiles_to_one_graph_that_serves_every_step(case: str, inner: str, call):
+def test_it_compiles_to_one_graph_that_serves_every_step(case: str, inner: str, call, dense: bool):
     torch._dynamo.reset()
     model, params = setting(case)
 
     def loss(p: TokenDeltas, x: Tensor) -> Tensor:
-        return loss_of(call(model, patch(p), (x,)))
+        return loss_of(call(model, patch(p, dense=dense), (x,)))
 
     f = loss if inner == "loss" else grad(loss)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")

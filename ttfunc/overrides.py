@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,21 +30,36 @@ GRADIENT = {
     for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")
 }
 
-_WRITES = {
-    *("__setitem__", "__set__", "__delete__", "__iadd__", "__isub__", "__imul__", "__itruediv__"),
-    *("__ifloordiv__", "__imod__", "__ipow__", "__imatmul__", "__iand__", "__ior__", "__ixor__"),
-    *("data_ptr", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
-}
+# torch.compile cannot look up what this leaves out: torch.resize_as_ and a few private ones.
+_IN_PLACE = r"(?!_|resize_as)\w+_"
+
+# What writes to its first argument, or gives a pointer to it.
+WRITERS = (
+    {
+        func
+        for namespace in (torch._C.TensorBase, Tensor, torch, torch.nn.functional, torch.nn.init)
+        for name, func in vars(namespace).items()
+        if re.fullmatch(_IN_PLACE, name) and callable(func)
+    }
+    | {getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")}
+    | {
+        getattr(Tensor, f"__{name}__")
+        for name in (
+            *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+            *("iand", "ior", "ixor", "ilshift", "irshift"),
+        )
+    }
+    | {Tensor.data_ptr, Tensor.register_hook, Tensor.retain_grad}
+    | {Tensor.register_post_accumulate_grad_hook}
+)
 
 
 def written_by(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Any]:
     """The arguments that `func` writes to, or gives a pointer to."""
-    name = func.__name__
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
-    first = (*args, *kwargs.values())[:1]
-    return [*tree_leaves(kwargs.get("out")), *(first if in_place else ())]
+    first = (*args, *kwargs.values())[:1] if func in WRITERS else ()
+    return [*first, *tree_leaves(kwargs.get("out"))]
 
 
 def transposes(*dims: int) -> bool:
