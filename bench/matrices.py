@@ -1,0 +1,50 @@
+"""Time of a step on the token matrices of well-known models, on a body of two layers.
+
+python -m bench.matrices [--repeats 7] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from bench.contestants import Work
+from bench.report import print_table
+from bench.step import times
+
+MATRICES = {
+    "SmolLM2-135M": (49_152, 576),
+    "Qwen2.5-0.5B": (151_936, 896),
+    "Llama 3.2 1B": (128_256, 2_048),
+    "Gemma 3 270M": (262_144, 640),
+    "Gemma 2 2B": (256_000, 2_304),
+}
+# Four models of the largest matrix are what 24 GiB hold.
+NAMES = ["frozen floor", "ttfunc", "PEFT", "full embedding"]
+
+
+def run(matrices: Sequence[str], repeats: int, tokens: int = 64, rows: int = 16) -> None:
+    """A row for each matrix and dtype: milliseconds, and times the floor."""
+    lines = []
+    for model in matrices:
+        vocabulary, width = MATRICES[model]
+        for dtype in ("float32", "bfloat16"):
+            work = Work(vocabulary, width, 2, dtype, tokens, rows)
+            found = times(work, NAMES, repeats)
+            floor = found["frozen floor"]
+            cells = [f"{1e3 * s:,.0f} ({s / floor:.2f})" for s in found.values()]
+            lines.append([f"{model}, {work}", *cells])
+            print(*lines[-1], sep="; ", flush=True)
+    print_table(f"a step, ms (times the floor), {tokens} tokens, {rows} rows", ["", *NAMES], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="the smallest matrix alone")
+    options = parser.parse_args()
+    run(list(MATRICES)[: 1 if options.quick else None], options.repeats)
+
+
+if __name__ == "__main__":
+    main()
