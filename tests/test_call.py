@@ -59,6 +59,12 @@ def test_any_name_of_a_tied_weight_swaps_all_of_them(case: str, name: str):
     assert torch.equal(functional_call(model, every, (X,)), reference(X))
 
 
+@pytest.mark.parametrize("weights", [None, [1], torch.zeros(2)])
+def test_weights_that_are_no_mapping_are_refused(weights):
+    with pytest.raises(TypeError, match="weights must be a mapping from parameter names"):
+        functional_call(make("tied"), weights, (X,))
+
+
 def test_a_tied_weight_given_twice_is_refused():
     model = make("tied")
     before = snapshot(model)

@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.models import D, V, make
 from tests.oracle import bits
-from ttfunc import TokenDeltas, combine, init_deltas, patch
+from ttfunc import TokenDeltas, combine, init_deltas, merge, patch, summary, unmerge
 
 NAME = "embed_tokens.weight"
 
@@ -125,3 +125,19 @@ def test_combine_refuses_overlap_other_models_and_nothing():
     assert combine(a, pickle.loads(pickle.dumps(init_deltas(model, [2])))).token_indices[  # noqa: S301
         NAME
     ].tolist() == [5, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        combine,
+        patch,
+        lambda model: patch(init_deltas(model, [1]), model),
+        lambda model: merge(init_deltas(model, [1]), model.state_dict()),
+        lambda model: unmerge(init_deltas(model, [1]), model),
+        lambda model: summary(init_deltas(model, [1]), model),
+    ],
+)
+def test_what_are_no_parameters_is_refused(call):
+    with pytest.raises(TypeError, match=r"got \w+ where the parameters of init_deltas .* needed"):
+        call(make("tied"))

@@ -121,6 +121,7 @@ def test_each_untied_target_gets_a_leaf_and_a_tied_one_shares_it():
         ([1], {"init": torch.zeros(2, D)}, ValueError, r"gives \(2, 8\).*\(1, 8\) is needed"),
         ([1], {"init": lambda base, ids: base}, ValueError, r"gives \(23, 8\)"),
         ([1], {"init": lambda base, ids: None}, ValueError, "gives NoneType"),
+        ([1], {"dtype": torch.int64}, TypeError, "dtype=torch.int64 cannot be trained"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(idx, kwargs, error, match: str):
@@ -139,3 +140,8 @@ def test_a_padding_row_is_trained_with_a_warning():
 
 def test_numpy_token_ids_of_a_tokenizer_are_taken():
     assert init_deltas(make("tied"), np.arange(3)).token_indices[NAME].tolist() == [0, 1, 2]
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, got dict"):
+        init_deltas({}, [1])

@@ -157,12 +157,34 @@ class Checkpointed(CORPUS["tied"]):
         return checkpoint(super().head, h, use_reentrant=False)
 
 
-def test_a_recomputed_head_is_an_error_and_no_wrong_gradient():
+@pytest.mark.parametrize("dense", [False, True], ids=["deferred", "dense"])
+def test_a_recomputed_head_is_an_error_and_no_wrong_gradient(dense: bool):
     model = Checkpointed().requires_grad_(False)
     params = init_deltas(model, IDS, requires_grad=True)
-    loss = loss_of(functional_call(model, patch(params), (X,)))
+    loss = loss_of(functional_call(model, patch(params, dense=dense), (X,)))
     with pytest.raises(torch.utils.checkpoint.CheckpointError, match="different number of tensors"):
         loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it
+@pytest.mark.parametrize("part", ["forward", "lm_head"])
+def test_a_part_of_the_model_may_be_compiled(part: str):
+    torch._dynamo.reset()
+    model, plain = make("tied").requires_grad_(False), make("tied").requires_grad_(False)
+    if part == "forward":
+        model.forward = torch.compile(model.forward, backend="aot_eager")
+    else:
+        model.lm_head.forward = torch.compile(model.lm_head.forward, backend="aot_eager")
+
+    for scale in (1.0, 2.0, -1.0):  # the graph of one patch must not serve another's rows
+        gradients = []
+        for one in (model, plain):
+            params = init_deltas(one, IDS, init=scale * torch.ones(3, D), requires_grad=True)
+            loss = loss_of(functional_call(one, patch(params), (X,)))
+            (delta,) = leaves(params)
+            gradients.append(torch.autograd.grad(loss, delta)[0])
+        torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(model(X), plain(X))
 
 
 def test_an_operation_without_a_jvp_fails_as_it_does_without_ttfunc():

@@ -41,8 +41,14 @@ def functional_call(
         KeyError: a name that the model does not have.
         ValueError: a patch made from another model, or from this one before its weights were
             replaced or tied; one weight given twice.
+        TypeError: weights that are no mapping.
         AttributeError: the model has no such method.
     """
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"weights must be a mapping from parameter names to tensors, got "
+            f"{type(weights).__name__}. patch(params) gives one."
+        )
     patches = {id(w): w for w in weights.values() if isinstance(w, PatchedWeight)}
     swaps = _swaps(model, weights)
     if not torch.compiler.is_compiling():

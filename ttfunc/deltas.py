@@ -89,10 +89,18 @@ def combine(*params: TokenDeltas) -> TokenDeltas:
     """One TokenDeltas with the rows of all of `params`, in their order; none of them is changed.
 
     Deltas over the same matrix are concatenated to `(k1 + k2 + …, D)`. Raises ValueError where a
-    token is in more than one of them, or where they were made from different models.
+    token is in more than one of them, or where they were made from different models; TypeError for
+    what is no TokenDeltas.
     """
     if not params:
         raise ValueError("combine() got no parameters: give at least one TokenDeltas.")
+    for given in params:
+        if not isinstance(given, TokenDeltas):
+            raise TypeError(
+                f"got {type(given).__name__} where the parameters of init_deltas (TokenDeltas) are "
+                "needed. The order is patch(params), merge(state_dict, params), "
+                "summary(model, params)."
+            )
     return functools.reduce(_union, params)
 
 

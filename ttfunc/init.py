@@ -46,8 +46,13 @@ def init_deltas(
 
     Raises:
         TypeError, ValueError, IndexError: for ids that are no token ids, targets that are unknown
-        or ambiguous, tied targets with different ids, an `init` of another shape.
+        or ambiguous, tied targets with different ids, an `init` of another shape, a `dtype` that
+        is no float.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}.")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype} cannot be trained: give a floating-point dtype.")
     deltas, rows = {}, {}
     for matrix, indices in _requests(model, idx, targets):
         weight = matrix.parameter.detach()

@@ -19,16 +19,17 @@ ABOUT = {
     )
 } | {
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
-    *(Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.element_size),
+    *(Tensor.is_contiguous, Tensor.element_size),
     *(Tensor.get_device, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed),
 }
 
-# What autograd knows of the tensor beneath.
-GRADIENT = {
+# What only the tensor beneath can answer: autograd's part of it, and its layout in memory, which
+# torch.compile compares with what it finds there.
+BENEATH = {
     getattr(Tensor, name).__get__
     for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")
-}
+} | {Tensor.stride, Tensor.storage_offset}
 
 # torch.compile cannot look up what this leaves out: torch.resize_as_ and a few private ones.
 _IN_PLACE = r"(?!_|resize_as)\w+_"

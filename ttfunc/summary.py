@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ttfunc.deltas import TokenDeltas
+from ttfunc.deltas import TokenDeltas, combine
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
     Returns:
         Summary, with the deltas counted in the total as well, and what each matrix trains.
     """
-    deltas = params.deltas.values()
+    deltas = combine(params).deltas.values()
     trainable = sum(delta.numel() for delta in deltas)
     size = sum(delta.nbytes for delta in deltas)
     matrices = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ttfunc.indices import TokenIndices
-from ttfunc.overrides import ABOUT, GRADIENT, einsum_as_product, transposes, written_by
+from ttfunc.overrides import ABOUT, BENEATH, einsum_as_product, transposes, written_by
 from ttfunc.reads import carrier, lookup, product
 from ttfunc.targets import Matrix
 
@@ -41,8 +41,7 @@ class Source(NamedTuple):
 class PatchedWeight(Tensor):
     """A `(V, D)` weight with k of its rows replaced, or the `(D, V)` transpose of one.
 
-    Made by `patch`. `source.uses` tells how it was read in eager calls: `"lookup"`, `"product"`,
-    `"dense"`.
+    Made by `patch`. `source.uses` tells how it was read: `"lookup"`, `"product"`, `"dense"`.
     """
 
     source: Source
@@ -65,7 +64,7 @@ class PatchedWeight(Tensor):
         if func in ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*tree_map(_frozen, args), **tree_map(_frozen, kwargs))
-        if func in GRADIENT:
+        if func in BENEATH:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
@@ -98,11 +97,6 @@ def _wrap(source: Source, *, transposed: bool = False) -> PatchedWeight:
     return weight
 
 
-def _used(source: Source, how: str) -> None:
-    if not torch.compiler.is_compiling():  # a side effect, which would break the graph
-        source.uses.add(how)
-
-
 def _frozen(value: Any) -> Any:
     """In place of a patched weight its base, which has the same shape, dtype, device and layout."""
     if not isinstance(value, PatchedWeight):
@@ -114,7 +108,7 @@ def _dense(value: Any) -> Any:
     """In place of a patched weight the matrix itself."""
     if not isinstance(value, PatchedWeight):
         return value
-    _used(value.source, "dense")
+    value.source.uses.add("dense")
     base, rows, indices, _, _, copy, _ = value.source
     if copy is None:
         # Not kept for the next read, which may be under another grad mode or transform.
@@ -155,7 +149,7 @@ def _embedding(
     if isinstance(input, PatchedWeight):
         return NotImplemented
     source = weight.source
-    _used(source, "lookup")
+    source.uses.add("lookup")
     return lookup(input, source.base, source.rows, source.indices, padding_idx)
 
 
@@ -174,7 +168,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(bias, PatchedWeight):
         return NotImplemented
     source = weight.source
-    _used(source, "product")
+    source.uses.add("product")
     return product(input, source.base, source.rows, source.indices, bias)
 
 
