@@ -163,6 +163,7 @@ def test_a_sparse_gradient_fails_as_it_does_on_the_copy():
         lambda w: (w.T.shape, w.mT.is_contiguous(), len(w.t())),
         lambda w: (w.requires_grad, w.is_leaf, w.grad_fn is None),
         lambda w: isinstance(w, Tensor),
+        lambda w: (MATRIX.double().to(w).dtype, MATRIX.double().type_as(w.T).dtype),
     ],
 )
 def test_questions_about_it_are_answered_without_work(about):

@@ -221,9 +221,11 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
     """A function that acts on each row alone goes to the base and to the rows."""
 
     def handler(weight: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(weight, PatchedWeight) or not weight.deferred:
-            return NotImplemented
         args, kwargs = tree_map(_frozen, args), tree_map(_frozen, kwargs)
+        if not isinstance(weight, PatchedWeight):  # h.to(w) asks w for its dtype and device alone
+            return func(weight, *args, **kwargs)
+        if not weight.deferred:
+            return NotImplemented
         base = func(weight.source.base, *args, **kwargs)
         if base is weight.source.base:
             return weight
