@@ -140,7 +140,8 @@ def test_product_under_autocast(hidden_dtype: torch.dtype):
     full = torch.autograd.grad(expected.float().pow(2).sum(), (hidden, rows))
     for one, other in zip(gradients, full, strict=True):
         assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+        # bfloat16 keeps 8 bits, of the largest of the numbers that are added up.
+        torch.testing.assert_close(one, other, rtol=0, atol=0.02 * other.abs().max().item())
     assert torch.autograd.gradcheck(  # float64 is left as it is, as torch leaves it
         lambda r: product(hidden.double(), base.double(), r, indices), rows.double()
     )
