@@ -128,3 +128,27 @@ def test_a_merged_model_saves_and_loads(tmp_path):
         model.save_pretrained(tmp_path, state_dict=merge(model.state_dict(), params))
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(x).logits, expected)
+
+
+def test_extra_state_that_is_no_tensor_goes_along():
+    model = make("tied")
+    state = {**model.state_dict(), "_extra_state": {"a": 1}}
+    assert merge(state, rows(model))["_extra_state"] == {"a": 1}
+
+
+def test_every_alias_must_be_finite():
+    model = make("tied")
+    params = optree.tree_map(lambda rows: rows + 1e6, rows(model))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] = state["lm_head.weight"].half()
+    with pytest.raises(ValueError, match="not finite in torch.float16"):
+        merge(state, params, check_finite=True)
+
+
+def test_adapters_of_differently_tied_models_are_both_written():
+    a = init_deltas(make("tied"), [1], init="normal")
+    b = init_deltas(make("untied", 1), [2], targets="lm_head", init="normal")
+    merged = merge(make("tied").state_dict(), a, b)
+    for name in (NAME, "lm_head.weight"):
+        assert torch.equal(merged[name][1], a.deltas[NAME][0])
+    assert torch.equal(merged["lm_head.weight"][2], b.deltas["lm_head.weight"][0])

@@ -40,8 +40,9 @@ def merge(
     merged = _written(state_dict, together, together.deltas)
     if check_finite:
         for name, row in together.rows.items():
-            held = next(merged[alias] for alias in row.names if alias in merged)
-            _check_finite(held, row, name)
+            for alias in row.names:
+                if alias in merged:  # each has a dtype of its own
+                    _check_finite(merged[alias], row, name)
     return merged
 
 
@@ -67,7 +68,8 @@ def _written(
     # copy.copy keeps the type and the _metadata of what nn.Module.state_dict returns.
     result = cast("dict[str, Tensor]", copy.copy(state_dict))
     for name, row in params.rows.items():
-        held = {alias: state_dict[alias] for alias in row.names if alias in state_dict}
+        # From the result: another adapter may have written to one of these names before.
+        held = {alias: result[alias] for alias in row.names if alias in result}
         if not held:
             raise KeyError(
                 f"the state dict has none of the names {row.names} of the token matrix. Is it of "
@@ -79,7 +81,7 @@ def _written(
                     f"{alias!r} in the state dict has shape {tuple(matrix.shape)}, and the "
                     f"parameters were made for {row.shape}. Use the state dict of that model."
                 )
-        for matrix, aliases in _distinct(state_dict, held):
+        for matrix, aliases in _distinct(result, held):
             ids = row.indices.on(matrix.device).ids
             written = matrix.index_copy(0, ids, values[name].to(matrix.device, matrix.dtype))
             result.update(dict.fromkeys(aliases, written))
@@ -95,9 +97,14 @@ def _distinct(
         if not any(same_memory(matrix, other) for other in distinct):
             distinct.append(matrix)
     return [
-        (matrix, [n for n, other in state_dict.items() if same_memory(matrix, other)])
+        (matrix, [n for n, other in state_dict.items() if _is_same(matrix, other)])
         for matrix in distinct
     ]
+
+
+def _is_same(matrix: Tensor, other: object) -> bool:
+    # A module's extra state may be anything.
+    return isinstance(other, Tensor) and same_memory(matrix, other)
 
 
 def _check_finite(matrix: Tensor, row: TokenRows, name: str) -> None:
