@@ -106,3 +106,12 @@ def test_joining_keeps_the_order_or_refuses(a: list[int], b: list[int]):
             one.joined(other)
     else:
         assert one.joined(other).ids == tuple(a + b)
+
+
+def test_a_table_made_in_another_mode_serves_every_call():
+    with torch.inference_mode(), torch.device("meta"):
+        assert not TokenIndices((5, 2)).on(CPU).ids.is_inference()
+
+    inner = TokenIndices((5, 2))
+    torch.func.grad(lambda x: x * inner.on(CPU).ids.sum())(torch.tensor(1.0))
+    assert inner.on(CPU).ids.numpy().tolist() == [5, 2]

@@ -52,9 +52,12 @@ class TokenIndices:
     def on(self, device: torch.device) -> Table:
         """The tables on `device`."""
         if device not in self._tables:
-            ids = torch.tensor(self.ids, dtype=torch.int64)
-            ordered, row = torch.sort(ids)
-            self._tables[device] = Table(ids.to(device), ordered.to(device), row.to(device))
+            # They outlive the mode that this call happens to run in.
+            with torch.inference_mode(False), torch._C._DisableFuncTorch():
+                ids = torch.tensor(self.ids, dtype=torch.int64, device="cpu")
+                ordered, row = torch.sort(ids)
+                table = Table(ids.to(device), ordered.to(device), row.to(device))
+            self._tables[device] = table
         return self._tables[device]
 
     def joined(self, other: TokenIndices) -> TokenIndices:
