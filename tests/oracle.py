@@ -15,6 +15,7 @@ def edited(model: nn.Module, params: TokenDeltas) -> nn.Module:
     """A copy of the model with the rows written in place, under every name of each matrix."""
     model = copy.deepcopy(model)
     weights = dict(model.named_parameters(remove_duplicate=False))
+    weights |= dict(model.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name, delta in params.deltas.items():
             for alias in params.tied[name]:

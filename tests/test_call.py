@@ -93,6 +93,43 @@ def test_a_patch_works_under_the_names_of_a_wrapper():
     assert torch.equal(functional_call(wrapper, weights, X), expected)
     with pytest.raises(ValueError, match="stale patch: the parameter '1.embed_tokens.weight'"):
         functional_call(nn.Sequential(nn.Identity(), make("tied")), weights, X)
+    moved(model)
+    with pytest.raises(ValueError, match="stale patch: the parameter '1.embed_tokens.weight'"):
+        functional_call(wrapper, weights, X)
+
+
+def test_a_shared_buffer_is_swapped_under_all_its_names_and_restored():
+    model = make("tied")
+    model.register_buffer("a", torch.ones(V))
+    model.register_buffer("b", model.a)
+    model.register_forward_hook(lambda module, _, out: out + module.a + module.b)
+    before = snapshot(model)
+    swapped = functional_call(model, {"b": torch.zeros(V)}, (X,))
+    assert snapshot(model) == before
+    torch.testing.assert_close(swapped, model(X) - 2)
+    with pytest.raises(ValueError, match="'b' and another of the names"):
+        functional_call(model, {"a": torch.zeros(V), "b": torch.ones(V)}, (X,))
+    assert snapshot(model) == before
+
+
+def test_a_buffer_over_the_matrix_is_patched_and_merged_with_it():
+    model = make("tied")
+    model.register_buffer("view", model.embed_tokens.weight.data)
+    model.register_forward_hook(lambda module, _, out: out + module.view[7].sum())
+    expected = edited(model, rows(model))
+    # deepcopy keeps the memory shared.
+    torch.testing.assert_close(functional_call(model, patch(rows(model)), (X,)), expected(X))
+    merged = merge(model.state_dict(), rows(model))
+    assert merged["view"] is merged[NAME]
+
+
+def test_names_and_methods_are_strings():
+    model = make("tied")
+    with pytest.raises(TypeError, match="names of parameters, got int: 3"):
+        functional_call(model, {3: torch.zeros(1)}, (X,))
+    for method in (None, 3, "nothing", "training"):
+        with pytest.raises(AttributeError, match=f"has no method {method!r} to call"):
+            functional_call(model, {}, (X,), method=method)
 
 
 def test_arguments_are_passed_as_torch_passes_them():
@@ -165,6 +202,10 @@ def cast(model: nn.Module) -> None:
     model.to(torch.bfloat16)
 
 
+def moved(model: nn.Module) -> None:
+    model.embed_tokens.weight.data = torch.zeros(V, D)
+
+
 def untied(model: nn.Module) -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
 
@@ -180,6 +221,7 @@ def removed(model: nn.Module) -> None:
         (replaced, r"stale patch: the parameter 'embed_tokens.weight'.*another one, \(23, 8\)"),
         (resized, r"stale patch.*another one, \(24, 8\).*init_deltas where the weights"),
         (refilled, r"stale patch.*another one, \(24, 8\)"),
+        (moved, r"stale patch.*another one, \(23, 8\)"),
         (cast, r"stale patch.*in torch.bfloat16 on cpu.*Call patch again"),
         (untied, "stale patch: the parameter 'lm_head.weight'"),
         (removed, "stale patch: the parameter 'lm_head.weight'.*is not there"),

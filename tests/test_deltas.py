@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -141,3 +142,47 @@ def test_combine_refuses_overlap_other_models_and_nothing():
 def test_what_are_no_parameters_is_refused(call):
     with pytest.raises(TypeError, match=r"got \w+ where the parameters of init_deltas .* needed"):
         call(make("tied"))
+
+
+def test_matrices_that_share_a_name_are_refused():
+    tied = init_deltas(make("tied"), [1])
+    head = init_deltas(make("untied"), [2], targets="lm_head")
+    with pytest.raises(ValueError, match=r"\['lm_head.weight'\] belong to the matrix"):
+        combine(tied, head)
+    with pytest.raises(ValueError, match=r"\['lm_head.weight'\] belong to the matrix"):
+        combine(head, tied)
+
+
+def test_stacked_and_plain_rows_do_not_combine():
+    model = make("tied")
+    a, b = init_deltas(model, [1]), init_deltas(model, [2])
+    stacked = optree.tree_map(lambda t: torch.stack([t, t]), a)
+    with pytest.raises(ValueError, match=r"shapes \(2, 1, 8\) and \(1, 8\)"):
+        combine(stacked, b)
+
+
+def test_deltas_without_rows_are_refused():
+    params = init_deltas(make("tied"), [1])
+    with pytest.raises(
+        ValueError, match=r"for \['other'\] and the rows for \['embed_tokens.weight"
+    ):
+        dataclasses.replace(params, deltas={"other": torch.zeros(1, 8)})
+
+
+def test_nothing_inside_is_handed_out():
+    params = init_deltas(make("tied"), [5, 1])
+    params.token_indices[NAME].zero_()
+    assert params.token_indices[NAME].tolist() == [5, 1]
+
+
+def test_static_data_made_inside_a_transform_outlives_it():
+    model = make("tied")
+    a, b = init_deltas(model, [5]), init_deltas(model, [1])
+    kept = []
+
+    def loss(p):
+        kept.append(combine(p, b))
+        return kept[0].deltas[NAME].sum()
+
+    torch.func.grad(loss)(a)
+    assert kept[0].originals[NAME].equal(model.embed_tokens.weight[[5, 1]])

@@ -121,7 +121,12 @@ def test_each_untied_target_gets_a_leaf_and_a_tied_one_shares_it():
         ([1], {"init": torch.zeros(2, D)}, ValueError, r"gives \(2, 8\).*\(1, 8\) is needed"),
         ([1], {"init": lambda base, ids: base}, ValueError, r"gives \(23, 8\)"),
         ([1], {"init": lambda base, ids: None}, ValueError, "gives NoneType"),
+        ([1], {"init": lambda base, ids: 1j * base[ids]}, TypeError, "gives torch.complex64"),
         ([1], {"dtype": torch.int64}, TypeError, "dtype=torch.int64 cannot be trained"),
+        ([1], {"dtype": "float32"}, TypeError, "dtype='float32' cannot be trained"),
+        ([1], {"targets": 5}, TypeError, "must be module names, got int: 5"),
+        ({5: [1]}, {}, TypeError, "must be module names, got int: 5"),
+        ({None: [1]}, {}, TypeError, "must be module names, got NoneType"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(idx, kwargs, error, match: str):
@@ -145,3 +150,18 @@ def test_numpy_token_ids_of_a_tokenizer_are_taken():
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match="must be a torch.nn.Module, got dict"):
         init_deltas({}, [1])
+
+
+def test_an_init_that_writes_to_the_model_is_told():
+    with pytest.raises(RuntimeError, match="init wrote to the matrix 'embed_tokens.weight'"):
+        init_deltas(make("tied"), [1, 2], init=lambda base, ids: base.mul_(2)[ids])
+
+
+def test_an_init_that_writes_to_its_ids_changes_nothing():
+    params = init_deltas(make("tied"), [1, 2], init=lambda base, ids: base[ids.zero_()])
+    assert params.token_indices[NAME].tolist() == [1, 2]
+
+
+def test_an_iterator_serves_each_module_of_a_target_in_a_mapping():
+    params = init_deltas(make("untied"), {re.compile("embed_tokens|lm_head"): iter([1, 2])})
+    assert [d.shape[0] for d in params.deltas.values()] == [2, 2]

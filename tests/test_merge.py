@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+from types import MappingProxyType
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -145,10 +147,68 @@ def test_every_alias_must_be_finite():
         merge(state, params, check_finite=True)
 
 
-def test_adapters_of_differently_tied_models_are_both_written():
+def test_adapters_of_differently_tied_models_are_both_written_one_after_the_other():
     a = init_deltas(make("tied"), [1], init="normal")
     b = init_deltas(make("untied", 1), [2], targets="lm_head", init="normal")
-    merged = merge(make("tied").state_dict(), a, b)
+    merged = merge(merge(make("tied").state_dict(), a), b)
     for name in (NAME, "lm_head.weight"):
         assert torch.equal(merged[name][1], a.deltas[NAME][0])
     assert torch.equal(merged["lm_head.weight"][2], b.deltas["lm_head.weight"][0])
+
+
+@pytest.mark.parametrize("write", [merge, unmerge])
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [
+        ([1], "a state dict is needed, got list"),
+        ({NAME: np.zeros((V, D))}, "'embed_tokens.weight' in the state dict is ndarray"),
+        ({NAME: torch.zeros(V, D, dtype=torch.int8)}, "is torch.int8.*Merge before quantising"),
+    ],
+)
+def test_what_holds_no_rows_is_refused(write, state, match: str):
+    with pytest.raises(TypeError, match=match):
+        write(state, rows(make("tied")))
+
+
+def test_any_mapping_is_merged_into_a_dict():
+    state = make("tied").state_dict()
+    params = rows(make("tied"))
+    assert merge(MappingProxyType(state), params)[NAME].equal(merge(state, params)[NAME])
+
+
+def test_stacked_rows_are_refused():
+    params = optree.tree_map(lambda t: torch.stack([t, t]), rows(make("tied")))
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 8\), and \(2, 8\) is needed"):
+        merge(make("tied").state_dict(), params)
+
+
+@pytest.mark.parametrize(
+    ("original", "state"),
+    [("bfloat16", "float32"), ("bfloat16", "float16"), ("float16", "bfloat16"),
+     ("float32", "float64"), ("float8_e4m3fn", "bfloat16"), ("float8_e4m3fn", "float8_e5m2")],
+)  # fmt: skip
+def test_a_wider_state_dict_is_merged_but_not_unmerged(original: str, state: str):
+    params = rows(make("tied").to(getattr(torch, original)))
+    wide = make("tied").to(getattr(torch, state)).state_dict()
+    merged = merge(wide, params)
+    with pytest.raises(ValueError, match=f"is in torch.{state}.*taken in torch.{original}"):
+        unmerge(merged, params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_floats_of_eight_bits(dtype: torch.dtype):
+    state = {name: tensor.to(dtype) for name, tensor in make("tied").state_dict().items()}
+    params = rows(make("tied"))
+    merged = merge(state, params, check_finite=True)
+    assert same_bits(merged, edited_state(state, params))
+    # Back to the rounding of the float32 rows, which is what was there.
+    assert same_bits(unmerge(merged, params), state)
+
+
+def edited_state(state, params):
+    copied = {name: tensor.clone() for name, tensor in state.items()}
+    for name, delta in params.deltas.items():
+        for alias in params.tied[name]:
+            for row, token in enumerate(params.token_indices[name].tolist()):
+                copied[alias][token] = delta[row].to(copied[alias].dtype)
+    return copied

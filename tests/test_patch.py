@@ -106,3 +106,26 @@ def test_the_gradient_goes_to_the_rows_alone(dense: bool):
     (weight[torch.tensor([7, 1])].sum() + (weight @ torch.ones(D)).sum()).backward()
     assert params.deltas[NAME].grad.tolist() == [[2.0] * D, [1.0] * D]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda model: model.double(),
+        lambda model: setattr(model.lm_head.weight, "data", torch.zeros(V, D)),
+    ],
+)
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_tie_that_came_apart_is_refused(part, dense: bool):
+    model = make("storage_tied")
+    params = init_deltas(model, [7, 3])
+    part(model)
+    with pytest.raises(ValueError, match=r"stale parameters: \['lm_head.weight'\] lay in the mem"):
+        patch(params, dense=dense)
+
+
+@pytest.mark.parametrize("leaf", [None, 3, torch.zeros(2, D, dtype=torch.int64)])
+def test_a_leaf_that_is_no_float_tensor_is_refused(leaf):
+    params = optree.tree_map(lambda _: leaf, init_deltas(make("tied"), [7, 3]))
+    with pytest.raises(TypeError, match="a floating-point tensor is needed"):
+        patch(params)

@@ -113,6 +113,23 @@ def test_the_product_saves_nothing_of_the_size_of_its_result():
     assert sorted(sizes) == sorted(x.numel() for x in (hidden, base, rows, torch.zeros(2)))
 
 
+@pytest.mark.parametrize("scale", [1, 45, 300])
+def test_a_large_old_row_cancels_nothing(scale: int):
+    # The gradient by the hidden states must be as near to the truth as the copy's own.
+    base, rows, indices = operands([3, 1], dtype=torch.bfloat16)
+    base[[3, 1]] *= scale
+    hidden = torch.randn(50, D).bfloat16().requires_grad_()
+    factor = torch.randn(50, V).bfloat16()
+
+    def gradient(full) -> Tensor:
+        (by_hidden,) = torch.autograd.grad((full * factor).sum(), hidden)
+        return by_hidden.double()
+
+    truth = factor.double() @ copied(base, rows, indices).double()
+    exact = (gradient(F.linear(hidden, copied(base, rows, indices))) - truth).norm()
+    assert (gradient(product(hidden, base, rows, indices)) - truth).norm() <= 2 * exact
+
+
 def test_the_carrier_is_nan_in_no_memory_and_carries_gradients():
     base, rows, indices = operands([3, 1])
     carried = carrier(rows, base, indices)

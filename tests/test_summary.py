@@ -37,3 +37,12 @@ def test_large_sizes_are_readable():
     shown = str(summary(model, init_deltas(model, range(1000))))
     assert "1,000 of 256,000 rows × 4,096" in shown
     assert "(15.6 MiB) of 1,052,672,000 (3.92 GiB), 0.3891%" in shown
+
+
+def test_parameters_of_another_model_are_refused():
+    params = init_deltas(make("tied"), [7, 3])
+    with pytest.raises(ValueError, match=r"Linear has no matrix 'embed_tokens.weight' of shape"):
+        summary(torch.nn.Linear(D, V), params)
+    model = make("tied")
+    wrapper = torch.nn.Sequential(model)
+    assert summary(wrapper, init_deltas(model, [7, 3])).trainable_parameters == 2 * D

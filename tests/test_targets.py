@@ -52,12 +52,14 @@ def test_targets_are_found_by_name_suffix_list_and_pattern(targets, names: list[
     [
         ("nothing", ValueError, "'nothing' matches no module.*Candidates: 'text.emb'"),
         ("mb", ValueError, "'mb' matches no module"),
-        ("", ValueError, "'' matches no module"),
+        ("", TypeError, "'' is a Towers: only Embedding and Linear"),
         (["text.emb", "nothing"], ValueError, "'nothing' matches no module"),
         (re.compile("emb"), ValueError, r"re.compile\('emb'\) matches no module"),
         (r"text\..*", ValueError, "for a regular expression give re.compile"),
         ([], ValueError, "targets is empty"),
         ([3], TypeError, "must be module names, got int"),
+        (5, TypeError, "must be module names, got int"),
+        ([None], TypeError, "must be module names, got NoneType"),
         ("image.norm", TypeError, "'image.norm' is a LayerNorm: only Embedding and Linear"),
         ("text", TypeError, "'text' is a ModuleDict"),
         (None, ValueError, "cannot tell which module is the input embedding of Towers.*targets="),
@@ -126,7 +128,7 @@ def test_all_places_of_a_matrix_are_found(case: str, names: list[str], slots: in
     assert set(names) == {n for n in model.state_dict() if n in names}
     assert len(matrix.slots) == slots == count_slots(model, [matrix])
     assert len(matrix.distinct) == distinct
-    assert matrix.parameter is model.embed_tokens.weight
+    assert matrix.tensor is model.embed_tokens.weight
 
 
 def test_ties_are_found_on_the_meta_device():
@@ -141,7 +143,7 @@ def test_another_view_of_the_matrix_is_refused():
     model = make("untied")
     model.part = nn.Module()
     model.part.weight = nn.Parameter(model.embed_tokens.weight.data[2:])
-    with pytest.raises(ValueError, match=r"'part.weight' \(21, 8\) is another view of the token"):
+    with pytest.raises(ValueError, match=r"'part.weight' \(21, 8\) is another view of the matrix"):
         matrix_of(model, model.embed_tokens.weight)
 
 
@@ -152,3 +154,20 @@ def test_neighbours_in_one_flat_storage_are_not_tied():
     model.lm_head.weight = nn.Parameter(flat[V * D :].view(V, D))
     assert matrix_of(model, model.embed_tokens.weight).names == ("embed_tokens.weight",)
     assert not same_memory(model.embed_tokens.weight, model.lm_head.weight)
+
+
+def test_the_model_itself_is_a_target():
+    head = nn.Linear(D, V)
+    assert find_targets(head, "") == {"": head}
+    with pytest.raises(ValueError, match='it is itself targets=""'):
+        find_targets(head, None)
+
+
+def test_a_buffer_over_the_same_memory_is_a_place_too():
+    model = make("untied")
+    model.register_buffer("kept", model.embed_tokens.weight.data)
+    model.register_buffer("unkept", model.embed_tokens.weight.data, persistent=False)
+    matrix = matrix_of(model, model.embed_tokens.weight)
+    assert sorted(matrix.names) == ["embed_tokens.weight", "kept"]
+    assert {name for name, _ in matrix.slots} == {"embed_tokens.weight", "kept", "unkept"}
+    assert count_slots(model, [matrix]) == 3

@@ -119,6 +119,30 @@ def test_it_compiles_to_one_graph_that_serves_every_step(case: str, inner: str, 
             torch.testing.assert_close(leaves(compiled(rows, X)), leaves(f(rows, X)))
 
 
+@pytest.mark.parametrize("change", ["replaced", "untied"])
+def test_a_compiled_call_refuses_a_stale_patch(change: str):
+    torch._dynamo.reset()
+    model, params = setting("tied")
+    compiled = torch.compile(lambda p, x: functional_call(model, patch(p), (x,)), backend="eager")
+    compiled(params, X)
+    module = model.embed_tokens if change == "replaced" else model.lm_head
+    module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    with pytest.raises(ValueError, match="stale patch: the parameter"):
+        compiled(params, X)
+
+
+def test_several_adapters_compile_without_a_warning():
+    torch._dynamo.reset()
+    model, params = setting("tied")
+    other = init_deltas(model, [1], init="mean")
+
+    def loss(p: TokenDeltas, q: TokenDeltas, x: Tensor) -> Tensor:
+        return loss_of(functional_call(model, patch(p, q), (x,)))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(params, other, X), loss(params, other, X))
+
+
 def test_a_compiled_step_trains_leaves_of_torch_optim():
     torch._dynamo.reset()
     model, params = setting("tied")

@@ -116,6 +116,11 @@ def test_products_need_no_copy(read):
         lambda w: torch.addmm(torch.ones(V), HIDDEN[0], w.t(), beta=2),
         lambda w: torch.baddbmm(torch.ones(V), HIDDEN, w.T.expand(2, D, V)),
         lambda w: torch.tensordot(HIDDEN, w, dims=([2], [1])),
+        lambda w: F.linear(HIDDEN[0], w, torch.ones(4, V)),
+        lambda w: F.linear(HIDDEN[0], w, torch.ones(1)),
+        lambda w: torch.addmm(torch.ones(4, V), HIDDEN[0], w.t()),
+        lambda w: F.linear(torch.eye(D).to_sparse(), w),
+        lambda w: w.to(torch.int64),
         lambda w: F.embedding(TOKENS, w, scale_grad_by_freq=True),
         lambda w: F.embedding_bag(TOKENS, w),
         lambda w: w.permute(0, 1) * 2,
@@ -187,6 +192,10 @@ def test_questions_about_it_are_answered_without_work(about):
         lambda w: w.register_hook(print),
         lambda w: w.retain_grad(),
         lambda w: w.requires_grad_(False),
+        lambda w: F.relu(w, inplace=True),
+        lambda w: torch._foreach_add_([torch.ones(2), w], 1),
+        lambda w: torch.ops.aten.add_.Tensor(w, 1),
+        lambda w: torch.ops.aten.add.out(torch.ones(V, D), 1, out=w),
     ],
 )
 def test_writing_to_it_is_refused(write):
@@ -252,3 +261,21 @@ def test_a_dense_weight_is_the_copy_itself():
 def test_it_prints_as_the_matrix_it_is():
     weight, full, _ = weights()
     assert repr(weight) == repr(full)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_hidden_states_get_the_copy():
+    weight, full, _ = weights()
+    hidden = torch.nested.nested_tensor([HIDDEN[0], HIDDEN[1, :2]])
+    found, expected = F.linear(hidden, weight), F.linear(hidden, full)
+    for one, other in zip(found.unbind(), expected.unbind(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_addmm_under_autocast_keeps_its_dtype():
+    weight, full, _ = weights()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.addmm(torch.ones(V), HIDDEN[0], weight.t())
+        expected = torch.addmm(torch.ones(V), HIDDEN[0], full.t())
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ttfunc.targets import Matrix, count_slots, matrix_of
-from ttfunc.weight import PatchedWeight
+from ttfunc.targets import Matrix, count_slots, matrix_of, memory_of
+from ttfunc.weight import PatchedWeight, Source
 
 
 def functional_call(
@@ -58,7 +58,7 @@ def functional_call(
     if method == "forward":
         call = model
     else:
-        if not callable(getattr(model, method, None)):
+        if not (isinstance(method, str) and callable(getattr(model, method, None))):
             raise AttributeError(f"{type(model).__name__} has no method {method!r} to call.")
         call = _Method(model, method)
         swaps = {f"model.{name}": weight for name, weight in swaps.items()}
@@ -85,65 +85,65 @@ class _Method(nn.Module):
 def _swaps(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same weights, under one name for each place of the model that holds one."""
     swaps: dict[str, Tensor] = {}
-    own: list[tuple[PatchedWeight, Matrix]] = []
+    own: dict[int, Matrix] = {}
     for name, weight in weights.items():
         matrix = weight.source.matrix if isinstance(weight, PatchedWeight) else None
-        slots: Sequence[tuple[str, Tensor]]
-        if isinstance(weight, PatchedWeight) and matrix is not None and name in matrix.names:
-            own.append((weight, matrix))
+        if matrix is not None and name in matrix.names:
+            own[id(matrix)] = matrix
             slots = matrix.slots
         else:  # under a name of the caller's own, as in a wrapper of the model
-            slots = _slots(model, name, matrix)
-        for slot, _ in slots:
+            slots = _slots(model, name)
+        for slot, tensor in slots:
+            if isinstance(weight, PatchedWeight) and matrix is not None:
+                _check_fresh(model, slot, tensor, weight.source)
             if swaps.setdefault(slot, weight) is not weight:
                 raise ValueError(
                     f"{name!r} and another of the names {list(weights)} are one tied weight of "
                     f"{type(model).__name__} ({slot!r}). Give it once."
                 )
-    if not torch.compiler.is_compiling():  # where ids cannot be read; the eager call has checked
-        _check_fresh(model, own)
+    places = [slot for matrix in own.values() for slot, _ in matrix.slots]
+    if not places or torch.compiler.is_compiling():  # which traces no sets of ids
+        return swaps
+    if count_slots(model, own.values()) != len(places):
+        raise ValueError(
+            f"{type(model).__name__} ties {places[0]!r} to more than it did when the parameters "
+            "were made. Make them anew with init_deltas after tying the weights."
+        )
     return swaps
 
 
-def _slots(model: nn.Module, name: str, matrix: Matrix | None) -> Sequence[tuple[str, Tensor]]:
+def _slots(model: nn.Module, name: str) -> tuple[tuple[str, Tensor], ...]:
+    """Every place of the model that holds what it has under `name`."""
+    if not isinstance(name, str):
+        raise TypeError(
+            f"weights must go by the names of parameters, got {type(name).__name__}: {name!r}."
+        )
     current = _held(model, name)
     if current is None:
         names = [n for n, _ in chain(model.named_parameters(), model.named_buffers())]
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise KeyError(f"{type(model).__name__} has no parameter or buffer named {name!r}.{hint}")
-    if matrix is not None and all(current is not parameter for _, parameter in matrix.slots):
-        raise _stale(model, name)
-    if isinstance(current, nn.Parameter):
-        return matrix_of(model, current).slots
-    return [(name, current)]
+    return matrix_of(model, current).slots
 
 
-def _check_fresh(model: nn.Module, own: Sequence[tuple[PatchedWeight, Matrix]]) -> None:
-    for weight, matrix in own:
-        for name, parameter in matrix.slots:
-            # Resizing and casting may keep the Parameter and replace what is in it.
-            if _held(model, name) is not parameter or parameter.shape != weight.shape:
-                raise _stale(model, name)
-            if parameter.dtype != weight.dtype or parameter.device != weight.device:
-                raise _stale(model, name)
-    matrices = {id(matrix): matrix for _, matrix in own}.values()
-    slots = [name for matrix in matrices for name, _ in matrix.slots]
-    if slots and count_slots(model, matrices) != len(slots):
-        raise ValueError(
-            f"{type(model).__name__} ties {slots[0]!r} to more than it did when the parameters "
-            "were made. Make them anew with init_deltas after tying the weights."
-        )
-
-
-def _stale(model: nn.Module, name: str) -> ValueError:
+def _check_fresh(model: nn.Module, name: str, tensor: Tensor, source: Source) -> None:
+    """Raise ValueError unless the model holds `tensor` there, and it is what was patched."""
     held = _held(model, name)
+    matrix = source.matrix
+    # Resizing and casting may keep the Parameter and replace what is in it.
+    if (
+        held is tensor
+        and (matrix is None or any(tensor is one for _, one in matrix.slots))
+        and (source.memory is None or memory_of(tensor) == source.memory)
+    ):
+        return
     now = (
         "is not there"
         if held is None
         else f"is another one, {tuple(held.shape)} in {held.dtype} on {held.device}"
     )
-    return ValueError(
+    raise ValueError(
         f"stale patch: the parameter {name!r} that it was made from {now} in this "
         f"{type(model).__name__} (another model, or one that was resized, cast or moved since). "
         "Call patch again, and init_deltas where the weights were replaced."

@@ -13,7 +13,7 @@ import torch.utils._pytree as torch_pytree
 from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor
 
-from ttfunc.indices import TokenIndices
+from ttfunc.indices import TokenIndices, outside_of_modes
 from ttfunc.targets import Matrix
 
 
@@ -61,11 +61,18 @@ class TokenDeltas:
     deltas: dict[str, Tensor]
     rows: dict[str, TokenRows]
 
+    def __post_init__(self) -> None:
+        if self.deltas.keys() != self.rows.keys():
+            raise ValueError(
+                f"the deltas are for {sorted(self.deltas)} and the rows for {sorted(self.rows)}: "
+                "each matrix needs both. Replace values, not names."
+            )
+
     @property
     def token_indices(self) -> dict[str, Tensor]:
         """The token ids, `(k,)` int64 on the CPU: row i of every array belongs to id i."""
         cpu = torch.device("cpu")
-        return {name: row.indices.on(cpu).ids for name, row in self.rows.items()}
+        return {name: row.indices.on(cpu).ids.clone() for name, row in self.rows.items()}
 
     @property
     def originals(self) -> dict[str, Tensor]:
@@ -89,8 +96,8 @@ def combine(*params: TokenDeltas) -> TokenDeltas:
     """One TokenDeltas with the rows of all of `params`, in their order; none of them is changed.
 
     Deltas over the same matrix are concatenated to `(k1 + k2 + …, D)`. Raises ValueError where a
-    token is in more than one of them, or where they were made from different models; TypeError for
-    what is no TokenDeltas.
+    token is in more than one of them, or where one name stands for a matrix of different models;
+    TypeError for what is no TokenDeltas.
     """
     if not params:
         raise ValueError("combine() got no parameters: give at least one TokenDeltas.")
@@ -106,16 +113,46 @@ def combine(*params: TokenDeltas) -> TokenDeltas:
 
 def _union(a: TokenDeltas, b: TokenDeltas) -> TokenDeltas:
     deltas, rows = {**a.deltas, **b.deltas}, {**a.rows, **b.rows}
-    for name in a.rows.keys() & b.rows.keys():
-        rows[name] = _joined_rows(a.rows[name], b.rows[name])
-        deltas[name] = torch.cat([a.deltas[name], b.deltas[name]], dim=-2)
+    for name, row in a.rows.items():
+        for other, theirs in b.rows.items():
+            if name == other:
+                rows[name] = _joined_rows(row, theirs)
+                deltas[name] = _joined(a.deltas[name], b.deltas[name], name)
+            elif common := set(row.names) & set(theirs.names):
+                raise ValueError(
+                    f"{sorted(common)} belong to the matrix {row.names} in one of the parameters "
+                    f"and to {theirs.names} in the other: they were made from different models, or "
+                    "the model was tied in between. Make both with init_deltas on the same model."
+                )
     return TokenDeltas(deltas, rows)
 
 
+def _joined(a: Tensor, b: Tensor, name: str) -> Tensor:
+    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
+        raise ValueError(
+            f"the deltas for {name!r} have shapes {tuple(a.shape)} and {tuple(b.shape)}: only "
+            "their numbers of rows may differ. Stack both, or neither."
+        )
+    return torch.cat([a, b], dim=-2)
+
+
+def check_shapes(params: TokenDeltas) -> None:
+    """Raise where a delta is not one `(k, D)` float tensor: ValueError, or TypeError."""
+    for name, delta in params.deltas.items():
+        row = params.rows[name]
+        expected = (len(row.indices), row.shape[1])
+        if not isinstance(delta, Tensor) or not delta.is_floating_point():
+            what = delta.dtype if isinstance(delta, Tensor) else type(delta).__name__
+            raise TypeError(f"the delta of {name!r} is {what}: a floating-point tensor is needed.")
+        if tuple(delta.shape) != expected:
+            raise ValueError(
+                f"the delta of {name!r} has shape {tuple(delta.shape)}, and {expected} is needed: "
+                "a row for each token index. For a leading axis of adapters use torch.vmap."
+            )
+
+
 # Combining at each training step must not sort, nor move the ids to the device, again.
-@functools.lru_cache(maxsize=64)
-def _joined_indices(a: TokenIndices, b: TokenIndices) -> TokenIndices:
-    return a.joined(b)
+_remembered = functools.lru_cache(maxsize=64)(TokenIndices.joined)
 
 
 def _joined_rows(a: TokenRows, b: TokenRows) -> TokenRows:
@@ -125,16 +162,20 @@ def _joined_rows(a: TokenRows, b: TokenRows) -> TokenRows:
             f"and {b.names}, shapes {a.shape} and {b.shape}. Make both with init_deltas on the "
             "same model."
         )
+    # torch.compile sees through no cache, and warns of it.
+    joined = TokenIndices.joined if torch.compiler.is_compiling() else _remembered
+    with outside_of_modes():
+        originals = torch.cat([a.originals, b.originals.to(a.originals.device)])
     return replace(
         a,
-        indices=_joined_indices(a.indices, b.indices),
-        originals=torch.cat([a.originals, b.originals]),
+        indices=joined(a.indices, b.indices),
+        originals=originals,
         matrix=a.matrix or b.matrix,
     )
 
 
 def _other_model(a: Matrix | None, b: Matrix | None) -> bool:
-    return a is not None and b is not None and a.parameter is not b.parameter
+    return a is not None and b is not None and a.tensor is not b.tensor
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

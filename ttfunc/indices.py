@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,8 +53,7 @@ class TokenIndices:
     def on(self, device: torch.device) -> Table:
         """The tables on `device`."""
         if device not in self._tables:
-            # They outlive the mode that this call happens to run in.
-            with torch.inference_mode(False), torch._C._DisableFuncTorch():
+            with outside_of_modes():
                 ids = torch.tensor(self.ids, dtype=torch.int64, device="cpu")
                 ordered, row = torch.sort(ids)
                 table = Table(ids.to(device), ordered.to(device), row.to(device))
@@ -68,6 +68,16 @@ class TokenIndices:
                 "token has one row. Train or merge the adapters one at a time, or drop the overlap."
             )
         return TokenIndices(self.ids + other.ids)
+
+
+@contextlib.contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """For tensors that outlive the inference mode or the transform that they are made in."""
+    if torch.compiler.is_compiling():  # which keeps no tensor of its own
+        yield
+        return
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+        yield
 
 
 def token_indices(idx: Iterable[Any], vocabulary: int, name: str) -> TokenIndices:
@@ -105,6 +115,11 @@ def _elements(idx: Iterable[Any], name: str) -> list[Any]:
             raise TypeError(
                 f"token indices for {name!r} must have one dimension, got shape "
                 f"{tuple(idx.shape)}. Flatten them: idx.ravel()."
+            )
+        if isinstance(idx, Tensor) and (idx.is_meta or idx.layout != torch.strided):
+            raise TypeError(
+                f"token indices for {name!r} must be a plain tensor with values, got one of layout "
+                f"{idx.layout} on {idx.device}."
             )
         idx = idx.tolist()
     # A set has no order, and row i must belong to index i; a string iterates over characters.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 import torch
@@ -31,7 +31,7 @@ def init_deltas(
     Args:
         model: any module. It is not changed.
         idx: k token ids, or a mapping from target to its own ids (then without `targets`).
-        targets: a module name or the end of one, a list of them, or a compiled pattern; Embedding
+        targets: a module name or the end of one, a compiled pattern, or a list of them; Embedding
             and Linear modules. By default the input embedding. What is tied to a target by identity
             or memory is trained with it.
         init: where the rows start. `"base"`: as they are. `"mean"`: the mean of the matrix.
@@ -51,11 +51,13 @@ def init_deltas(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}.")
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype={dtype} cannot be trained: give a floating-point dtype.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            f"dtype={dtype!r} cannot be trained: give a floating-point dtype such as torch.float32."
+        )
     deltas, rows = {}, {}
     for matrix, indices in _requests(model, idx, targets):
-        weight = matrix.parameter.detach()
+        weight = matrix.tensor.detach()
         name, ids = matrix.names[0], indices.on(weight.device).ids
         originals = weight.index_select(0, ids)
         start = _start(init, weight, ids, originals, name, generator)
@@ -78,16 +80,12 @@ def _requests(
             )
         if not idx:
             raise ValueError("no token indices: idx is an empty mapping. Name a target in it.")
-        asked = [
-            (n, m, ids) for key, ids in idx.items() for n, m in find_targets(model, key).items()
-        ]
+        wanted = [(find_targets(model, [key]), ids) for key, ids in idx.items()]
     else:
-        # The ids may come from an iterator, and every target reads them.
-        ids = list(idx) if hasattr(idx, "__next__") else idx
-        asked = [(n, m, ids) for n, m in find_targets(model, targets).items()]
+        wanted = [(find_targets(model, targets), idx)]
 
     requests: dict[str, tuple[str, Matrix, TokenIndices]] = {}
-    for target, module, ids in asked:
+    for target, module, ids in _each_module(wanted):
         weight = module.get_parameter("weight")
         matrix, indices = matrix_of(model, weight), token_indices(ids, weight.shape[0], target)
         first, _, other = requests.setdefault(matrix.names[0], (target, matrix, indices))
@@ -99,6 +97,16 @@ def _requests(
             )
         _warn_of_padding(target, module, indices)
     return [(matrix, indices) for _, matrix, indices in requests.values()]
+
+
+def _each_module(
+    wanted: list[tuple[dict[str, nn.Module], Iterable[int]]],
+) -> Iterator[tuple[str, nn.Module, Iterable[int]]]:
+    for modules, ids in wanted:
+        # They may come from an iterator, and each module reads them.
+        ids = list(ids) if isinstance(ids, Iterator) else ids
+        for name, module in modules.items():
+            yield name, module, ids
 
 
 def _warn_of_padding(target: str, module: nn.Module, indices: TokenIndices) -> None:
@@ -122,7 +130,7 @@ def _start(
     if isinstance(init, str):
         if init == "base":
             return originals
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = _delta_dtype(weight.dtype)
         mean = weight.mean(0, dtype=wide).expand(originals.shape)
         if init == "mean":
             return mean
@@ -130,18 +138,35 @@ def _start(
             noise = torch.randn(
                 originals.shape, generator=generator, device=weight.device, dtype=wide
             )
-            return mean + noise * weight.std(0, correction=0).to(wide)
+            # torch has no spread of floats of eight bits.
+            drawn = weight.to(wide) if weight.element_size() == 1 else weight
+            return mean + noise * drawn.std(0, correction=0).to(wide)
         raise ValueError(f"init={init!r} is unknown. {_INITS}")
     if not (isinstance(init, Tensor) or callable(init)):
         raise TypeError(f"init is a {type(init).__name__}. {_INITS}")
-    start = init if isinstance(init, Tensor) else init(weight, ids)
+    start = init if isinstance(init, Tensor) else _called(init, weight, ids, name)
     if not isinstance(start, Tensor) or start.shape != originals.shape:
         got = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
         raise ValueError(
             f"init gives {got} for {name!r}, and {tuple(originals.shape)} is needed: a row for "
             "each token index, in their order."
         )
+    if start.is_complex():
+        raise TypeError(f"init gives {start.dtype} for {name!r}: give real numbers.")
     return start.detach()
+
+
+def _called(
+    init: Callable[[Tensor, Tensor], Tensor], weight: Tensor, ids: Tensor, name: str
+) -> Tensor:
+    version = None if weight.is_inference() else weight._version
+    start = init(weight, ids.clone())
+    if version is not None and weight._version != version:
+        raise RuntimeError(
+            f"init wrote to the matrix {name!r} that it was given, which is the model's own: load "
+            "the model again, and let init return new rows, base[idx].clone() say."
+        )
+    return start
 
 
 _INITS = 'Give "base", "mean", "normal", a (k, D) tensor or a function of (base, idx).'
@@ -149,4 +174,4 @@ _INITS = 'Give "base", "mean", "normal", a (k, D) tensor or a function of (base,
 
 def _delta_dtype(dtype: torch.dtype) -> torch.dtype:
     """As PEFT's autocast_adapter_dtype: small updates vanish in half precision."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype.itemsize < 4 else dtype

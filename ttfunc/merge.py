@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from ttfunc.deltas import TokenDeltas, TokenRows, combine
+from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes, combine
 from ttfunc.targets import same_memory
 
 
@@ -34,9 +33,12 @@ def merge(
 
     Raises:
         KeyError: the state dict has none of a matrix's names.
-        ValueError: a matrix of another shape, overlapping tokens, or a row that is not finite.
+        ValueError: a matrix or a delta of another shape, overlapping tokens, or a row that is not
+            finite.
+        TypeError: no mapping, or a matrix in it that is no float tensor.
     """
     together = combine(params, *more)
+    check_shapes(together)
     merged = _written(state_dict, together, together.deltas)
     if check_finite:
         for name, row in together.rows.items():
@@ -56,17 +58,41 @@ def unmerge(
     does.
 
     Raises:
-        KeyError, ValueError: as `merge`.
+        KeyError, ValueError: as `merge`; ValueError also where the state dict is of a dtype that
+            holds more than the originals', so that they may be roundings of what was there.
     """
     together = combine(params, *more)
-    return _written(state_dict, together, together.originals)
+    restored = _written(state_dict, together, together.originals)
+    for row in together.rows.values():
+        for alias in row.names:
+            if alias in restored:
+                check_originals(alias, restored[alias].dtype, row.originals.dtype)
+    return restored
+
+
+def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> None:
+    """Raise ValueError where rows of `dtype` cannot be given back from `originals`."""
+    has, kept = torch.finfo(dtype), torch.finfo(originals)
+    if has.eps < kept.eps or has.max > kept.max or has.smallest_normal < kept.smallest_normal:
+        raise ValueError(
+            f"{name!r} is in {dtype} and the original rows were taken in {originals}, which cannot "
+            f"hold all of it: they may not be what was there. Make the parameters from a model in "
+            f"{dtype}, or keep the state dict from before the merge."
+        )
 
 
 def _written(
     state_dict: Mapping[str, Tensor], params: TokenDeltas, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"a state dict is needed, got {type(state_dict).__name__}. The order is "
+            "merge(model.state_dict(), params)."
+        )
     # copy.copy keeps the type and the _metadata of what nn.Module.state_dict returns.
-    result = cast("dict[str, Tensor]", copy.copy(state_dict))
+    result: dict[str, Tensor] = (
+        copy.copy(state_dict) if isinstance(state_dict, dict) else dict(state_dict)
+    )
     for name, row in params.rows.items():
         # From the result: another adapter may have written to one of these names before.
         held = {alias: result[alias] for alias in row.names if alias in result}
@@ -76,16 +102,30 @@ def _written(
                 f"the same model, without a prefix? It begins with {list(state_dict)[:3]}."
             )
         for alias, matrix in held.items():
+            if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+                what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+                raise TypeError(
+                    f"{alias!r} in the state dict is {what}, which holds no rows to replace: a "
+                    "floating-point tensor is needed. Merge before quantising."
+                )
             if tuple(matrix.shape) != row.shape:
                 raise ValueError(
                     f"{alias!r} in the state dict has shape {tuple(matrix.shape)}, and the "
                     f"parameters were made for {row.shape}. Use the state dict of that model."
                 )
         for matrix, aliases in _distinct(result, held):
-            ids = row.indices.on(matrix.device).ids
-            written = matrix.index_copy(0, ids, values[name].to(matrix.device, matrix.dtype))
+            rows = values[name].to(matrix.device, matrix.dtype)
+            written = _with_rows(matrix, row.indices.on(matrix.device).ids, rows)
             result.update(dict.fromkeys(aliases, written))
     return result
+
+
+def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    if matrix.element_size() > 1:
+        return matrix.index_copy(0, ids, rows)
+    # torch copies no float of eight bits by index, only their bytes.
+    as_bytes = matrix.view(torch.uint8).index_copy(0, ids, rows.view(torch.uint8))
+    return as_bytes.view(matrix.dtype)
 
 
 def _distinct(
@@ -109,6 +149,8 @@ def _is_same(matrix: Tensor, other: object) -> bool:
 
 def _check_finite(matrix: Tensor, row: TokenRows, name: str) -> None:
     rows = matrix.detach().index_select(0, row.indices.on(matrix.device).ids)
+    if rows.element_size() == 1:  # torch has no isfinite for floats of eight bits
+        rows = rows.float()
     finite = torch.isfinite(rows).all(dim=1).tolist()
     if bad := [token for token, fine in zip(row.indices.ids, finite, strict=True) if not fine]:
         raise ValueError(

@@ -32,7 +32,7 @@ BENEATH = {
 } | {Tensor.stride, Tensor.storage_offset}
 
 # torch.compile cannot look up what this leaves out: torch.resize_as_ and a few private ones.
-_IN_PLACE = r"(?!_|resize_as)\w+_"
+_IN_PLACE = r"(?!_|resize_as)\w+_|_foreach_\w+_"
 
 # What writes to its first argument, or gives a pointer to it.
 WRITERS = (
@@ -59,8 +59,13 @@ def written_by(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Any]:
     """The arguments that `func` writes to, or gives a pointer to."""
-    first = (*args, *kwargs.values())[:1] if func in WRITERS else ()
-    return [*first, *tree_leaves(kwargs.get("out"))]
+    given = (*args, *kwargs.values())
+    if isinstance(func, torch._ops.OpOverload):
+        arguments = func._schema.arguments
+        named = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+        return tree_leaves([named.get(a.name) for a in arguments if a.is_write])
+    in_place = func in WRITERS or kwargs.get("inplace") is True
+    return tree_leaves([given[:1] if in_place else (), kwargs.get("out")])
 
 
 def transposes(*dims: int) -> bool:

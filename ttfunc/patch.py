@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ttfunc.deltas import TokenDeltas, combine
+from ttfunc.deltas import TokenDeltas, check_shapes, combine
+from ttfunc.targets import same_memory
 from ttfunc.weight import patched
 
 
@@ -28,12 +29,14 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
         A `(V, D)` weight for each distinct matrix, under one name of each Parameter that holds it.
 
     Raises:
-        ValueError: deltas of another shape, a matrix that was resized since they were made, or a
-            token in more than one of the parameters.
+        ValueError: deltas of another shape, a matrix that was resized or untied since they were
+            made, or a token in more than one of the parameters.
+        TypeError: deltas that are no float tensors.
         RuntimeError: `params` were unpickled and belong to no model.
     """
     weights: dict[str, Tensor] = {}
     together = combine(params, *more)
+    check_shapes(together)
     for name, delta in together.deltas.items():
         row = together.rows[name]
         if row.matrix is None:
@@ -42,21 +45,26 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
                 "Put them on one: optree.tree_map(lambda new, old: old, "
                 "init_deltas(model, idx), params)."
             )
-        expected = (len(row.indices), row.shape[1])
-        if tuple(delta.shape) != expected:
-            raise ValueError(
-                f"the delta of {name!r} has shape {tuple(delta.shape)}, and {expected} is needed: "
-                "a row for each token index. For a leading axis of adapters use torch.vmap."
-            )
-        base = row.matrix.parameter.detach()
-        if tuple(base.shape) != row.shape:
+        held = row.matrix.tensor
+        if tuple(held.shape) != row.shape:
             raise ValueError(
                 f"stale parameters: {name!r} had shape {row.shape} when they were made, and has "
-                f"{tuple(base.shape)} now. Make them anew with init_deltas on the model as it is."
+                f"{tuple(held.shape)} now. Make them anew with init_deltas on the model as it is."
             )
+        if apart := [n for n, other in row.matrix.slots if not _is_tied(other, held)]:
+            raise ValueError(
+                f"stale parameters: {apart} lay in the memory of {name!r} when they were made, and "
+                "do not now (moving or casting a model parts what is not one Parameter). Tie them "
+                "again, or make the parameters anew with init_deltas."
+            )
+        base = held.detach()
         rows = delta.to(base.device, base.dtype)
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
         copied = dense or row.matrix.renormed
         weight = patched(base, rows, row.indices, row.matrix, dense=copied)
         weights.update(dict.fromkeys(row.matrix.distinct, weight))
     return weights
+
+
+def _is_tied(a: Tensor, b: Tensor) -> bool:
+    return a is b or same_memory(a, b)

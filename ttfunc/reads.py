@@ -66,9 +66,11 @@ def _product(
 
 
 class _TracedProduct(torch.autograd.Function):
-    """The product with k columns written in place, and a backward that copies no gradient.
+    """The product with k columns written in place, and a backward to match.
 
-    Plain autograd of `_product` keeps three buffers of the size of the logits.
+    Plain autograd of `_product` keeps three buffers of the size of the logits. This keeps none, and
+    its backward makes one, when those of the loss are gone. (Subtracting the old rows' part from
+    `grad @ base` would make none, and cancel where an old row is large.)
     """
 
     @staticmethod
@@ -91,7 +93,7 @@ class _TracedProduct(torch.autograd.Function):
         some = grad.index_select(-1, ids)
         to_hidden = to_rows = to_bias = None
         if needs_hidden:
-            to_hidden = grad @ base + some @ (rows - base.index_select(0, ids))
+            to_hidden = grad.index_fill(-1, ids, 0) @ base + some @ rows
         if needs_rows:
             to_rows = some.reshape(-1, rows.shape[0]).mT @ hidden.reshape(-1, rows.shape[1])
         if needs_bias:

@@ -38,12 +38,22 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
 
     Returns:
         Summary, with the deltas counted in the total as well, and what each matrix trains.
+
+    Raises:
+        ValueError: the model has no matrix of that name and shape.
     """
     deltas = combine(params).deltas.values()
     trainable = sum(delta.numel() for delta in deltas)
     size = sum(delta.nbytes for delta in deltas)
+    held = dict(model.named_parameters(remove_duplicate=False))
     matrices = {}
     for name, row in params.rows.items():
+        wrapped = row.matrix is not None and any(p is row.matrix.tensor for p in held.values())
+        if not wrapped and (name not in held or tuple(held[name].shape) != row.shape):
+            raise ValueError(
+                f"{type(model).__name__} has no matrix {name!r} of shape {row.shape}, which the "
+                "parameters were made for. Give their model."
+            )
         tied = f", tied with {', '.join(row.names[1:])}" if len(row.names) > 1 else ""
         delta = params.deltas[name]
         matrices[name] = (

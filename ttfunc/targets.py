@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeAlias
 
 from torch import Tensor, nn
 
-Targets: TypeAlias = "str | Sequence[str] | re.Pattern[str]"
+Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,40 +22,42 @@ class Matrix:
     """One distinct token matrix of a model.
 
     names: every name that `state_dict` gives it, the first one first.
-    slots: one name for each distinct (module, attribute) that holds it, with its parameter. A
-        module reached by two paths is one slot: swapped twice, it would stay swapped for good.
+    slots: one name for each distinct (module, attribute) that holds it, with its tensor. A module
+        reached by two paths is one slot: swapped twice, it would stay swapped for good.
     renormed: an Embedding with max_norm holds it, which rescales it in place as it reads.
     """
 
     names: tuple[str, ...]
-    slots: tuple[tuple[str, nn.Parameter], ...]
+    slots: tuple[tuple[str, Tensor], ...]
     renormed: bool
 
     @property
-    def parameter(self) -> nn.Parameter:
+    def tensor(self) -> Tensor:
         """The `(V, D)` parameter under the first name."""
         return self.slots[0][1]
 
     @property
-    def distinct(self) -> dict[str, nn.Parameter]:
-        """One name for each distinct Parameter object: what torch's own functional_call needs."""
-        first: dict[int, tuple[str, nn.Parameter]] = {}
-        for name, parameter in self.slots:
-            first.setdefault(id(parameter), (name, parameter))
+    def distinct(self) -> dict[str, Tensor]:
+        """One name for each distinct tensor object: what torch's own functional_call needs."""
+        first: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in self.slots:
+            first.setdefault(id(tensor), (name, tensor))
         return dict(first.values())
 
 
 def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]:
     """The modules that `targets` names, by their full names; by default the input embedding.
 
-    A string is a full module name, or else the end of one at a dot (`"embed_tokens"` finds
-    `model.embed_tokens`); a list is several strings, each of which must match; a compiled pattern
-    must match the whole name. Raises ValueError where nothing matches, TypeError for a module that
-    is neither an Embedding nor a Linear.
+    A string is a full module name (`""` is the model itself), or else the end of one at a dot
+    (`"embed_tokens"` finds `model.embed_tokens`); a compiled pattern must match the whole name; of
+    a list, each must match. Raises ValueError where nothing matches, TypeError for a module that is
+    neither an Embedding nor a Linear.
     """
     if targets is None:
         return dict([_input_embedding(model)])
     if not isinstance(targets, (str, re.Pattern)):
+        if not isinstance(targets, Iterable):
+            raise _not_a_name(targets)
         if not targets:
             raise ValueError(f"targets is empty: {targets!r}. Name a module, or leave it out.")
         return {
@@ -62,7 +65,7 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
             for target in targets
             for name, module in find_targets(model, _checked(target)).items()
         }
-    modules = {name: module for name, module in _named_modules(model) if name}
+    modules = dict(_named_modules(model))
     found = {name: modules[name] for name in _matching(list(modules), targets)}
     if not found:
         raise ValueError(
@@ -74,41 +77,43 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
     return found
 
 
-def matrix_of(model: nn.Module, parameter: nn.Parameter) -> Matrix:
-    """Every place of `model` that holds `parameter`: by identity, or by the same memory and shape.
+def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
+    """Every place of `model` that holds `tensor`: by identity, or by the same memory and shape.
 
-    Raises ValueError where another parameter covers a part of the same memory, or all of it in
-    another shape: it cannot be swapped together with this one.
+    A place is a parameter or a buffer. Raises ValueError where another one covers a part of the
+    same memory, or all of it in another shape: it cannot be swapped together with this one.
     """
     names: list[str] = []
-    slots: dict[tuple[int, str], tuple[str, nn.Parameter]] = {}
+    slots: dict[tuple[int, str], tuple[str, Tensor]] = {}
     renormed = False
     for path, module in _named_modules(model):
-        for attribute, other in module._parameters.items():
+        for attribute, other in chain(module._parameters.items(), module._buffers.items()):
             if other is None:
                 continue
             name = f"{path}.{attribute}" if path else attribute
-            if other is parameter or same_memory(other, parameter):
-                names.append(name)
+            if other is tensor or same_memory(other, tensor):
+                if attribute not in module._non_persistent_buffers_set:
+                    names.append(name)
                 slots.setdefault((id(module), attribute), (name, other))
                 renormed |= getattr(module, "max_norm", None) is not None
-            elif _overlaps(other, parameter):
+            elif _overlaps(other, tensor):
                 raise ValueError(
-                    f"parameter {name!r} {tuple(other.shape)} is another view of the token matrix "
-                    f"{tuple(parameter.shape)}: the two cannot be patched together. Give it "
+                    f"{name!r} {tuple(other.shape)} is another view of the matrix "
+                    f"{tuple(tensor.shape)}: the two cannot be patched together. Give it "
                     "memory of its own, or make it the same parameter."
                 )
     return Matrix(tuple(names), tuple(slots.values()), renormed)
 
 
 def count_slots(model: nn.Module, matrices: Iterable[Matrix]) -> int:
-    """How many (module, attribute) of `model` hold a parameter of `matrices` now."""
-    wanted = {id(parameter) for matrix in matrices for _, parameter in matrix.slots}
+    """How many (module, attribute) of `model` hold a tensor of `matrices` now."""
+    wanted = {id(tensor) for matrix in matrices for _, tensor in matrix.slots}
     # model.modules() does the same at twice the time, and this runs at every call.
     pending, seen, count = [model], {id(model)}, 0
     while pending:
         module = pending.pop()
-        count += sum(id(parameter) in wanted for parameter in module._parameters.values())
+        count += sum(id(tensor) in wanted for tensor in module._parameters.values())
+        count += sum(id(tensor) in wanted for tensor in module._buffers.values())
         for child in module._modules.values():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
@@ -116,15 +121,15 @@ def count_slots(model: nn.Module, matrices: Iterable[Matrix]) -> int:
     return count
 
 
+def memory_of(tensor: Tensor) -> tuple[object, ...]:
+    """Where a tensor lies and how it is read; equal for two tensors that are one."""
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one: the same storage, offset, shape, strides and dtype."""
-    return (
-        a.untyped_storage()._cdata == b.untyped_storage()._cdata
-        and a.dtype == b.dtype
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.storage_offset() == b.storage_offset()
-    )
+    return memory_of(a) == memory_of(b)
 
 
 def _overlaps(a: Tensor, b: Tensor) -> bool:
@@ -147,13 +152,17 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from model.named_modules(remove_duplicate=False)
 
 
-def _checked(target: object) -> str:
-    if not isinstance(target, str):
-        raise TypeError(
-            f"targets must be module names, got {type(target).__name__}: {target!r}. Give a "
-            "string, a list of strings, or one compiled pattern."
-        )
+def _checked(target: object) -> str | re.Pattern[str]:
+    if not isinstance(target, (str, re.Pattern)):
+        raise _not_a_name(target)
     return target
+
+
+def _not_a_name(target: object) -> TypeError:
+    return TypeError(
+        f"targets must be module names, got {type(target).__name__}: {target!r}. Give a "
+        "string, a compiled pattern, or a list of them."
+    )
 
 
 def _matching(names: list[str], target: str | re.Pattern[str]) -> list[str]:
@@ -216,7 +225,7 @@ def _candidates(model: nn.Module, most: int = 8) -> str:
     embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n]
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n]
     if not embeddings + linears:
-        return "The model has no named Embedding or Linear module."
+        return 'The model has no named Embedding or Linear module; it is itself targets="".'
     # Heads come last in a model, so the last Linear modules are the likely ones.
     shown = embeddings[:most] + linears[-max(2, most - len(embeddings)) :]
     return f"Candidates: {', '.join(map(repr, shown))}."

@@ -19,14 +19,15 @@ from torch.utils._pytree import tree_map
 from ttfunc.indices import TokenIndices
 from ttfunc.overrides import ABOUT, BENEATH, einsum_as_product, transposes, written_by
 from ttfunc.reads import carrier, lookup, product
-from ttfunc.targets import Matrix
+from ttfunc.targets import Matrix, memory_of
 
 
 class Source(NamedTuple):
     """What a patched weight is made of: `(V, D)` base and `(k, D)` rows, alike in all else.
 
     beneath: the `(V, D)` tensor that a deferred weight is to whatever gets past
-    `__torch_function__`. copy: the patched matrix, of a dense one. uses: how it was read.
+    `__torch_function__`. copy: the patched matrix, of a dense one. memory: where the model's own
+    matrix lay. uses: how it was read.
     """
 
     base: Tensor
@@ -35,6 +36,7 @@ class Source(NamedTuple):
     matrix: Matrix | None
     beneath: Tensor
     copy: Tensor | None
+    memory: tuple[object, ...] | None
     uses: set[str]
 
 
@@ -87,7 +89,10 @@ def patched(
     """
     copy = base.index_copy(0, indices.on(base.device).ids, rows) if dense else None
     beneath = carrier(rows, base, indices) if copy is None else copy
-    return _wrap(Source(base, rows, indices, matrix, beneath, copy, set()))
+    memory = None
+    if matrix is not None and not torch.compiler.is_compiling():  # which reads no pointers
+        memory = memory_of(matrix.tensor)
+    return _wrap(Source(base, rows, indices, matrix, beneath, copy, memory, set()))
 
 
 def _wrap(source: Source, *, transposed: bool = False) -> PatchedWeight:
@@ -109,10 +114,11 @@ def _dense(value: Any) -> Any:
     if not isinstance(value, PatchedWeight):
         return value
     value.source.uses.add("dense")
-    base, rows, indices, _, _, copy, _ = value.source
+    source, copy = value.source, value.source.copy
     if copy is None:
         # Not kept for the next read, which may be under another grad mode or transform.
-        copy = base.index_copy(0, indices.on(base.device).ids, rows)
+        ids = source.indices.on(source.base.device).ids
+        copy = source.base.index_copy(0, ids, source.rows)
     return copy.mT if value.transposed else copy
 
 
@@ -132,6 +138,17 @@ def _refuse(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 def _is_deferred(value: Any, *, transposed: bool = False) -> bool:
     return isinstance(value, PatchedWeight) and value.deferred and value.transposed is transposed
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a dense tensor of floats, which the product is written for."""
+    return (
+        isinstance(value, Tensor)
+        and not isinstance(value, PatchedWeight)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and not value.is_nested
+    )
 
 
 def _embedding(
@@ -163,9 +180,9 @@ def _getitem(weight: Any, tokens: Any) -> Any:
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if not _is_deferred(weight) or isinstance(input, PatchedWeight):
+    if not (_is_deferred(weight) and _is_plain(input)):
         return NotImplemented
-    if isinstance(bias, PatchedWeight):
+    if not (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1])):
         return NotImplemented
     source = weight.source
     source.uses.add("product")
@@ -183,8 +200,7 @@ def _matmul(input: Any, other: Any) -> Any:
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     if beta != 1 or alpha != 1 or not _is_deferred(mat2, transposed=True):
         return NotImplemented
-    out = _matmul(mat1, mat2)
-    return out if out is NotImplemented else out + input
+    return _linear(mat1, _transpose(mat2), input)
 
 
 def _einsum(equation: Any, *operands: Any) -> Any:
@@ -229,6 +245,8 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
         base = func(weight.source.base, *args, **kwargs)
         if base is weight.source.base:
             return weight
+        if not base.is_floating_point():
+            return NotImplemented
         rows = func(weight.source.rows, *args, **kwargs)
         beneath = carrier(rows, base, weight.source.indices)
         source = weight.source._replace(base=base, rows=rows, beneath=beneath)
