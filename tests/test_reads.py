@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ttfunc.indices import TokenIndices
-from ttfunc.reads import carrier, lookup, product
+from ttfunc.reads import Replaced
 
 V, D = 17, 5
 ids = st.lists(st.integers(0, V - 1), min_size=1, max_size=V, unique=True)
@@ -32,7 +32,7 @@ def copied(base: Tensor, rows: Tensor, indices: TokenIndices) -> Tensor:
 def test_lookup(ids: list[int], seed: int, padding: int | None):
     base, rows, indices = operands(ids, seed)
     tokens = torch.randint(0, V, (3, 4), generator=torch.Generator().manual_seed(seed))
-    found = lookup(tokens, base, rows, indices, padding)
+    found = Replaced(rows, indices).lookup(tokens, base, padding)
     expected = F.embedding(tokens, copied(base, rows, indices), padding)
     assert torch.equal(found, expected)
     weight = torch.randn_like(expected)
@@ -48,14 +48,14 @@ def test_lookup_takes_every_shape_of_tokens(shape: tuple[int, ...], dtype: torch
     base, rows, indices = operands([3, 1])
     tokens = torch.randint(0, V, shape).to(dtype)
     expected = F.embedding(tokens, copied(base, rows, indices))
-    assert torch.equal(lookup(tokens, base, rows, indices), expected)
+    assert torch.equal(Replaced(rows, indices).lookup(tokens, base), expected)
 
 
 @pytest.mark.parametrize("token", [V, -1])
 def test_lookup_refuses_what_an_embedding_refuses(token: int):
     base, rows, indices = operands([V - 1])
     with pytest.raises(IndexError, match="index out of range"):
-        lookup(torch.tensor([token]), base, rows, indices)
+        Replaced(rows, indices).lookup(torch.tensor([token]), base)
 
 
 @given(ids=ids, seed=st.integers(0, 99), biased=st.booleans(), flat=st.booleans())
@@ -63,7 +63,7 @@ def test_product(ids: list[int], seed: int, biased: bool, flat: bool):
     base, rows, indices = operands(ids, seed)
     hidden = torch.randn((D,) if flat else (2, 3, D), dtype=torch.float64, requires_grad=True)
     bias = torch.randn(V, dtype=torch.float64, requires_grad=True) if biased else None
-    found = product(hidden, base, rows, indices, bias)
+    found = Replaced(rows, indices).product(hidden, base, bias)
     expected = F.linear(hidden, copied(base, rows, indices), bias)
     torch.testing.assert_close(found, expected)
     inputs = [x for x in (hidden, rows, bias) if x is not None]
@@ -81,7 +81,7 @@ def test_product_has_all_derivatives(biased: bool):
     bias = torch.randn(V, dtype=torch.float64, requires_grad=True) if biased else None
 
     def f(hidden, rows, bias=None):
-        return product(hidden, base, rows, indices, bias)
+        return Replaced(rows, indices).product(hidden, base, bias)
 
     inputs = (hidden, rows) if bias is None else (hidden, rows, bias)
     checks = {"check_forward_ad": True, "check_batched_grad": True}
@@ -93,8 +93,8 @@ def test_a_base_that_requires_grad_gets_none_and_keeps_its_values():
     base, rows, indices = operands([3, 1])
     base.requires_grad_()
     before = base.detach().clone()
-    hidden = lookup(torch.tensor([[3, 4]]), base.detach(), rows, indices)
-    product(hidden, base.detach(), rows, indices).sum().backward()
+    hidden = Replaced(rows, indices).lookup(torch.tensor([[3, 4]]), base.detach())
+    Replaced(rows, indices).product(hidden, base.detach()).sum().backward()
     assert base.grad is None
     assert torch.equal(base, before)
 
@@ -109,7 +109,7 @@ def test_the_product_saves_nothing_of_the_size_of_its_result():
         return tensor
 
     with saved_tensors_hooks(saved, lambda tensor: tensor):
-        product(hidden, base, rows, indices)
+        Replaced(rows, indices).product(hidden, base)
     assert sorted(sizes) == sorted(x.numel() for x in (hidden, base, rows, torch.zeros(2)))
 
 
@@ -127,19 +127,19 @@ def test_a_large_old_row_cancels_nothing(scale: int):
 
     truth = factor.double() @ copied(base, rows, indices).double()
     exact = (gradient(F.linear(hidden, copied(base, rows, indices))) - truth).norm()
-    assert (gradient(product(hidden, base, rows, indices)) - truth).norm() <= 2 * exact
+    assert (gradient(Replaced(rows, indices).product(hidden, base)) - truth).norm() <= 2 * exact
 
 
 def test_the_carrier_is_nan_in_no_memory_and_carries_gradients():
     base, rows, indices = operands([3, 1])
-    carried = carrier(rows, base, indices)
+    carried = Replaced(rows, indices).beneath(base)
     assert carried.shape == base.shape
     assert carried.isnan().all()
     assert carried.untyped_storage().nbytes() == base.element_size()
     gradient = torch.randn_like(base)
     (found,) = torch.autograd.grad(carried, rows, gradient)
     assert torch.equal(found, gradient[[3, 1]])
-    _, tangent = torch.func.jvp(lambda r: carrier(r, base, indices), (rows,), (rows,))
+    _, tangent = torch.func.jvp(lambda r: Replaced(r, indices).beneath(base), (rows,), (rows,))
     assert tangent.isnan().all()
 
 
@@ -149,7 +149,7 @@ def test_product_under_autocast(hidden_dtype: torch.dtype):
     hidden = torch.randn(4, D).to(hidden_dtype).requires_grad_()
     bias = torch.randn(V)
     with torch.autocast("cpu", torch.bfloat16):
-        found = product(hidden, base, rows, indices, bias)
+        found = Replaced(rows, indices).product(hidden, base, bias)
         expected = F.linear(hidden, copied(base, rows, indices), bias)
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected)
@@ -160,5 +160,5 @@ def test_product_under_autocast(hidden_dtype: torch.dtype):
         # bfloat16 keeps 8 bits, of the largest of the numbers that are added up.
         torch.testing.assert_close(one, other, rtol=0, atol=0.02 * other.abs().max().item())
     assert torch.autograd.gradcheck(  # float64 is left as it is, as torch leaves it
-        lambda r: product(hidden.double(), base.double(), r, indices), rows.double()
+        lambda r: Replaced(r, indices).product(hidden.double(), base.double()), rows.double()
     )

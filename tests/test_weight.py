@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.models import D, Fused, V
 from ttfunc.indices import TokenIndices
+from ttfunc.reads import Replaced
 from ttfunc.weight import PatchedWeight, patched
 
 IDS = [7, 3, 20]
@@ -23,7 +24,7 @@ def weights(dtype: torch.dtype = torch.float32) -> tuple[PatchedWeight, Tensor, 
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(V, D, generator=generator).to(dtype)
     rows = torch.randn(len(IDS), D, generator=generator).to(dtype).requires_grad_()
-    weight = patched(base, rows, TokenIndices(tuple(IDS)), None, dense=False)
+    weight = patched(base, Replaced(rows, TokenIndices(tuple(IDS))), None, dense=False)
     return weight, base.index_copy(0, torch.tensor(IDS), rows), rows
 
 
@@ -243,7 +244,7 @@ def test_a_fused_head_of_the_models_own_gets_the_right_gradients(head):
 
 def test_a_dense_weight_is_the_copy_itself():
     weight, full, rows = weights()
-    dense = patched(weight.source.base, rows, weight.source.indices, None, dense=True)
+    dense = patched(weight.source.base, weight.source.rows, None, dense=True)
     assert torch.equal(dense.as_subclass(Tensor), full)
     assert dense.shape == full.shape
     assert dense.requires_grad

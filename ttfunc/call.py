@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttfunc.source import Source
 from ttfunc.targets import Matrix, count_slots, matrix_of, memory_of
-from ttfunc.weight import PatchedWeight, Source
+from ttfunc.weight import PatchedWeight
 
 
 def functional_call(

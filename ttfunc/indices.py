@@ -60,6 +60,14 @@ class TokenIndices:
             self._tables[device] = table
         return self._tables[device]
 
+    def find(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which of `(...)` tokens are here, and the row of each that is (of others, any row)."""
+        table = self.on(device)
+        # Static shapes and no table of V entries: a binary search among the k ids.
+        place = torch.searchsorted(table.sorted, tokens.to(table.sorted.dtype))
+        place = place.clamp(max=len(self) - 1)
+        return table.sorted[place] == tokens, table.row[place]
+
     def joined(self, other: TokenIndices) -> TokenIndices:
         """These ids, then `other`'s. Raises ValueError when an id is in both."""
         if both := sorted(self._rows.keys() & other._rows.keys()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ttfunc.deltas import TokenDeltas, check_shapes, combine
+from ttfunc.reads import Replaced
 from ttfunc.targets import same_memory
 from ttfunc.weight import patched
 
@@ -61,7 +62,7 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
         rows = delta.to(base.device, base.dtype)
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
         copied = dense or row.matrix.renormed
-        weight = patched(base, rows, row.indices, row.matrix, dense=copied)
+        weight = patched(base, Replaced(rows, row.indices), row.matrix, dense=copied)
         weights.update(dict.fromkeys(row.matrix.distinct, weight))
     return weights
 

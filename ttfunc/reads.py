@@ -6,7 +6,8 @@ gradient of its size. `base` is `(V, D)`, `rows` is `(k, D)` of the same dtype a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,47 +16,47 @@ from torch import Tensor
 from ttfunc.indices import TokenIndices
 
 
-def lookup(
-    tokens: Tensor,
-    base: Tensor,
-    rows: Tensor,
-    indices: TokenIndices,
-    padding_idx: int | None = None,
-) -> Tensor:
-    """`F.embedding` of `(...)` integer tokens: `(..., D)`, differentiable by the rows alone."""
-    table = indices.on(base.device)
-    frozen = F.embedding(tokens, base)
-    # Static shapes and no table of V entries: a binary search among the k ids.
-    place = torch.searchsorted(table.sorted, tokens.to(table.sorted.dtype))
-    place = place.clamp(max=len(indices) - 1)
-    hit = table.sorted[place] == tokens
-    padding_row = None if padding_idx is None else indices.row_of(padding_idx % base.shape[0])
-    replaced = F.embedding(table.row[place], rows, padding_idx=padding_row)
-    return torch.where(hit.unsqueeze(-1), replaced, frozen)
+class Replaced(NamedTuple):
+    """`(k, D)` rows in place of the `indices` of a base."""
 
+    values: Tensor
+    indices: TokenIndices
 
-def product(
-    hidden: Tensor, base: Tensor, rows: Tensor, indices: TokenIndices, bias: Tensor | None = None
-) -> Tensor:
-    """`F.linear` of `(..., D)` hidden states: `(..., V)`, differentiable by all but the base."""
-    hidden, base, rows = _autocast(hidden), _autocast(base), _autocast(rows)
-    bias = None if bias is None else _autocast(bias)
-    operands = (hidden, base, rows, bias, indices.on(base.device).ids)
-    traced = torch.compiler.is_compiling()
-    if traced and torch._C._are_functorch_transforms_active():
-        return _product(*operands)  # torch.compile has no rule for a Function under a transform
-    function = _TracedProduct if traced else _Product
-    result: Tensor = function.apply(*operands)  # type: ignore[no-untyped-call]
-    return result
+    def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
+        """`F.embedding` of `(...)` integer tokens: `(..., D)`, differentiable by the rows alone."""
+        frozen = F.embedding(tokens, base)
+        hit, row = self.indices.find(tokens, base.device)
+        padding_row = None if padding_idx is None else self.indices.row_of(padding_idx % len(base))
+        replaced = F.embedding(row, self.values, padding_idx=padding_row)
+        return torch.where(hit.unsqueeze(-1), replaced, frozen)
 
+    def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`F.linear` of `(..., D)` hidden states: `(..., V)`, differentiable by all but `base`."""
+        bias = None if bias is None else autocast(bias)
+        ids = self.indices.on(base.device).ids
+        operands = (autocast(hidden), autocast(base), autocast(self.values), bias, ids)
+        traced = torch.compiler.is_compiling()
+        if traced and torch._C._are_functorch_transforms_active():
+            return _product(*operands)  # torch.compile has no rule for a Function under a transform
+        function = _TracedProduct if traced else _Product
+        result: Tensor = function.apply(*operands)  # type: ignore[no-untyped-call]
+        return result
 
-def carrier(rows: Tensor, base: Tensor, indices: TokenIndices) -> Tensor:
-    """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
-    if torch.compiler.is_compiling():
-        return rows.new_full((), torch.nan).expand(base.shape)
-    ids = indices.on(base.device).ids
-    carried: Tensor = _Carrier.apply(rows, ids, base.shape[0])  # type: ignore[no-untyped-call]
-    return carried
+    def copied(self, base: Tensor) -> Tensor:
+        """The matrix itself, `(V, D)`."""
+        return base.index_copy(0, self.indices.on(base.device).ids, self.values)
+
+    def beneath(self, base: Tensor) -> Tensor:
+        """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
+        if torch.compiler.is_compiling():
+            return self.values.new_full((), torch.nan).expand(base.shape)
+        ids = self.indices.on(base.device).ids
+        carried: Tensor = _Carrier.apply(self.values, ids, len(base))  # type: ignore[no-untyped-call]
+        return carried
+
+    def map(self, func: Callable[[Tensor], Tensor]) -> Replaced:
+        """The rows with a function applied that acts on each alone."""
+        return self._replace(values=func(self.values))
 
 
 def _product(
@@ -150,7 +151,7 @@ class _Carrier(torch.autograd.Function):
         return tangent.new_full((), torch.nan).expand(ctx.shape)
 
 
-def _autocast(operand: Tensor) -> Tensor:
+def autocast(operand: Tensor) -> Tensor:
     """What autocast does to `F.linear`, done before the Function so that its backward agrees."""
     device = operand.device.type
     if not torch.is_autocast_enabled(device) or operand.dtype == torch.float64:

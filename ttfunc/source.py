@@ -1,0 +1,75 @@
+"""What a patched weight is made of, and the tensor that carries it through a model."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, Self
+
+from torch import Tensor
+
+from ttfunc.targets import Matrix
+
+
+class Rows(Protocol):
+    """Replacement rows for a `(V, D)` base, and how to read the two as one matrix."""
+
+    def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
+        """`F.embedding` of the patched matrix."""
+
+    def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`F.linear` with the patched matrix."""
+
+    def copied(self, base: Tensor) -> Tensor:
+        """The patched matrix itself. Raises RuntimeError where it is not one."""
+
+    def beneath(self, base: Tensor) -> Tensor:
+        """NaN in the shape of the base, in no memory, for what gets past `__torch_function__`."""
+
+    def map(self, func: Any) -> Self:
+        """The rows with a function applied that acts on each alone."""
+
+
+class Source(NamedTuple):
+    """What a patched weight is made of: `(V, D)` base and rows, alike in dtype and device.
+
+    beneath: the `(V, D)` tensor that the weight is to whatever gets past `__torch_function__`.
+    copy: the patched matrix, of a dense one. memory: where the model's own matrix lay. uses: how it
+    was read.
+    """
+
+    base: Tensor
+    rows: Rows
+    matrix: Matrix | None
+    beneath: Tensor
+    copy: Tensor | None
+    memory: tuple[object, ...] | None
+    uses: set[str]
+
+
+class Sourced(Tensor):
+    """A tensor that stands for a patched `(V, D)` matrix, or for the `(D, V)` transpose of one."""
+
+    source: Source
+    transposed: bool
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the copy has not been made."""
+        return self.source.copy is None
+
+    def like(self, source: Source) -> Sourced:
+        """The same for another source, turned as this one is."""
+        raise NotImplementedError
+
+    def turned(self) -> Sourced:
+        """The transpose."""
+        raise NotImplementedError
+
+    @property
+    def frozen(self) -> Tensor:
+        """Its base, which has the same shape, dtype, device and layout."""
+        return self.source.base.mT if self.transposed else self.source.base
+
+
+def is_deferred(value: Any, *, transposed: bool = False) -> bool:
+    """Whether `value` stands for a matrix not yet copied, turned or not."""
+    return isinstance(value, Sourced) and value.deferred and value.transposed is transposed
