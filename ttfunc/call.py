@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ttfunc.source import Source
 from ttfunc.targets import Matrix, count_slots, matrix_of, memory_of
+from ttfunc.turns import turn
 from ttfunc.weight import PatchedWeight
 
 
@@ -28,7 +29,9 @@ def functional_call(
 
     Args:
         model: its parameters and buffers are swapped for the length of the call, and are its own
-            again afterwards, whether it returns or raises.
+            again afterwards, whether it returns or raises. Calls from several threads take turns;
+            calling the model itself from another thread meanwhile, or from a hook within the call,
+            runs it with these weights.
         weights: from `patch`, or any other tensors, by name. A tied weight goes by any one of its
             names and is swapped under all of them.
         args: positional arguments, a tuple; anything else is a single argument.
@@ -50,25 +53,37 @@ def functional_call(
             f"weights must be a mapping from parameter names to tensors, got "
             f"{type(weights).__name__}. patch(params) gives one."
         )
-    patches = {id(w): w for w in weights.values() if isinstance(w, PatchedWeight)}
-    swaps = _swaps(model, weights)
-    if not torch.compiler.is_compiling():
-        for weight in patches.values():
-            weight.source.uses.clear()
-
-    if method == "forward":
-        call = model
-    else:
-        if not (isinstance(method, str) and callable(getattr(model, method, None))):
-            raise AttributeError(f"{type(model).__name__} has no method {method!r} to call.")
-        call = _Method(model, method)
-        swaps = {f"model.{name}": weight for name, weight in swaps.items()}
+    if odd := [name for name in weights if not isinstance(name, str)]:
+        raise TypeError(f"weights must go by the names of parameters, got {odd[0]!r}.")
+    if not (isinstance(method, str) and callable(getattr(model, method, None))):
+        raise AttributeError(f"{type(model).__name__} has no method {method!r} to call.")
     args = args if isinstance(args, tuple) else (args,)
-    out = torch.func.functional_call(call, swaps, args, dict(kwargs or {}), tie_weights=False)
-
-    if not torch.compiler.is_compiling():
-        _warn_of_unread(patches.values())
+    if torch.compiler.is_compiling():  # the compiled code swaps nothing
+        return _call(model, _swaps(model, weights), args, kwargs, method)
+    with turn(_modules(model, weights)):
+        swaps = _swaps(model, weights)
+        before = {id(w): (w, w.source.uses.copy()) for w in swaps.values() if _is_patch(w)}
+        for weight, _ in before.values():
+            weight.source.uses.clear()
+        out = _call(model, swaps, args, kwargs, method)
+        for weight, uses in before.values():
+            _warn_if_unread(weight)
+            weight.source.uses.update(uses)
     return out
+
+
+def _call(
+    model: nn.Module,
+    swaps: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    method: str,
+) -> Any:
+    called = model
+    if method != "forward":
+        called = _Method(model, method)
+        swaps = {f"model.{name}": weight for name, weight in swaps.items()}
+    return torch.func.functional_call(called, swaps, args, dict(kwargs or {}), tie_weights=False)
 
 
 class _Method(nn.Module):
@@ -105,7 +120,7 @@ def _swaps(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
     places = [slot for matrix in own.values() for slot, _ in matrix.slots]
     if not places or torch.compiler.is_compiling():  # which traces no sets of ids
         return swaps
-    if count_slots(model, own.values()) != len(places):
+    if count_slots(model, [_held(model, slot) for slot in places]) != len(places):
         raise ValueError(
             f"{type(model).__name__} ties {places[0]!r} to more than it did when the parameters "
             "were made. Make them anew with init_deltas after tying the weights."
@@ -115,10 +130,6 @@ def _swaps(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def _slots(model: nn.Module, name: str) -> tuple[tuple[str, Tensor], ...]:
     """Every place of the model that holds what it has under `name`."""
-    if not isinstance(name, str):
-        raise TypeError(
-            f"weights must go by the names of parameters, got {type(name).__name__}: {name!r}."
-        )
     current = _held(model, name)
     if current is None:
         names = [n for n, _ in chain(model.named_parameters(), model.named_buffers())]
@@ -131,6 +142,9 @@ def _slots(model: nn.Module, name: str) -> tuple[tuple[str, Tensor], ...]:
 def _check_fresh(model: nn.Module, name: str, tensor: Tensor, source: Source) -> None:
     """Raise ValueError unless the model holds `tensor` there, and it is what was patched."""
     held = _held(model, name)
+    if isinstance(held, PatchedWeight) and held.source.matrix is not None:
+        # A call inside a call: the weight of the outer one stands in the parameter's place.
+        held = next((one for slot, one in held.source.matrix.slots if one is tensor), held)
     matrix = source.matrix
     # Resizing and casting may keep the Parameter and replace what is in it.
     if (
@@ -153,21 +167,39 @@ def _check_fresh(model: nn.Module, name: str, tensor: Tensor, source: Source) ->
 
 def _held(model: nn.Module, name: str) -> Tensor | None:
     """The parameter or buffer that the model has under `name` now."""
-    path, _, attribute = name.rpartition(".")
-    module: nn.Module | None = model
-    for part in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(part)
+    module, attribute = _owner(model, name), name.rpartition(".")[2]
     if module is None:
         return None
     held = module._parameters.get(attribute)
     return module._buffers.get(attribute) if held is None else held
 
 
-def _warn_of_unread(weights: Iterable[PatchedWeight]) -> None:
-    for weight in weights:
-        if not weight.source.uses and weight.source.matrix is not None:
-            warnings.warn(
-                f"the call did not read the patched matrix {weight.source.matrix.names}: its rows "
-                "had no effect. Choose what the model does use with init_deltas(targets=...).",
-                stacklevel=3,
-            )
+def _owner(model: nn.Module, name: str) -> nn.Module | None:
+    path = name.rpartition(".")[0]
+    module: nn.Module | None = model
+    for part in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(part)
+    return module
+
+
+def _modules(model: nn.Module, weights: Mapping[str, Tensor]) -> list[nn.Module]:
+    """The modules whose weights are to be swapped, as far as the names are right."""
+    modules = []
+    for name, weight in weights.items():
+        matrix = weight.source.matrix if isinstance(weight, PatchedWeight) else None
+        slots = [slot for slot, _ in matrix.slots] if matrix and name in matrix.names else [name]
+        modules += [_owner(model, slot) for slot in slots]
+    return [module for module in modules if module is not None]
+
+
+def _is_patch(weight: Tensor) -> TypeGuard[PatchedWeight]:
+    return isinstance(weight, PatchedWeight)
+
+
+def _warn_if_unread(weight: PatchedWeight) -> None:
+    if not weight.source.uses and weight.source.matrix is not None:
+        warnings.warn(
+            f"the call did not read the patched matrix {weight.source.matrix.names}: its rows "
+            "had no effect. Choose what the model does use with init_deltas(targets=...).",
+            stacklevel=3,
+        )

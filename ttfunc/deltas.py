@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ class TokenRows:
             return True
         return isinstance(other, TokenRows) and (
             (self.names, self.shape, self.indices) == (other.names, other.shape, other.indices)
-            and _same_bits(self.originals, other.originals)
+            and same_bits(self.originals, other.originals)
         )
 
     def __hash__(self) -> int:
@@ -113,18 +113,27 @@ def combine(*params: TokenDeltas) -> TokenDeltas:
 
 def _union(a: TokenDeltas, b: TokenDeltas) -> TokenDeltas:
     deltas, rows = {**a.deltas, **b.deltas}, {**a.rows, **b.rows}
-    for name, row in a.rows.items():
-        for other, theirs in b.rows.items():
-            if name == other:
-                rows[name] = _joined_rows(row, theirs)
-                deltas[name] = _joined(a.deltas[name], b.deltas[name], name)
-            elif common := set(row.names) & set(theirs.names):
-                raise ValueError(
-                    f"{sorted(common)} belong to the matrix {row.names} in one of the parameters "
-                    f"and to {theirs.names} in the other: they were made from different models, or "
-                    "the model was tied in between. Make both with init_deltas on the same model."
-                )
+    check_one_model([a, b])
+    for name in [name for name in a.rows if name in b.rows]:
+        rows[name] = _joined_rows(a.rows[name], b.rows[name])
+        deltas[name] = _joined(a.deltas[name], b.deltas[name], name)
     return TokenDeltas(deltas, rows)
+
+
+def check_one_model(params: Sequence[TokenDeltas]) -> None:
+    """Raise ValueError where a name stands for matrices of different models."""
+    first: dict[str, TokenRows] = {}
+    for row in (row for given in params for row in given.rows.values()):
+        for name in row.names:
+            other = first.setdefault(name, row)
+            same = (row.names, row.shape) == (other.names, other.shape)
+            if not same or _other_model(row.matrix, other.matrix):
+                raise ValueError(
+                    f"{name!r} belongs to the matrix {other.names} of shape {other.shape} in one "
+                    f"of the parameters, and to {row.names} of shape {row.shape} in another: they "
+                    "were made from different models, or the model was tied in between. Make all "
+                    "with init_deltas on the same model."
+                )
 
 
 def _joined(a: Tensor, b: Tensor, name: str) -> Tensor:
@@ -151,24 +160,12 @@ def check_shapes(params: TokenDeltas) -> None:
             )
 
 
-# Combining at each training step must not sort, nor move the ids to the device, again.
-_remembered = functools.lru_cache(maxsize=64)(TokenIndices.joined)
-
-
 def _joined_rows(a: TokenRows, b: TokenRows) -> TokenRows:
-    if (a.names, a.shape) != (b.names, b.shape) or _other_model(a.matrix, b.matrix):
-        raise ValueError(
-            f"the parameters for {a.names[0]!r} were made from different models: names {a.names} "
-            f"and {b.names}, shapes {a.shape} and {b.shape}. Make both with init_deltas on the "
-            "same model."
-        )
-    # torch.compile sees through no cache, and warns of it.
-    joined = TokenIndices.joined if torch.compiler.is_compiling() else _remembered
     with outside_of_modes():
         originals = torch.cat([a.originals, b.originals.to(a.originals.device)])
     return replace(
         a,
-        indices=joined(a.indices, b.indices),
+        indices=a.indices.joined(b.indices),
         originals=originals,
         matrix=a.matrix or b.matrix,
     )
@@ -178,7 +175,8 @@ def _other_model(a: Matrix | None, b: Matrix | None) -> bool:
     return a is not None and b is not None and a.tensor is not b.tensor
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bytes, wherever they are."""
     if a is b:
         return True
     if a.shape != b.shape or a.dtype != b.dtype:

@@ -92,6 +92,9 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     around = einsum_as_product(equation, which, weight.transposed)
     if around is None:
         return NotImplemented
+    hidden_term, _, turned_term = around[0].partition("->")
+    if weight.source.rows.by_example and turned_term[0] != hidden_term[0]:
+        return NotImplemented  # the batch would not come first
     weight = weight.turned() if weight.transposed else weight
     return torch.einsum(around[1], _linear(torch.einsum(around[0], hidden), weight))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -75,7 +76,21 @@ class TokenIndices:
                 f"token indices {_shorten(both)} are in more than one of the parameters: each "
                 "token has one row. Train or merge the adapters one at a time, or drop the overlap."
             )
-        return TokenIndices(self.ids + other.ids)
+        return union((self, other))
+
+
+def union(each: tuple[TokenIndices, ...]) -> TokenIndices:
+    """The ids of all, each once, in the order in which they first come."""
+    # torch.compile sees through no cache, and warns of it.
+    return _union(each) if torch.compiler.is_compiling() else _known_union(each)
+
+
+def _union(each: tuple[TokenIndices, ...]) -> TokenIndices:
+    return TokenIndices(tuple(dict.fromkeys(token for one in each for token in one.ids)))
+
+
+# Joining at each training step must not sort, nor move the ids to the device, again.
+_known_union = functools.lru_cache(maxsize=64)(_union)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ttfunc.deltas import TokenDeltas, check_shapes, combine
+from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes, combine
 from ttfunc.reads import Replaced
-from ttfunc.targets import same_memory
+from ttfunc.targets import Matrix, same_memory
 from ttfunc.weight import patched
 
 
@@ -40,31 +40,38 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
     check_shapes(together)
     for name, delta in together.deltas.items():
         row = together.rows[name]
-        if row.matrix is None:
-            raise RuntimeError(
-                f"the parameters for {name!r} belong to no model: pickling leaves the base behind. "
-                "Put them on one: optree.tree_map(lambda new, old: old, "
-                "init_deltas(model, idx), params)."
-            )
-        held = row.matrix.tensor
-        if tuple(held.shape) != row.shape:
-            raise ValueError(
-                f"stale parameters: {name!r} had shape {row.shape} when they were made, and has "
-                f"{tuple(held.shape)} now. Make them anew with init_deltas on the model as it is."
-            )
-        if apart := [n for n, other in row.matrix.slots if not _is_tied(other, held)]:
-            raise ValueError(
-                f"stale parameters: {apart} lay in the memory of {name!r} when they were made, and "
-                "do not now (moving or casting a model parts what is not one Parameter). Tie them "
-                "again, or make the parameters anew with init_deltas."
-            )
-        base = held.detach()
+        matrix = matrix_of_rows(row)
+        base = matrix.tensor.detach()
         rows = delta.to(base.device, base.dtype)
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
-        copied = dense or row.matrix.renormed
-        weight = patched(base, Replaced(rows, row.indices), row.matrix, dense=copied)
-        weights.update(dict.fromkeys(row.matrix.distinct, weight))
+        copied = dense or matrix.renormed
+        weight = patched(base, Replaced(rows, row.indices), matrix, dense=copied)
+        weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights
+
+
+def matrix_of_rows(row: TokenRows) -> Matrix:
+    """Where the rows belong. Raises RuntimeError if nowhere, ValueError if it is not as it was."""
+    name, matrix = row.names[0], row.matrix
+    if matrix is None:
+        raise RuntimeError(
+            f"the parameters for {name!r} belong to no model: pickling leaves the base behind. "
+            "Put them on one: optree.tree_map(lambda new, old: old, "
+            "init_deltas(model, idx), params)."
+        )
+    held = matrix.tensor
+    if tuple(held.shape) != row.shape:
+        raise ValueError(
+            f"stale parameters: {name!r} had shape {row.shape} when they were made, and has "
+            f"{tuple(held.shape)} now. Make them anew with init_deltas on the model as it is."
+        )
+    if apart := [n for n, other in matrix.slots if not _is_tied(other, held)]:
+        raise ValueError(
+            f"stale parameters: {apart} lay in the memory of {name!r} when they were made, and "
+            "do not now (moving or casting a model parts what is not one Parameter). Tie them "
+            "again, or make the parameters anew with init_deltas."
+        )
+    return matrix
 
 
 def _is_tied(a: Tensor, b: Tensor) -> bool:

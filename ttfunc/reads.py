@@ -21,6 +21,7 @@ class Replaced(NamedTuple):
 
     values: Tensor
     indices: TokenIndices
+    by_example: bool = False
 
     def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
         """`F.embedding` of `(...)` integer tokens: `(..., D)`, differentiable by the rows alone."""
@@ -154,6 +155,8 @@ class _Carrier(torch.autograd.Function):
 def autocast(operand: Tensor) -> Tensor:
     """What autocast does to `F.linear`, done before the Function so that its backward agrees."""
     device = operand.device.type
+    if not torch.amp.is_autocast_available(device):  # meta
+        return operand
     if not torch.is_autocast_enabled(device) or operand.dtype == torch.float64:
         return operand
     return operand.to(torch.get_autocast_dtype(device))

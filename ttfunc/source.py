@@ -10,7 +10,13 @@ from ttfunc.targets import Matrix
 
 
 class Rows(Protocol):
-    """Replacement rows for a `(V, D)` base, and how to read the two as one matrix."""
+    """Replacement rows for a `(V, D)` base, and how to read the two as one matrix.
+
+    by_example: each example of a batch has its own; the first dimension is the batch.
+    """
+
+    @property
+    def by_example(self) -> bool: ...
 
     def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
         """`F.embedding` of the patched matrix."""

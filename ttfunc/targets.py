@@ -105,9 +105,9 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
     return Matrix(tuple(names), tuple(slots.values()), renormed)
 
 
-def count_slots(model: nn.Module, matrices: Iterable[Matrix]) -> int:
-    """How many (module, attribute) of `model` hold a tensor of `matrices` now."""
-    wanted = {id(tensor) for matrix in matrices for _, tensor in matrix.slots}
+def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
+    """How many (module, attribute) of `model` hold one of these very tensors."""
+    wanted = {id(tensor) for tensor in tensors}
     # model.modules() does the same at twice the time, and this runs at every call.
     pending, seen, count = [model], {id(model)}, 0
     while pending:

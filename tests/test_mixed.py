@@ -1,0 +1,231 @@
+"""One batch with an adapter for each example, against a call of each, and against PEFT."""
+
+from __future__ import annotations
+
+import numpy as np
+import optree
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tests.models import D, V, loss_of, make, tokens
+from tests.oracle import edited, snapshot
+from ttfunc import TokenDeltas, functional_call, init_deltas, patch, patch_mixed
+
+NAME = "embed_tokens.weight"
+ASSIGNMENT = [1, -1, 0, 2, 1]
+X = tokens(7, 3, 20, 5, batch=len(ASSIGNMENT))
+CASES = ["tied", "untied", "biased", "scaled", "padding", "storage_tied", "masked", "transpose",
+         "einsum"]  # fmt: skip
+
+
+def adapters(model: nn.Module, **kwargs) -> list[TokenDeltas]:
+    return [
+        init_deltas(
+            model, ids, init="normal", generator=torch.Generator().manual_seed(sum(ids)), **kwargs
+        )
+        for ids in ([7, 3], [3, 20, 5], [5])
+    ]
+
+
+def expected(model: nn.Module, each: list[TokenDeltas]) -> torch.Tensor:
+    """Each example by the model with its adapter written in."""
+    models = [*(edited(model, params) for params in each), model]
+    return torch.cat([models[a](X[i : i + 1]) for i, a in enumerate(ASSIGNMENT)])
+
+
+@pytest.mark.filterwarnings("ignore:token 3 is the padding_idx")
+@pytest.mark.parametrize("case", CASES)
+def test_each_example_has_its_adapter(case: str):
+    model = make(case).requires_grad_(False)
+    each = adapters(model)
+    before = snapshot(model)
+    found = functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
+    torch.testing.assert_close(found, expected(model, each))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            functional_call(model, patch_mixed(each, ASSIGNMENT), (X,)), found
+        )
+    assert snapshot(model) == before
+
+
+def test_an_example_of_the_plain_model_is_its_own_bit_for_bit():
+    model = make("biased").requires_grad_(False)
+    found = functional_call(model, patch_mixed(adapters(model), ASSIGNMENT), (X,))
+    assert torch.equal(found[1], model(X)[1])
+
+
+@pytest.mark.filterwarnings("ignore:token 3 is the padding_idx")
+@pytest.mark.parametrize("case", ["tied", "untied", "padding", "biased"])
+def test_the_gradient_of_each_adapter_is_that_of_its_examples(case: str):
+    model = make(case).requires_grad_(False)
+    each = [optree.tree_map(lambda t: t.requires_grad_(), params) for params in adapters(model)]
+    logits = functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
+    found = torch.autograd.grad(loss_of(logits), optree.tree_leaves(each))
+    separate = torch.cat(
+        [
+            functional_call(model, patch(each[a]) if a >= 0 else {}, (X[i : i + 1],))
+            for i, a in enumerate(ASSIGNMENT)
+        ]
+    )
+    truth = torch.autograd.grad(loss_of(separate), optree.tree_leaves(each))
+    for one, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_adapters_of_different_matrices_mix():
+    model = make("untied").requires_grad_(False)
+    each = [
+        init_deltas(model, [7], init="mean"),
+        init_deltas(model, [3, 7], targets="lm_head", init="mean"),
+        init_deltas(model, {"embed_tokens": [3], "lm_head": [1]}, init="mean"),
+    ]
+    found = functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
+    torch.testing.assert_close(found, expected(model, each))
+
+
+@pytest.mark.parametrize(
+    "assignment", [tuple(ASSIGNMENT), torch.tensor(ASSIGNMENT), np.array(ASSIGNMENT)]
+)
+def test_every_form_of_an_assignment_is_read(assignment):
+    model = make("tied").requires_grad_(False)
+    found = functional_call(model, patch_mixed(adapters(model), assignment), (X,))
+    torch.testing.assert_close(found, expected(model, adapters(model)))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "error", "match"),
+    [
+        ([], ValueError, "assignment is empty"),
+        ([3], IndexError, "names adapter 3, and there are 3: 0 to 2, or -1"),
+        ([-2], IndexError, "names adapter -2"),
+        ([True], TypeError, "got bool: True"),
+        ([0.0], TypeError, "got float"),
+        (["a"], TypeError, "got str: 'a'"),
+        ("0", TypeError, "must be a sequence of numbers.*got str"),
+        ({0: 1}, TypeError, "must be a sequence of numbers.*got dict"),
+        (0, TypeError, "must be a sequence of numbers.*got int"),
+        (torch.zeros(2, 1, dtype=torch.int64), TypeError, r"got list: \[0\]"),
+    ],
+)
+def test_a_wrong_assignment_is_refused(assignment, error, match: str):
+    with pytest.raises(error, match=match):
+        patch_mixed(adapters(make("tied")), assignment)
+
+
+def test_wrong_adapters_are_refused():
+    model = make("tied")
+    with pytest.raises(ValueError, match="no adapters"):
+        patch_mixed([], [0])
+    with pytest.raises(ValueError, match="were made from different models"):
+        patch_mixed([*adapters(model), *adapters(make("tied"))], [0])
+    with pytest.raises(TypeError, match="got str where the parameters"):
+        patch_mixed(["a"], [0])
+    with pytest.raises(ValueError, match="max_norm"):
+        patch_mixed(adapters(make("max_norm")), [0])
+
+
+@pytest.mark.parametrize("x", [X[:4], X[:1], torch.cat([X, X]), X[0]])
+def test_another_batch_is_refused(x: torch.Tensor):
+    model = make("tied").requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"for 5 examples was given a batch of shape .*repeat_int"):
+        functional_call(model, patch_mixed(adapters(model), ASSIGNMENT), (x,))
+    assert snapshot(model) == before
+
+
+class Flattened(nn.Module):
+    """Keeps no batch at its head, so that a row of hidden states has no example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(V, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(x)[:, 0] @ self.embed_tokens.weight.T
+
+
+class Turned(Flattened):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bld,vd->lbv", self.embed_tokens(x), self.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "match"),
+    [
+        (Flattened(), ValueError, r"given a batch of shape \(5, 8\)"),
+        (Turned(), RuntimeError, "in a way that cannot be mixed"),
+        (make("reading"), RuntimeError, "in a way that cannot be mixed"),
+    ],
+)
+def test_a_model_that_cannot_be_mixed_is_refused(model: nn.Module, error, match: str):
+    with pytest.raises(error, match=match):
+        functional_call(model, patch_mixed(adapters(model), ASSIGNMENT), (X,))
+
+
+def test_a_fused_head_of_the_models_own_gives_no_silent_gradient():
+    model = make("function").requires_grad_(False)
+    each = [optree.tree_map(lambda t: t.requires_grad_(), params) for params in adapters(model)]
+    found = functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
+    torch.testing.assert_close(found, expected(model, each))
+    with pytest.raises(RuntimeError, match="Call each adapter.s examples on their own"):
+        found.sum().backward()
+
+
+def llama(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, initializer_range=0.5, bos_token_id=None, eos_token_id=None,
+        pad_token_id=0, **kwargs,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def generate(model: nn.Module, x: torch.Tensor, weights=None, **options) -> torch.Tensor:
+    kwargs = {"input_ids": x, "attention_mask": torch.ones_like(x), "max_new_tokens": 6, **options}
+    return functional_call(model, weights or {}, kwargs=kwargs, method="generate")
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_generation_of_a_mixed_batch_is_that_of_each(tie: bool):
+    model = llama(tie_word_embeddings=tie)
+    each = [init_deltas(model, ids, init="normal") for ids in ([7, 3], [3, 20, 5], [5])]
+    found = generate(model, X, patch_mixed(each, ASSIGNMENT))
+    truth = torch.cat(
+        [
+            generate(model, X[i : i + 1], patch(each[a]) if a >= 0 else None)
+            for i, a in enumerate(ASSIGNMENT)
+        ]
+    )
+    assert torch.equal(found, truth)
+    assert len({tuple(row[X.shape[1] :].tolist()) for row in found}) > 1
+
+
+def test_generation_that_expands_the_batch_is_right_or_refused():
+    model = llama(tie_word_embeddings=True)
+    each = [init_deltas(model, ids, init="normal") for ids in ([7, 3], [3, 20, 5], [5])]
+    with pytest.raises(ValueError, match=r"batch of shape \(15, 6\).*repeat_interleave"):
+        generate(model, X, patch_mixed(each, ASSIGNMENT), num_beams=3)
+    repeated = torch.tensor(ASSIGNMENT).repeat_interleave(3)
+    found = generate(model, X, patch_mixed(each, repeated), num_beams=3)
+    truth = torch.cat(
+        [
+            generate(model, X[i : i + 1], patch(each[a]) if a >= 0 else None, num_beams=3)
+            for i, a in enumerate(ASSIGNMENT)
+        ]
+    )
+    assert torch.equal(found, truth)
+
+
+def test_it_compiles_to_one_graph():
+    torch._dynamo.reset()
+    model = make("tied").requires_grad_(False)
+
+    def call(each: list[TokenDeltas]) -> torch.Tensor:
+        return functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
+
+    each = adapters(model)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(each), call(each))

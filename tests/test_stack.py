@@ -1,0 +1,103 @@
+"""Adapters side by side, against a loop over them."""
+
+from __future__ import annotations
+
+import optree
+import pytest
+import torch
+from torch.func import grad, vmap
+
+from tests.models import CORPUS, D, V, loss_of, make, tokens
+from tests.oracle import edited
+from ttfunc import TokenDeltas, combine, functional_call, init_deltas, merge, patch, stack
+
+NAME, HEAD = "embed_tokens.weight", "lm_head.weight"
+X = tokens(7, 3, 20, 5)
+# torch batches no write to an unbatched tensor (max_norm), and no Function without a rule for it.
+BATCHED = sorted(CORPUS.keys() - {"max_norm", "function"})
+
+
+def adapters(model, *ids: list[int]) -> list[TokenDeltas]:
+    return [
+        init_deltas(model, list(i), init="normal", generator=torch.Generator().manual_seed(seed))
+        for seed, i in enumerate(ids)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:token 3 is the padding_idx")
+@pytest.mark.parametrize("case", BATCHED)
+@pytest.mark.parametrize("ids", [[[7, 3]] * 3, [[7, 3], [3, 20, 5], [5]]], ids=["same", "other"])
+def test_one_call_is_a_call_of_each(case: str, ids: list[list[int]]):
+    model = make(case).requires_grad_(False)
+    each = adapters(model, *ids)
+    found = vmap(lambda p: functional_call(model, patch(p), (X,)))(stack(each))
+    assert found.shape == (3, *X.shape, V)
+    for one, params in zip(found, each, strict=True):
+        torch.testing.assert_close(one, edited(model, params)(X))
+
+
+def test_gradients_are_those_of_each():
+    model = make("tied").requires_grad_(False)
+    each = adapters(model, [7, 3], [3, 20])
+    stacked = stack(each)
+    assert stacked.token_indices[NAME].tolist() == [7, 3, 20]
+
+    def loss(p: TokenDeltas) -> torch.Tensor:
+        return loss_of(functional_call(model, patch(p), (X,)))
+
+    found = vmap(grad(loss))(stacked).deltas[NAME]
+    for row, params in enumerate(each):
+        own = grad(loss)(params).deltas[NAME]
+        places = [[7, 3, 20].index(i) for i in params.token_indices[NAME].tolist()]
+        torch.testing.assert_close(found[row, places], own)
+
+
+def test_an_adapter_comes_out_as_it_went_in_with_originals_for_the_rest():
+    model = make("untied")
+    a = init_deltas(model, {"embed_tokens": [5, 1], "lm_head": [2]}, init="mean")
+    b = init_deltas(model, [3], dtype=torch.float64, init="mean")
+    stacked = stack([a, b])
+    assert stacked.token_indices[NAME].tolist() == [5, 1, 3]
+    assert {name: leaf.shape for name, leaf in stacked.deltas.items()} == {
+        NAME: (2, 3, D),
+        HEAD: (2, 1, D),
+    }
+    first, second = (optree.tree_map(lambda t, i=i: t[i], stacked) for i in range(2))
+    original = model.embed_tokens.weight
+    assert torch.equal(first.deltas[NAME].float(), torch.cat([a.deltas[NAME], original[[3]]]))
+    assert torch.equal(second.deltas[NAME][:2].float(), original[[5, 1]])
+    assert torch.equal(second.deltas[NAME][2], b.deltas[NAME][0])
+    assert torch.equal(second.deltas[HEAD], stacked.originals[HEAD])
+    # The first is a's rows and the originals: merged, it is a merged.
+    state = model.state_dict()
+    for name, tensor in merge(state, first).items():
+        assert torch.equal(tensor, merge(state, a)[name])
+
+
+def test_leaves_are_differentiable_by_those_of_the_adapters():
+    each = [
+        optree.tree_map(lambda t: t.requires_grad_(), p) for p in adapters(make("tied"), [1], [2])
+    ]
+    stack(each).deltas[NAME].sum().backward()
+    for params in each:
+        assert torch.equal(params.deltas[NAME].grad, torch.ones(1, D))
+
+
+def test_what_does_not_stack_is_refused():
+    model = make("tied")
+    a, b = adapters(model, [1], [2])
+    with pytest.raises(ValueError, match="no adapters"):
+        stack([])
+    with pytest.raises(TypeError, match="got int where the parameters"):
+        stack([a, 3])
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 8\), and \(1, 8\) is needed"):
+        stack([stack([a, a]), b])
+    with pytest.raises(ValueError, match="were made from different models"):
+        stack([a, *adapters(make("tied"), [2])])
+    with pytest.raises(ValueError, match="were made from different models"):
+        stack([a, init_deltas(make("untied"), [2], targets="lm_head")])
+    with torch.no_grad():
+        model.embed_tokens.weight[1] += 1
+    with pytest.raises(ValueError, match="their originals differ"):
+        stack([a, init_deltas(model, [1, 4])])
+    assert combine(stack([a, a]), stack([b, b])).deltas[NAME].shape == (2, 2, D)

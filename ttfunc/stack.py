@@ -1,0 +1,83 @@
+"""Adapters side by side: a leading axis on each leaf, for `torch.vmap`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ttfunc.deltas import TokenDeltas, TokenRows, check_one_model, check_shapes, combine, same_bits
+from ttfunc.indices import TokenIndices, union
+
+
+def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
+    """N adapters as one pytree with `(n, k, D)` leaves, over the union of their tokens.
+
+    `torch.vmap` over it calls the model with each adapter: `vmap(lambda p: functional_call(model,
+    patch(p), x))(stack(adapters))`. Adapter i is `optree.tree_map(lambda t: t[i], stacked)`, with
+    the originals for tokens (or matrices) that only others have. The adapters are not changed.
+
+    Args:
+        params_list: n TokenDeltas of one model, over the same or different tokens.
+
+    Returns:
+        TokenDeltas over the k tokens of all, in the order in which they first come. The leaves have
+        the widest dtype of the adapters' and are differentiable by theirs.
+
+    Raises:
+        ValueError: none given, a delta that is not `(k, D)`, adapters of different models, or
+            originals of one token that differ.
+        TypeError: what is no TokenDeltas.
+    """
+    adapters = aligned(params_list)
+    names = dict.fromkeys(name for adapter in adapters for name in adapter.rows)
+    deltas, rows = {}, {}
+    for name in names:
+        row = _common([adapter.rows[name] for adapter in adapters if name in adapter.rows])
+        rows[name] = row
+        deltas[name] = torch.stack([_filled(adapter, name, row) for adapter in adapters])
+    return TokenDeltas(deltas, rows)
+
+
+def aligned(params_list: Iterable[TokenDeltas]) -> list[TokenDeltas]:
+    """The adapters as a list, of which each is well formed and all are of one model."""
+    adapters = [combine(adapter) for adapter in params_list]
+    if not adapters:
+        raise ValueError("no adapters: give at least one TokenDeltas.")
+    for adapter in adapters:
+        check_shapes(adapter)
+    check_one_model(adapters)
+    return adapters
+
+
+def scattered(delta: Tensor, indices: TokenIndices, into: Tensor, among: TokenIndices) -> Tensor:
+    """A copy of `into`, the rows of `among`, with `delta` at the places of `indices`."""
+    _, places = among.find(indices.on(into.device).ids, into.device)
+    return into.index_copy(0, places, delta.to(into.device, into.dtype))
+
+
+def _common(rows: list[TokenRows]) -> TokenRows:
+    indices = union(tuple(row.indices for row in rows))
+    first = rows[0].originals
+    originals = first.new_zeros(len(indices), first.shape[1])
+    for row in rows:
+        originals = scattered(row.originals, row.indices, originals, indices)
+    for row in rows:
+        _, places = indices.find(row.indices.on(first.device).ids, first.device)
+        if not same_bits(originals[places], row.originals.to(first.device)):
+            raise ValueError(
+                f"the adapters for {row.names[0]!r} were made when the model had other rows: their "
+                "originals differ. Make them anew with init_deltas on the model as it is."
+            )
+    matrix = next((row.matrix for row in rows if row.matrix is not None), None)
+    return replace(rows[0], indices=indices, originals=originals, matrix=matrix)
+
+
+def _filled(adapter: TokenDeltas, name: str, row: TokenRows) -> Tensor:
+    if name not in adapter.rows:
+        return row.originals
+    delta = adapter.deltas[name]
+    into = row.originals.to(delta.device, delta.dtype)
+    return scattered(delta, adapter.rows[name].indices, into, row.indices)
