@@ -15,6 +15,9 @@ BENCHES: dict[str, list[str]] = {
     "memory": ["--vocabulary=4000", "--width=128"],
     "step": ["--vocabulary=4000", "--width=128", "--repeats=3"],
     "matrices": ["--quick", "--repeats=1"],
+    "overhead": ["--repeats=20"],
+    "below": ["--quick"],
+    "checkpoint": ["--quick"],
     "decode": ["--new=8", "--repeats=1"],
     "scaling": ["--quick", "--repeats=1"],
 }

@@ -1,10 +1,15 @@
 """Train a few token rows of a frozen model, functionally."""
 
 from ttfunc.call import functional_call
+from ttfunc.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.deltas import TokenDeltas, combine
+from ttfunc.files import load, save
 from ttfunc.init import init_deltas
 from ttfunc.merge import merge, unmerge
+from ttfunc.mixed import patch_mixed
 from ttfunc.patch import patch
+from ttfunc.peft import load_peft, save_peft
+from ttfunc.stack import stack
 from ttfunc.summary import Summary, summary
 from ttfunc.weight import PatchedWeight
 
@@ -15,13 +20,22 @@ __all__ = [
     "TokenDeltas",
     "init_deltas",
     "combine",
+    "stack",
     # the call
     "PatchedWeight",
     "patch",
+    "patch_mixed",
     "functional_call",
     # state dicts
     "merge",
     "unmerge",
+    # files
+    "save",
+    "load",
+    "save_peft",
+    "load_peft",
+    "merge_checkpoint",
+    "unmerge_checkpoint",
     # what is trained
     "Summary",
     "summary",

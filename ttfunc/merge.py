@@ -76,8 +76,8 @@ def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> No
     if has.eps < kept.eps or has.max > kept.max or has.smallest_normal < kept.smallest_normal:
         raise ValueError(
             f"{name!r} is in {dtype} and the original rows were taken in {originals}, which cannot "
-            f"hold all of it: they may not be what was there. Make the parameters from a model in "
-            f"{dtype}, or keep the state dict from before the merge."
+            "give back all of it: they may not be what was there. Make the parameters from a model "
+            f"in {dtype}, or keep what was merged into."
         )
 
 

@@ -27,8 +27,8 @@ class Summary:
     def __str__(self) -> str:
         lines = [f"{name}: {what}" for name, what in self.matrices.items()]
         lines.append(
-            f"trainable: {self.trainable_parameters:,} parameters ({_size(self.trainable_bytes)}) "
-            f"of {self.total_parameters:,} ({_size(self.total_bytes)}), {self.fraction:.4%}"
+            f"trainable: {self.trainable_parameters:,} parameters ({size(self.trainable_bytes)}) "
+            f"of {self.total_parameters:,} ({size(self.total_bytes)}), {self.fraction:.4%}"
         )
         return "\n".join(lines)
 
@@ -44,7 +44,7 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
     """
     deltas = combine(params).deltas.values()
     trainable = sum(delta.numel() for delta in deltas)
-    size = sum(delta.nbytes for delta in deltas)
+    stored = sum(delta.nbytes for delta in deltas)
     held = dict(model.named_parameters(remove_duplicate=False))
     matrices = {}
     for name, row in params.rows.items():
@@ -66,14 +66,15 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
     }.values()
     return Summary(
         trainable_parameters=trainable,
-        trainable_bytes=size,
+        trainable_bytes=stored,
         total_parameters=trainable + sum(p.numel() for p in distinct),
-        total_bytes=size + sum(p.nbytes for p in distinct),
+        total_bytes=stored + sum(p.nbytes for p in distinct),
         matrices=matrices,
     )
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes, for people."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

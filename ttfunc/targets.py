@@ -112,8 +112,9 @@ def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
     pending, seen, count = [model], {id(model)}, 0
     while pending:
         module = pending.pop()
-        count += sum(id(tensor) in wanted for tensor in module._parameters.values())
-        count += sum(id(tensor) in wanted for tensor in module._buffers.values())
+        for held in (module._parameters, module._buffers):
+            if held:  # most modules have neither
+                count += sum(map(wanted.__contains__, map(id, held.values())))
         for child in module._modules.values():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))

@@ -1,0 +1,95 @@
+"""Merges that are killed at random moments, in forks of this process, which has no threads.
+
+python -m tests.kills 1000
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tests.checkpoints import contents, leftovers, rows, written
+from ttfunc.checkpoint import merge_checkpoint
+
+
+def killed(source: Path, params, destination: Path, delay: float) -> None:
+    """A merge in a fork, killed after `delay` seconds."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            merge_checkpoint(source, params, destination)
+            code = 0
+        finally:
+            os._exit(code)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)  # a child that has ended waits for its parent to notice
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the merge failed"
+
+
+def stage(folder: Path, destination: Path, merged: dict[str, bytes]) -> str:
+    """How far the killed run came, by what it left."""
+    if destination.exists():
+        assert contents(destination) == merged, "half a destination"
+        assert not leftovers(folder)
+        return "after"
+    left = leftovers(folder)
+    assert len(left) <= 1
+    if not left:
+        return "before"
+    assert fnmatch(left[0], ".merged.ttfunc-*.partial")
+    found = contents(folder / left[0])
+    if found == merged:
+        return "complete"
+    sizes = {name: len(raw) for name, raw in found.items()}
+    last = max(name for name, raw in merged.items() if raw != b"folder")
+    return "writing" if sizes.get(last) == len(merged[last]) else "copying"
+
+
+def main(count: int) -> None:
+    torch.set_num_threads(1)
+    rng, outcomes = random.Random(0), collections.Counter()  # noqa: S311
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = nn.ModuleDict({"model": nn.ModuleDict({"embed_tokens": nn.Embedding(2000, 16)})})
+        params = rows(model, range(0, 2000, 2))
+        source = written(folder / "source", model.state_dict())
+        (source / "deep").mkdir()
+        (source / "deep" / "large.bin").write_bytes(bytes(2**19))
+        before, destination = contents(source), folder / "merged"
+        start = time.perf_counter()
+        merge_checkpoint(source, params, destination)
+        longest = 1.5 * (time.perf_counter() - start)
+        merged = contents(destination)
+        shutil.rmtree(destination)
+        for _ in range(count):
+            start = time.perf_counter()
+            killed(source, params, destination, rng.uniform(0, longest))
+            outcomes[stage(folder, destination, merged)] += 1
+            assert contents(source) == before, "the source was changed"
+            if destination.exists():
+                shutil.rmtree(destination)
+            if rng.random() < 0.1:  # the next run is not disturbed by what is left
+                merge_checkpoint(source, params, destination)
+                assert contents(destination) == merged
+                shutil.rmtree(destination)
+            for left in leftovers(folder):
+                shutil.rmtree(folder / left)
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,155 @@
+"""The command line: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import contents, expected, names_in, rows, written
+from tests.models import make
+from ttfunc import __main__
+from ttfunc.__main__ import main
+from ttfunc.files import save
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    model = make("tied")
+    written(tmp_path / "source", {n: t.clone() for n, t in model.state_dict().items()})
+    save(rows(model), tmp_path / "rows.safetensors")
+    return tmp_path
+
+
+def call(folder: Path, *arguments: str) -> int:
+    """`main`, its arguments relative to `folder`."""
+    first, *paths = arguments
+    return main([first, *(p if p.startswith("-") else str(folder / p) for p in paths)])
+
+
+def test_merge_and_unmerge(folder, capsys):
+    assert call(folder, "merge", "source", "rows.safetensors", "merged") == 0
+    out, err = capsys.readouterr()
+    assert "merged into" in out
+    assert "embed_tokens.weight = lm_head.weight" in out
+    assert "2 of 23 × 8: 7, 3" in out
+    assert err == ""
+    assert call(folder, "unmerge", "merged", "rows.safetensors", "back") == 0
+    assert "unmerged into" in capsys.readouterr().out
+    params = __main__.files.read(folder / "rows.safetensors")
+    assert contents(folder / "merged") == expected(folder / "source", params)
+    assert contents(folder / "back") == contents(folder / "source")
+
+
+def test_quiet(folder, capsys):
+    assert call(folder, "merge", "source", "rows.safetensors", "merged", "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_info_of_rows(folder, capsys):
+    assert call(folder, "info", "rows.safetensors") == 0
+    out = capsys.readouterr().out
+    assert "2 trained rows" in out
+    assert "embed_tokens.weight = lm_head.weight" in out
+    assert "deltas    float32, 64 B" in out
+    assert "originals float32, 64 B" in out
+
+
+@pytest.mark.parametrize("path", ["source", "source/model.safetensors"])
+def test_info_of_a_checkpoint(path, folder, capsys):
+    assert call(folder, "info", path) == 0
+    out = capsys.readouterr().out
+    assert "4 tensors in 1 .safetensors files" in out
+    assert "F32        1.7 KiB" in out
+    assert "embed_tokens.weight  23 × 8 F32, 736 B" in out
+    assert "body" not in out
+
+
+WRONG = {
+    "no source": (["merge", "nope", "rows.safetensors", "b"], "no checkpoint at"),
+    "no rows": (["merge", "source", "nope", "b"], "there is no file"),
+    "rows that are none": (["merge", "source", "source/model.safetensors", "b"], "cannot be"),
+    "it exists": (["merge", "source", "rows.safetensors", "source"], "exists, and nothing is"),
+    "names": (["merge", "other", "rows.safetensors", "b"], "none of the names"),
+    "not finite": (["merge", "source", "nan.safetensors", "b"], "not finite"),
+    "info of nothing": (["info", "nope"], "no checkpoint at"),
+    "info of a broken file": (["info", "broken.safetensors"], "no safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_an_error_is_one_line(case, folder, capsys):
+    written(folder / "other", {})
+    (folder / "broken.safetensors").write_bytes(b"123")
+    params = rows(make("tied"))
+    params.deltas["embed_tokens.weight"].fill_(float("nan"))
+    save(params, folder / "nan.safetensors")
+    before = names_in(folder)
+    arguments, reason = WRONG[case]
+    assert call(folder, *arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ttfunc: error: ")
+    assert err.count("\n") == 1
+    assert reason in err
+    assert names_in(folder) == before
+
+
+def test_a_warning_is_one_line(folder, capsys):
+    (folder / "source" / "pytorch_model.bin").write_bytes(b"x")
+    assert call(folder, "merge", "source", "rows.safetensors", "merged") == 0
+    err = capsys.readouterr().err
+    assert err.startswith("ttfunc: warning: ['pytorch_model.bin']")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["merge"], ["melt"], ["info", "a", "b"]])
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: ttfunc" in capsys.readouterr().err
+
+
+def test_an_interruption(folder, capsys, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(__main__.COMMANDS, "merge", interrupted)
+    assert call(folder, "merge", "source", "rows.safetensors", "merged") == 130
+    assert capsys.readouterr().err == "ttfunc: interrupted\n"
+
+
+def test_without_tqdm(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert call(folder, "merge", "source", "rows.safetensors", "merged") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_as_a_program_on_a_terminal(folder):
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    command = [sys.executable, "-m", "ttfunc", "merge", "source", "rows.safetensors", "merged"]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(  # noqa: S603
+        command,
+        cwd=folder,
+        stderr=follower,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": root},
+        check=False,
+    )
+    os.close(follower)
+    shown = os.read(leader, 10_000).decode()
+    os.close(leader)
+    assert done.returncode == 0
+    assert "100%" in shown  # the bar
+    failed = subprocess.run(  # noqa: S603
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr

@@ -1,0 +1,181 @@
+"""Merging checkpoints from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ttfunc import adapter, files
+from ttfunc.checkpoint import merge_checkpoint, unmerge_checkpoint
+from ttfunc.deltas import TokenDeltas
+from ttfunc.folder import open_checkpoint
+from ttfunc.stored import opened
+from ttfunc.summary import size
+
+COMMANDS = {"merge": merge_checkpoint, "unmerge": unmerge_checkpoint}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit code is 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
+
+    An error is one line on stderr.
+    """
+    options = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = _show_warning
+        try:
+            options.run(options)
+        except KeyboardInterrupt:
+            print("ttfunc: interrupted", file=sys.stderr)
+            return 130
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"ttfunc: error: {_told(error)}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ttfunc", description="Write trained token rows into a checkpoint, and out of it."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, what in (
+        ("merge", "copy a checkpoint, with the trained rows in it"),
+        ("unmerge", "copy a merged checkpoint, with the original rows back in place"),
+    ):
+        command = commands.add_parser(name, help=what, description=what.capitalize() + ".")
+        command.add_argument("source", help="a folder with .safetensors files, or one such file")
+        command.add_argument("params", help="what ttfunc.save wrote, or a PEFT adapter's folder")
+        command.add_argument("destination", help="the copy; nothing may have this name yet")
+        command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+        command.set_defaults(run=_copy, name=name)
+    what = "what a file of trained rows, or a checkpoint, holds"
+    command = commands.add_parser("info", help=what, description=what.capitalize() + ".")
+    command.add_argument("path", help="the file that ttfunc.save wrote, or a checkpoint")
+    command.set_defaults(run=_info)
+    return parser
+
+
+def _copy(options: argparse.Namespace) -> None:
+    copied = 0
+    with _bar(options.quiet) as bar:
+
+        def progress(done: int, total: int) -> None:
+            nonlocal copied
+            copied, bar.total = done, total
+            bar.update(done - bar.n)
+
+        COMMANDS[options.name](
+            options.source, options.params, options.destination, progress=progress
+        )
+    if not options.quiet:
+        print(f"{options.name}d into {options.destination}, {size(copied)}:")
+        print("\n".join(_rows_of(Path(options.params))))
+
+
+def _bar(quiet: bool) -> Any:
+    """A progress bar, where tqdm is installed and a terminal is there to see it."""
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        return nullcontext(SimpleNamespace(n=0, update=lambda _: None))
+    # None: not where stderr is no terminal.
+    return tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=quiet or None)
+
+
+def _info(options: argparse.Namespace) -> None:
+    path = Path(options.path)
+    lines: Callable[[Path], list[str]] = _params_info if _is_params(path) else _checkpoint_info
+    print("\n".join(lines(path)))
+
+
+def _is_params(path: Path) -> bool:
+    """Whether `save` wrote the file; a damaged one is told of by what reads it."""
+    if not path.is_file():
+        return False
+    with opened(path) as file:
+        return files.KEY in (file.metadata() or {})
+
+
+def _rows_of(path: Path) -> list[str]:
+    if not path.is_dir():
+        return _matrices(files.read(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the merge has said what else is there
+        return [f"  {module}: {len(ids):,} rows" for module, ids, _ in adapter.read(path)]
+
+
+def _params_info(path: Path) -> list[str]:
+    params = files.read(path)
+    rows = sum(len(row.indices) for row in params.rows.values())
+    head = f"{path}: {rows} trained rows ({size(path.stat().st_size)})"
+    return [head, *_matrices(params)]
+
+
+def _matrices(params: TokenDeltas) -> list[str]:
+    lines = []
+    for key, row in params.rows.items():
+        delta, originals = params.deltas[key], params.originals[key]
+        ids = ", ".join(map(str, row.indices.ids[:8])) + (", …" if len(row.indices) > 8 else "")
+        lines += [
+            f"  {' = '.join(row.names)}",
+            f"    rows      {len(row.indices):,} of {row.shape[0]:,} × {row.shape[1]:,}: {ids}",
+            f"    deltas    {_dtype(delta.dtype)}, {size(delta.nbytes)}",
+            f"    originals {_dtype(originals.dtype)}, {size(originals.nbytes)}",
+        ]
+    return lines
+
+
+def _checkpoint_info(path: Path) -> list[str]:
+    checkpoint = open_checkpoint(path)
+    headers = checkpoint.headers
+    count = sum(map(len, headers.values()))
+    lines = [
+        f"{path}: {count} tensors in {len(headers)} .safetensors files; {size(checkpoint.size)} in "
+        f"{len(checkpoint.files)} files"
+    ]
+    entries = {name: entry for header in headers.values() for name, entry in header.items()}
+    weight: Counter[str] = Counter()
+    for entry in entries.values():
+        weight[entry.dtype] += entry.end - entry.start
+    lines += [f"  {dtype:10} {size(total)}" for dtype, total in weight.most_common()]
+    matrices = {name: entry for name, entry in entries.items() if len(entry.shape) == 2}
+    most = max((entry.shape[0] for entry in matrices.values()), default=0)
+    lines += [
+        f"  {name}  {entry.shape[0]:,} × {entry.shape[1]:,} {entry.dtype}, "
+        f"{size(entry.end - entry.start)}"
+        for name, entry in matrices.items()
+        if entry.shape[0] == most
+    ]
+    return lines
+
+
+def _dtype(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename!r}" if error.filename is not None else ""
+        text = f"{error.strerror}{where}"
+    else:
+        # The text of a KeyError is the repr of it.
+        text = str(error.args[0]) if error.args else type(error).__name__
+    return " ".join(text.split())
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    print(f"ttfunc: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""Merging into a checkpoint on disk: copy its files, and write k rows at their places in them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ttfunc import adapter, files
+from ttfunc.deltas import TokenDeltas, TokenRows, combine, same_bits
+from ttfunc.folder import Checkpoint, open_checkpoint, warn_of_copies
+from ttfunc.header import read_header
+from ttfunc.indices import token_indices
+from ttfunc.merge import check_originals
+from ttfunc.places import Place, check_finite, find_places, holds
+from ttfunc.transfer import copy_file, make_directory, staged, sync_directory
+
+AnyPath: TypeAlias = "str | os.PathLike[str]"
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+def merge_checkpoint(
+    source: AnyPath,
+    params_or_path: TokenDeltas | AnyPath,
+    destination: AnyPath,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """A copy of a checkpoint with the trained rows in it, made without building the model.
+
+    The bytes are those of `ttfunc.merge` on the loaded tensors. Memory does not grow with the
+    checkpoint, and all but the rows is copied byte for byte. The source is only read; the
+    destination appears whole or not at all. Permissions are kept, times are those of the copy.
+
+    Args:
+        source: a Hugging Face folder with `.safetensors` files, sharded or not, or one such file.
+        params_or_path: with `(k, D)` deltas, which are cast to the dtype of each matrix; or the
+            path of a file that `ttfunc.save` wrote, or of a PEFT adapter's directory.
+        destination: what is to be made; nothing has this name yet.
+        progress: called with the bytes copied so far, and those of the whole checkpoint.
+
+    Warns:
+        UserWarning: the rows in the checkpoint are not the originals, so that `unmerge_checkpoint`
+            will not give them back; or other files seem to hold the same weights.
+
+    Raises:
+        KeyError: the checkpoint has none of a matrix's names.
+        ValueError: a matrix of another shape, or quantised; rows that are not finite in its dtype;
+            a broken file; a destination inside of the source.
+        FileExistsError, FileNotFoundError, OSError: the destination exists, the source does not,
+            or the copy fails, as on a full disk.
+    """
+    checkpoint = _opened(source, destination)
+    params = _given(params_or_path, checkpoint)
+    places = find_places(checkpoint, params, params.deltas)
+    for place in places:
+        check_finite(place)
+        originals = params.originals[place.key]
+        if not originals.is_meta and not holds(checkpoint.root, place, originals.cpu()):
+            warnings.warn(
+                f"the rows of {place.name!r} in {_file(checkpoint, place)} ({place.dtype}) are not "
+                f"the originals ({originals.dtype}) of the parameters, and unmerge_checkpoint will "
+                "not give them back. Is it another model, or was it merged into before? Keep it.",
+                stacklevel=2,
+            )
+    warn_of_copies(checkpoint)
+    _write_copy(checkpoint, places, Path(destination), progress)
+
+
+def unmerge_checkpoint(
+    source: AnyPath,
+    params_or_path: TokenDeltas | AnyPath,
+    destination: AnyPath,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """A copy of a merged checkpoint with the original bytes: the inverse of `merge_checkpoint`.
+
+    Writes the originals that the parameters were made with. The source is only read.
+
+    Warns:
+        UserWarning: the rows in the checkpoint are not those that a merge writes; or other files
+            seem to hold the same weights.
+
+    Raises:
+        ValueError: the originals are of a dtype that cannot give back the checkpoint's bytes, or
+            have no values; and as `merge_checkpoint`.
+        KeyError, FileExistsError, FileNotFoundError, OSError: as `merge_checkpoint`.
+    """
+    checkpoint = _opened(source, destination)
+    params = _given(params_or_path, checkpoint)
+    if unknown := [name for name, originals in params.originals.items() if originals.is_meta]:
+        raise ValueError(
+            f"there are no originals for {unknown}: a PEFT adapter keeps none, and a model on meta "
+            "has none. Keep the checkpoint that was merged from, or load the adapter onto it with "
+            "load_peft and save that."
+        )
+    places = find_places(checkpoint, params, params.originals)
+    for place in places:
+        check_originals(place.name, place.dtype, place.rows.dtype)
+        deltas = params.deltas[place.key].detach()
+        if not deltas.is_meta and not holds(checkpoint.root, place, deltas.cpu()):
+            warnings.warn(
+                f"the rows of {place.name!r} in {_file(checkpoint, place)} are not those that "
+                "merging these parameters writes: was it merged with others? The originals "
+                "replace them all the same.",
+                stacklevel=2,
+            )
+    warn_of_copies(checkpoint)
+    _write_copy(checkpoint, places, Path(destination), progress)
+
+
+def _given(params_or_path: TokenDeltas | AnyPath, checkpoint: Checkpoint) -> TokenDeltas:
+    if isinstance(params_or_path, (str, os.PathLike)):
+        path = Path(params_or_path)
+        params_or_path = _of_adapter(path, checkpoint) if path.is_dir() else files.read(path)
+    return combine(params_or_path)
+
+
+def _of_adapter(directory: Path, checkpoint: Checkpoint) -> TokenDeltas:
+    """The rows of a PEFT adapter, which keeps no originals, for the matrices of a checkpoint."""
+    entries = {name: e for header in checkpoint.headers.values() for name, e in header.items()}
+    deltas: dict[str, Tensor] = {}
+    rows: dict[str, TokenRows] = {}
+    given = {f"{found.module}.weight": found for found in adapter.read(directory)}
+    for name, found in given.items():
+        if name in entries and len(entries[name].shape) == 2:
+            shape = (entries[name].shape[0], entries[name].shape[1])
+            indices = token_indices(found.indices, shape[0], name)
+            originals = torch.empty(found.rows.shape, device="meta")
+            deltas[name], rows[name] = (
+                found.rows,
+                TokenRows((name,), shape, indices, originals, None),
+            )
+    for name in given.keys() - rows.keys():
+        # A tied model has rows for each of its names, and its checkpoint only one of these.
+        twins = [given[other] for other in rows if given[other].indices == given[name].indices]
+        if not any(same_bits(twin.rows, given[name].rows) for twin in twins):
+            raise KeyError(
+                f"the checkpoint {str(checkpoint.root)!r} has no matrix {name!r}, for which the "
+                f"adapter {str(directory)!r} has rows. Is it of the same model?"
+            )
+    return TokenDeltas(deltas, rows)
+
+
+def _file(checkpoint: Checkpoint, place: Place) -> str:
+    return repr(str(checkpoint.root / place.file))
+
+
+def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
+    """The source, when the destination can be made."""
+    root, new = Path(source), Path(destination)
+    if os.path.lexists(new):
+        raise FileExistsError(
+            f"the destination {str(new)!r} exists, and nothing is ever written over. Give a new "
+            "name, or remove it first."
+        )
+    if not new.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {str(new.parent)!r} in which to make {new.name!r}. Create it "
+            "first."
+        )
+    parent = new.parent.resolve()
+    if root.resolve() in (parent, *parent.parents):
+        raise ValueError(
+            f"the destination {str(new)!r} is inside of the source {str(root)!r}, which stays as "
+            "it is. Give a place outside of it."
+        )
+    return open_checkpoint(root)
+
+
+def _write_copy(
+    checkpoint: Checkpoint,
+    places: Sequence[Place],
+    destination: Path,
+    progress: Progress | None,
+) -> None:
+    done, total = 0, checkpoint.size
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    with staged(destination) as partial:
+        # The folder itself comes first; a file that is a checkpoint alone has none.
+        folders = ["", *checkpoint.folders] if checkpoint.root.is_dir() else []
+        for name in folders:
+            make_directory(checkpoint.root / name, partial / name)
+        for name in checkpoint.files:
+            _copy_one(checkpoint, name, places, partial, advance)
+        for name in reversed(folders):
+            sync_directory(partial / name)
+
+
+def _copy_one(
+    checkpoint: Checkpoint,
+    name: str,
+    places: Sequence[Place],
+    partial: Path,
+    advance: Callable[[int], None],
+) -> None:
+    edits = (edit for place in places if place.file == name for edit in place.edits(place.rows))
+    copy_file(checkpoint.root / name, partial / name, edits, advance)
+    header = checkpoint.headers.get(name)
+    if header is not None and read_header(partial / name) != header:
+        raise ValueError(
+            f"{str(checkpoint.root / name)!r} was changed while it was copied. Merge again when "
+            "nothing writes to it."
+        )

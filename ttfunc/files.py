@@ -1,0 +1,224 @@
+"""The trained rows in one safetensors file: `deltas/…`, `token_indices/…`, `originals/…` of each.
+
+The names and the shape of each matrix are in the metadata, as JSON under one key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from reprlib import repr as shown
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialized
+from torch import Tensor, nn
+
+from ttfunc.deltas import TokenDeltas, TokenRows, combine
+from ttfunc.header import parse_json
+from ttfunc.indices import outside_of_modes, token_indices
+from ttfunc.stored import (
+    blamed_on,
+    check_rows,
+    differing,
+    home_of,
+    opened,
+    plain,
+    staged,
+    tensor_of,
+)
+from ttfunc.targets import Matrix, matrix_of
+from ttfunc.transfer import sync_directory
+
+FORMAT = 1
+KEY = "ttfunc"
+PARTS = ("deltas", "token_indices", "originals")
+
+
+def save(
+    params: TokenDeltas,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `params` to one `.safetensors` file; `load` and `read` give back the same bits.
+
+    The file appears whole or not at all: what was at `path` before is replaced at the very end,
+    and kept where anything fails. `params` are not changed.
+
+    Args:
+        params: with `(k, D)` deltas of any float dtype, on any device.
+        path: of the file; its folder exists.
+        metadata: strings of your own. `safetensors.safe_open(path, "pt").metadata()` has them,
+            beside what ttfunc keeps under `"ttfunc"`.
+
+    Raises:
+        ValueError: deltas of another shape (stacked ones, too), no float dtype of safetensors, no
+            values (`meta`, or traced by a transform); one name for two matrices.
+        TypeError, ValueError: no TokenDeltas; metadata that are no strings, or under `"ttfunc"`.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    tensors: dict[str, Tensor] = {}
+    described = []
+    together, path = combine(params), Path(path)
+    with blamed_on(f"{str(path)!r} cannot be written"):
+        for name, row in together.rows.items():
+            ids = row.indices.on(torch.device("cpu")).ids
+            values = (together.deltas[name], ids, row.originals)
+            for part, tensor in zip(PARTS, values, strict=True):
+                if part != "token_indices":
+                    check_rows(tensor, len(row.indices), row.shape[1], f"the {part} of {name!r}")
+                tensors[f"{part}/{row.names[0]}"] = plain(tensor, f"the {part} of {name!r}")
+            described.append({"names": list(row.names), "shape": list(row.shape)})
+        own = json.dumps({"format": FORMAT, "matrices": described})
+        _matrices(own)
+    with staged(path, serialized(tensors, {**_strings(metadata), KEY: own})) as temporary:
+        temporary.replace(path)
+        sync_directory(path.parent)
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> TokenDeltas:
+    """The parameters that `save` wrote, put on `model`, which is not changed.
+
+    Returns:
+        TokenDeltas that do not require grad. Deltas and originals are the file's, bit for bit and
+        in its dtypes, on the device of the matrix; or on the CPU for a model on `meta`, so that
+        they can be merged into real weights. Warns where the model's rows are not the originals of
+        the file: `unmerge` writes those of the file.
+
+    Raises:
+        KeyError: the model has no parameter of a name in the file.
+        ValueError: the model has it in another shape, or tied to others than in the file; or the
+            file cannot be `read`.
+        FileNotFoundError: there is no file.
+    """
+    params, path = read(path), Path(path)
+    deltas, rows = {}, {}
+    for name, row in params.rows.items():
+        matrix = _same_matrix(model, row, path)
+        weight, first = matrix.tensor.detach(), matrix.names[0]
+        with outside_of_modes():
+            originals = row.originals.to(home_of(weight))
+            deltas[first] = params.deltas[name].to(home_of(weight))
+        rows[first] = replace(row, names=matrix.names, originals=originals, matrix=matrix)
+        if weight.is_meta:
+            continue
+        found = weight.index_select(0, row.indices.on(weight.device).ids)
+        if other := [row.indices.ids[i] for i in differing(found, originals)]:
+            warnings.warn(
+                f"the rows of tokens {shown(other)} in {first!r} are not those that {str(path)!r} "
+                "was trained from: this is another model, or one resized and initialised anew. The "
+                "trained rows replace them all the same; unmerge writes the file's originals.",
+                stacklevel=2,
+            )
+    return TokenDeltas(deltas, rows)
+
+
+def read(path: str | os.PathLike[str]) -> TokenDeltas:
+    """The parameters that `save` wrote, on the CPU and without a model, as after unpickling.
+
+    They can be merged into a state dict or a checkpoint; `patch` needs what `load` gives.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: it is damaged, of a newer format or not from `save`; the message names the file.
+    """
+    path = Path(path)
+    deltas, rows = {}, {}
+    with opened(path) as file, blamed_on(f"{str(path)!r} cannot be loaded"):
+        own = (file.metadata() or {}).get(KEY)
+        if own is None:
+            raise ValueError("it has no metadata of ttfunc's. For a PEFT adapter use load_peft")
+        matrices = _matrices(own)
+        expected = {f"{part}/{names[0]}" for names, _ in matrices for part in PARTS}
+        if wrong := expected ^ set(file.keys()):
+            raise ValueError(f"tensors are missing, or unknown: {sorted(wrong)[:4]}")
+        for names, shape in matrices:
+            delta, ids, originals = (tensor_of(file, f"{part}/{names[0]}") for part in PARTS)
+            if ids.dtype != torch.int64:
+                raise ValueError(f"the token indices of {names[0]!r} are {ids.dtype}, not int64")
+            indices = token_indices(ids, shape[0], names[0])
+            check_rows(delta, len(indices), shape[1], f"the deltas of {names[0]!r}")
+            check_rows(originals, len(indices), shape[1], f"the originals of {names[0]!r}")
+            deltas[names[0]] = delta
+            rows[names[0]] = TokenRows(names, shape, indices, originals, None)
+    return TokenDeltas(deltas, rows)
+
+
+def _matrices(own: str) -> list[tuple[tuple[str, ...], tuple[int, int]]]:
+    """Names and shape of each matrix, from ttfunc's own JSON."""
+    described = parse_json(own.encode())
+    version = described.get("format") if isinstance(described, dict) else None
+    if type(version) is not int or version < 1:
+        raise ValueError(f"its metadata have no format version: {shown(own)}")
+    if version > FORMAT:
+        raise ValueError(f"it has format {version}, and this ttfunc knows {FORMAT}. Upgrade ttfunc")
+    entries = described.get("matrices")
+    if not isinstance(entries, list) or not all(map(_is_matrix, entries)) or not entries:
+        raise ValueError(f"its metadata must give names and a shape for each matrix: {shown(own)}")
+    names = Counter(name for entry in entries for name in entry["names"])
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise ValueError(f"{twice[:4]} are given twice: a name belongs to one matrix")
+    return [(tuple(e["names"]), (e["shape"][0], e["shape"][1])) for e in entries]
+
+
+def _is_matrix(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"names", "shape"}:
+        return False
+    names, shape = entry["names"], entry["shape"]
+    if not isinstance(names, list) or not isinstance(shape, list):
+        return False
+    named = len(names) > 0 and all(isinstance(name, str) and name for name in names)
+    return named and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+
+
+def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    strings = dict(metadata or {})
+    if wrong := [item for item in strings.items() if not all(isinstance(s, str) for s in item)]:
+        raise TypeError(f"metadata must map strings to strings, got {shown(wrong)}: json.dumps.")
+    if KEY in strings:
+        raise ValueError(f"the metadata key {KEY!r} is ttfunc's own. Choose another name.")
+    return strings
+
+
+def _same_matrix(model: nn.Module, row: TokenRows, path: Path) -> Matrix:
+    """The matrix of `model` that has the names, the shape and the ties of the file."""
+    matrix, *_ = [matrix_named(model, name, path) for name in row.names]
+    shape = tuple(matrix.tensor.shape)
+    if shape != row.shape:
+        raise ValueError(
+            f"{str(path)!r} has rows of a matrix {row.names[0]!r} of shape {row.shape}, and this "
+            f"{type(model).__name__} has it in {shape}. Resize the model as it was, or use that one"
+        )
+    if set(matrix.names) != set(row.names):
+        raise ValueError(
+            f"{str(path)!r} was trained where {row.names} were one matrix and no others, and in "
+            f"this {type(model).__name__} it is {matrix.names}. Tie the model as it was."
+        )
+    return matrix
+
+
+def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
+    """The matrix that `model` has under `name`; KeyError, with names like it, if there is none."""
+    held = dict(
+        chain(*(f(remove_duplicate=False) for f in (model.named_parameters, model.named_buffers)))
+    )
+    if name not in held:
+        close = difflib.get_close_matches(name, held, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise KeyError(
+            f"{type(model).__name__} has no parameter {name!r}, for which {str(source)!r} has "
+            f"rows.{hint} Use the model that it was trained on, without a wrapper."
+        )
+    if not held[name].is_floating_point():
+        raise ValueError(
+            f"{name!r} is {held[name].dtype} in this {type(model).__name__}, no float."
+        )
+    return matrix_of(model, held[name])
