@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call as torch_functional_call
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from tests.models import CORPUS, D, loss_of, make, tokens
@@ -50,6 +50,8 @@ TRANSFORMS = {
     "grad(vmap)": lambda f, p: grad(lambda q: vmap(f)(q).sum())(stacked(p)),
     "forward over reverse": lambda f, p: jvp(grad(f), (p,), (direction(p),)),
     "reverse over reverse": lambda f, p: grad(lambda q: dot(grad(f)(q), direction(p)))(p),
+    "functionalize": lambda f, p: functionalize(f)(p),
+    "functionalize(grad)": lambda f, p: functionalize(grad(f))(p),
     "vmap(vmap(grad))": lambda f, p: vmap(vmap(grad(f)))(stacked(stacked(p))),
 }
 
@@ -84,6 +86,22 @@ def test_each_transform_agrees_with_dense(case: str, transform: str):
     found, expected = (leaves(TRANSFORMS[transform](loss(d), params)) for d in (False, True))
     assert any(leaf.abs().sum() > 0 for leaf in expected)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+# torch.compile traces neither linearize nor functionalize, with or without a patch.
+@pytest.mark.parametrize("transform", [t for t in TRANSFORMS if "ize" not in t])
+@pytest.mark.parametrize("case", ["tied", "untied", "einsum"])
+def test_each_transform_compiles_to_one_graph(case: str, transform: str):
+    torch._dynamo.reset()
+    model, params = setting(case)
+
+    def f(p: TokenDeltas) -> Tensor:
+        return loss_of(functional_call(model, patch(p), (X,)))
+
+    apply = TRANSFORMS[transform]
+    compiled = torch.compile(lambda p: apply(f, p), fullgraph=True, backend="aot_eager")
+    for found, expected in zip(leaves(compiled(params)), leaves(apply(f, params)), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("case", HEADS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ttfunc.deltas import TokenDeltas
 from ttfunc.indices import TokenIndices, union
 from ttfunc.patch import matrix_of_rows
-from ttfunc.reads import autocast
+from ttfunc.reads import autocast, functionalizing
 from ttfunc.stack import aligned, scattered
 from ttfunc.weight import patched
 
@@ -71,7 +71,7 @@ class Mixed(NamedTuple):
 
     def beneath(self, base: Tensor) -> Tensor:
         """NaN in the shape of `base`, in no memory, that refuses a gradient."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or functionalizing():
             return base.new_full((), torch.nan).expand(base.shape)
         refusing: Tensor = _Refusing.apply(self.values, len(base))  # type: ignore[no-untyped-call]
         return refusing

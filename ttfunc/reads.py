@@ -37,8 +37,8 @@ class Replaced(NamedTuple):
         ids = self.indices.on(base.device).ids
         operands = (autocast(hidden), autocast(base), autocast(self.values), bias, ids)
         traced = torch.compiler.is_compiling()
-        if traced and torch._C._are_functorch_transforms_active():
-            return _product(*operands)  # torch.compile has no rule for a Function under a transform
+        if functionalizing() or (traced and torch._C._are_functorch_transforms_active()):
+            return _product(*operands)  # where torch has no rule for a Function
         function = _TracedProduct if traced else _Product
         result: Tensor = function.apply(*operands)  # type: ignore[no-untyped-call]
         return result
@@ -49,7 +49,7 @@ class Replaced(NamedTuple):
 
     def beneath(self, base: Tensor) -> Tensor:
         """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or functionalizing():
             return self.values.new_full((), torch.nan).expand(base.shape)
         ids = self.indices.on(base.device).ids
         carried: Tensor = _Carrier.apply(self.values, ids, len(base))  # type: ignore[no-untyped-call]
@@ -150,6 +150,14 @@ class _Carrier(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return tangent.new_full((), torch.nan).expand(ctx.shape)
+
+
+def functionalizing() -> bool:
+    """Whether `torch.func.functionalize` is at work, which has no rule for a Function."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(layer.key() == torch._C._functorch.TransformType.Functionalize for layer in stack)
 
 
 def autocast(operand: Tensor) -> Tensor:
