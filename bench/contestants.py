@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import peft
@@ -12,6 +13,9 @@ import transformers
 from torch import Tensor
 
 import ttfunc
+from examples.teach_a_token import fetch_smollm2, load
+
+SMOLLM2 = {"vocabulary": 49_152, "width": 576, "layers": 30}
 
 Step: TypeAlias = Callable[[], Any]
 Wrap: TypeAlias = Callable[[Any], Any]
@@ -24,7 +28,10 @@ def as_it_is(loss: Any) -> Any:
 
 @dataclass(frozen=True)
 class Work:
-    """A tied `(vocabulary, width)` matrix on a short Llama, a batch of one text, and k rows."""
+    """A tied `(vocabulary, width)` matrix on a short Llama, a batch of one text, and k rows.
+
+    weights: `"random"`, or `"SmolLM2"` for the pretrained model, whose sizes are then its own.
+    """
 
     vocabulary: int = 128_000
     width: int = 1024
@@ -33,6 +40,7 @@ class Work:
     tokens: int = 16
     rows: int = 4
     device: str = "cpu"
+    weights: str = "random"
 
     def __str__(self) -> str:
         return f"{self.vocabulary:,}×{self.width:,} {self.dtype}"
@@ -44,7 +52,10 @@ class Work:
         return self.vocabulary * self.width * size
 
     def model(self) -> Any:
-        """A frozen model, random but for its shape."""
+        """A frozen model."""
+        if self.weights == "SmolLM2":
+            model, _ = load(fetch_smollm2(Path.home() / ".cache" / "ttfunc"))
+            return model.to(self.device, getattr(torch, self.dtype))
         config = transformers.LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.width,
@@ -54,7 +65,7 @@ class Work:
             tie_word_embeddings=True,
         )
         torch.manual_seed(0)
-        model: Any = transformers.LlamaForCausalLM(config).requires_grad_(False)
+        model = transformers.LlamaForCausalLM(config).requires_grad_(False)
         return model.to(self.device, getattr(torch, self.dtype))
 
     def idx(self) -> list[int]:

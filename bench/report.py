@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import platform
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.contestants import CONTESTANTS, Work
+from bench.contestants import CONTESTANTS, SMOLLM2, Work
 
 
 def arguments(description: str) -> tuple[Work, argparse.Namespace]:
@@ -24,7 +24,8 @@ def arguments(description: str) -> tuple[Work, argparse.Namespace]:
     parser.add_argument("--repeats", type=int, default=9, help="of a timed step")
     parser.add_argument("--compile", action="store_true", help="time torch.compile's graphs")
     options = parser.parse_args()
-    return Work(**{field.name: getattr(options, field.name) for field in fields(Work)}), options
+    work = Work(**{field.name: getattr(options, field.name) for field in fields(Work)})
+    return (replace(work, **SMOLLM2) if work.weights == "SmolLM2" else work), options
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.models import D, Language, V, make, tokens
 from tests.oracle import edited, snapshot
@@ -294,3 +296,38 @@ def test_gradient_checkpointing_in_the_blocks_changes_nothing():
     model.activation_checkpointing_enable()
     assert torch.equal(gradient(), plain)
     assert plain.abs().sum() > 0
+
+
+class Devices(TorchDispatchMode):
+    """Notes each operation that sees another device than its results are on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.moves = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        self.count += 1
+        if {t.device.type for t in tensors} != {"meta"}:
+            self.moves.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("case", ["tied", "untied", "biased", "encoder_decoder", "einsum"])
+def test_a_step_moves_nothing_between_devices_and_waits_for_none(case: str):
+    # On meta, whatever asks for a value raises, as it would make a GPU wait.
+    model = make(case).requires_grad_(False).to("meta")
+    a = init_deltas(model, [7, 3], requires_grad=True)
+    b = init_deltas(model, [5], requires_grad=True)
+    x, y = X.to("meta"), X.flatten().to("meta")
+
+    def step() -> None:
+        logits = functional_call(model, patch(a, b), (x,))
+        nn.functional.cross_entropy(logits.flatten(0, -2), y).backward()
+
+    step()  # makes the tables
+    with Devices() as devices:
+        step()
+    assert devices.count > 20
+    assert devices.moves == []
