@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +56,7 @@ class Work:
     def model(self) -> Any:
         """A frozen model."""
         if self.weights == "SmolLM2":
-            model, _ = load(fetch_smollm2(Path.home() / ".cache" / "ttfunc"))
-            return model.to(self.device, getattr(torch, self.dtype))
+            return copy.deepcopy(smollm2()).to(self.device, getattr(torch, self.dtype))
         config = transformers.LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.width,
@@ -79,6 +80,13 @@ class Work:
         hits = torch.tensor(self.idx())[torch.randint(0, self.rows, (self.tokens // 4,))]
         x[0, : self.tokens // 4] = hits
         return x.to(self.device)
+
+
+@functools.cache
+def smollm2() -> Any:
+    """The pretrained model, which takes some seconds to load."""
+    model, _ = load(fetch_smollm2(Path.home() / ".cache" / "ttfunc"))
+    return model
 
 
 def frozen_floor(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:

@@ -14,7 +14,7 @@ README = Path(__file__).parents[1].joinpath("README.md").read_text()
 def test_the_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^( *)```python\n(.*?)^ *```", README, re.M | re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     namespace: dict[str, object] = {}
     for _, block in blocks:
         exec(compile(textwrap.dedent(block), "README.md", "exec"), namespace)  # noqa: S102

@@ -7,6 +7,7 @@ from ttfunc.files import load, save
 from ttfunc.init import init_deltas
 from ttfunc.merge import merge, unmerge
 from ttfunc.mixed import patch_mixed
+from ttfunc.module import TokenModule
 from ttfunc.patch import patch
 from ttfunc.peft import load_peft, save_peft
 from ttfunc.stack import stack
@@ -26,6 +27,8 @@ __all__ = [
     "patch",
     "patch_mixed",
     "functional_call",
+    # for tools that want a module
+    "TokenModule",
     # state dicts
     "merge",
     "unmerge",

@@ -1,0 +1,478 @@
+"""The nn.Module bridge: alone, in transformers' Trainer, in accelerate, and under DDP."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import pickle
+from pathlib import Path
+
+import accelerate
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as distributed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import tests.models as models
+import tests.oracle as oracle
+from ttfunc import TokenDeltas, functional_call, init_deltas, load, merge, patch, save, stack
+from ttfunc.module import TokenModule
+
+TOKENS = [48, 5, 49]
+NAME = "model.embed_tokens.weight"
+ROWS, IDS = "deltas/model/embed_tokens/weight", "token_indices/model/embed_tokens/weight"
+STEPS, BATCH, ACCUMULATE, RATE = 6, 2, 2, 0.05
+
+
+def llama() -> LlamaForCausalLM:
+    """A frozen tied Llama, the same at each call."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+    return model
+
+
+def started(model: nn.Module, idx: list[int] = TOKENS) -> TokenDeltas:
+    """Rows that differ from the model's own."""
+    generator = torch.Generator().manual_seed(4)
+    return init_deltas(model, idx, init="normal", generator=generator)
+
+
+def bridge() -> TokenModule:
+    model = llama()
+    return TokenModule(model, started(model))
+
+
+def lessons() -> list[dict[str, Tensor]]:
+    """Texts that use the tokens, with unequal numbers of labels."""
+    generator = torch.Generator().manual_seed(5)
+    examples = []
+    for i in range(STEPS * BATCH * ACCUMULATE):
+        x = torch.randint(3, 48, (9,), generator=generator)
+        x[i % 9], x[(i + 4) % 9] = 48, 49
+        labels = x.clone()
+        labels[: i % 8] = -100
+        examples.append({"input_ids": x, "labels": labels})
+    return examples
+
+
+def arguments(folder: Path, **options) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATE,
+        "learning_rate": RATE,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**settings, **options})
+
+
+def trained(folder: Path, module: TokenModule, resume: Path | None = None, **options) -> Tensor:
+    """The rows after Trainer was at work."""
+    trainer = Trainer(model=module, args=arguments(folder, **options), train_dataset=lessons())
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return module.params().deltas[NAME].detach().clone()
+
+
+def looped() -> Tensor:
+    """The rows after the same training, as a plain functional loop with a loss of its own."""
+    model, examples = llama(), lessons()
+    params = optree.tree_map(lambda t: t.requires_grad_(), started(model))
+    leaves = optree.tree_leaves(params)
+    optimizer = torch.optim.AdamW(leaves, lr=RATE, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    for step in range(STEPS):
+        size = BATCH * ACCUMULATE
+        batch = examples[step * size : (step + 1) * size]
+        x, y = (torch.stack([e[key] for e in batch]) for key in ("input_ids", "labels"))
+        logits = functional_call(model, patch(params), x).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(leaves, 0.5)
+        optimizer.step()
+        schedule.step()
+    return params.deltas[NAME].detach()
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).detach().abs().max())
+
+
+# The module alone
+
+
+@pytest.mark.parametrize("case", models.CORPUS)
+def test_it_is_the_functional_call_and_changes_nothing(case):
+    model = models.make(case).requires_grad_(False)
+    params = init_deltas(model, [2, 7], init="normal")
+    before, x = oracle.snapshot(model), models.tokens(2, 7)
+    module = TokenModule(model, params)
+    expected = optree.tree_map(lambda t: t.clone().requires_grad_(), params)
+    models.loss_of(functional_call(model, patch(expected), x)).backward()
+    out = module(x)
+    models.loss_of(out).backward()
+    assert torch.equal(out, functional_call(model, patch(params), x))
+    for name, delta in module.params().deltas.items():
+        assert torch.equal(delta.grad, expected.deltas[name].grad)
+        assert torch.equal(delta, params.deltas[name])
+        assert params.deltas[name].grad is None
+    assert oracle.snapshot(model) == before
+
+
+def test_its_parameters_are_the_rows_alone():
+    module = bridge()
+    assert dict(module.named_parameters()).keys() == {ROWS}
+    assert dict(module.named_buffers()).keys() == {IDS}
+    assert [name for name, _ in module.named_modules()] == [""]
+    assert list(module.state_dict()) == [ROWS, IDS]
+    assert module.state_dict()[IDS].tolist() == TOKENS
+    assert module.params().deltas[NAME] is next(module.parameters())
+
+
+def test_training_it_leaves_the_given_parameters_alone():
+    model = llama()
+    params = started(model)
+    before = params.deltas[NAME].clone()
+    module = TokenModule(model, params)
+    with torch.no_grad():
+        next(module.parameters()).zero_()
+    assert torch.equal(params.deltas[NAME], before)
+
+
+def test_what_it_trained_can_be_saved_and_merged(tmp_path):
+    module = bridge()
+    save(module.params(), tmp_path / "rows.safetensors")
+    with pytest.warns(UserWarning, match="are not those"):
+        other = load(tmp_path / "rows.safetensors", shifted(module.base))
+    assert torch.equal(other.deltas[NAME], module.params().deltas[NAME])
+    with torch.no_grad():
+        merged = merge(module.base.state_dict(), module.params())
+    assert torch.equal(merged[NAME][TOKENS], module.params().deltas[NAME])
+
+
+def shifted(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+    return model
+
+
+def test_generate_says_what_the_merged_model_says():
+    module, merged = bridge(), llama()
+    with torch.no_grad():
+        merged.load_state_dict(merge(merged.state_dict(), module.params()))
+    prompt = torch.tensor([[1, 48, 7, 49]])
+    options = {"max_new_tokens": 12, "do_sample": False}
+    said = module.generate(prompt, **options)
+    assert torch.equal(said, merged.generate(prompt, **options))
+    assert not torch.equal(said, module.base.generate(prompt, **options))
+
+
+def test_it_is_taken_for_the_model():
+    module = bridge()
+    plain = inspect.signature(LlamaForCausalLM.forward)
+    assert inspect.signature(type(module).forward) == plain
+    assert inspect.signature(module.forward) == inspect.signature(module.base.forward)
+    assert type(module).__name__ == "LlamaForCausalLM"
+    assert isinstance(module, TokenModule)
+    assert not isinstance(module, LlamaForCausalLM)
+    assert "3 of 50 rows" in repr(module)
+
+
+def test_plain_data_is_read_from_the_model():
+    module = bridge()
+    assert module.config is module.base.config
+    assert (module.device, module.dtype) == (torch.device("cpu"), torch.float32)
+    assert module.main_input_name == "input_ids"
+    assert not hasattr(module, "no_such_name")
+
+
+@pytest.mark.parametrize("name", ["save_pretrained", "tie_weights", "model", "lm_head"])
+def test_what_knows_nothing_of_the_rows_is_refused(name):
+    with pytest.raises(AttributeError, match=f"'{name}' of the LlamaForCausalLM .* knows nothing"):
+        getattr(bridge(), name)
+
+
+def test_a_parameter_of_the_model_is_refused():
+    model = nn.Embedding(9, 4).requires_grad_(False)
+    module = TokenModule(model, init_deltas(model, [2]))
+    with pytest.raises(AttributeError, match="'weight' of the Embedding .* module.base.weight"):
+        module.weight.sum()
+
+
+def test_a_private_note_about_the_model_is_not_read():
+    module = bridge()
+    module.base._is_accelerate_prepared = True
+    assert not hasattr(module, "_is_accelerate_prepared")
+
+
+def test_moving_and_modes_reach_the_model():
+    module = bridge()
+    assert not module.training
+    assert module.train() is module
+    assert module.training
+    assert module.base.model.layers[0].training
+    module.eval()
+    assert not module.base.training
+    assert module.double() is module
+    assert module.dtype == module.params().deltas[NAME].dtype == torch.float64
+    assert module(torch.tensor([TOKENS])).logits.dtype == torch.float64
+    assert module.to("meta").device.type == "meta"
+
+
+def test_a_copy_has_rows_of_its_own_over_the_same_model():
+    module = bridge()
+    module.config.note = object()  # would be lost in a copy of the model
+    twin = copy.deepcopy(module)
+    assert twin.base is module.base
+    x = torch.tensor([TOKENS])
+    before = module(x).logits
+    with torch.no_grad():
+        next(twin.parameters()).zero_()
+    assert torch.equal(module(x).logits, before)
+    assert not torch.equal(twin(x).logits, before)
+
+
+def test_an_average_of_it_averages_the_rows():
+    module = bridge()
+    average = torch.optim.swa_utils.AveragedModel(module)
+    average.update_parameters(module)
+    expected = module.params().deltas[NAME].detach() / 2
+    with torch.no_grad():
+        next(module.parameters()).zero_()
+    average.update_parameters(module)
+    assert torch.equal(average.module.params().deltas[NAME], expected)
+
+
+def test_pickling_and_data_parallel_are_refused():
+    with pytest.raises(TypeError, match=r"not pickled.*state_dict\(\)"):
+        pickle.dumps(bridge())
+    with pytest.raises(RuntimeError, match=r"DataParallel does not copy .*\(torchrun\)"):
+        bridge()._replicate_for_data_parallel()
+
+
+def test_bad_input_is_refused():
+    model = llama()
+    params = started(model)
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):
+        TokenModule({}, params)
+    with pytest.raises(TypeError, match="got LlamaForCausalLM where the parameters"):
+        TokenModule(model, model)
+    with pytest.raises(ValueError, match=r"has shape \(1, 3, 16\), and \(3, 16\) is needed"):
+        TokenModule(model, stack([params]))
+    with pytest.raises(RuntimeError, match="belong to no model"):
+        TokenModule(model, pickle.loads(pickle.dumps(params)))  # noqa: S301
+    with pytest.raises(ValueError, match="stale patch"):
+        TokenModule(llama(), params)(torch.tensor([TOKENS]))
+    model.lm_head.weight.requires_grad_()
+    with pytest.raises(ValueError, match=r"1 parameters .*embed_tokens.*requires_grad_\(False\)"):
+        TokenModule(model, params)
+
+
+# State dicts
+
+
+def test_state_dict_round_trip():
+    module, other = bridge(), TokenModule(model := llama(), init_deltas(model, TOKENS))
+    assert not torch.equal(other.state_dict()[ROWS], module.state_dict()[ROWS])
+    other.load_state_dict(module.state_dict())
+    assert oracle.same_bits(other.state_dict(), module.state_dict())
+    distributed.set_model_state_dict(module, distributed.get_model_state_dict(other))
+    assert oracle.same_bits(other.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({IDS: torch.tensor([48, 6, 49])}, r"tokens \[48, 6, 49\].*trains \[48, 5, 49\]"),
+        ({IDS: torch.tensor([5, 48, 49])}, r"tokens \[5, 48, 49\].*in the same order"),
+        ({ROWS: torch.ones(2, 16)}, r"has shape \(2, 16\), and \(3, 16\) is needed"),
+        ({ROWS: torch.ones(3, 8)}, r"has shape \(3, 8\), and \(3, 16\) is needed"),
+        ({IDS: torch.ones(3, 1)}, r"are the rows of tokens \[\[1.0\], \[1.0\], \[1.0\]\]"),
+        ({IDS: None}, r"lacks \['token_indices/model/embed_tokens/weight'\]"),
+        ({ROWS: None}, r"lacks \['deltas/model/embed_tokens/weight'\]"),
+        ({ROWS: "text"}, r"lacks \['deltas/model/embed_tokens/weight'\]"),
+    ],
+)
+def test_rows_of_another_adapter_are_refused_whole(change, message, strict):
+    module = bridge()
+    before = copy.deepcopy(module.state_dict())
+    state = {ROWS: torch.ones(3, 16), IDS: torch.tensor(TOKENS)} | change
+    state = {key: value for key, value in state.items() if value is not None}
+    with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict(state, strict=strict)
+    assert oracle.same_bits(module.state_dict(), before)
+
+
+def test_of_two_matrices_both_are_loaded_or_none():
+    model = models.make("untied").requires_grad_(False)
+    module = TokenModule(model, init_deltas(model, {"embed_tokens": [1, 2], "lm_head": [3]}))
+    names = {"deltas/embed_tokens/weight", "deltas/lm_head/weight"}
+    assert dict(module.named_parameters()).keys() == names
+    before = copy.deepcopy(module.state_dict())
+    state = {key: tensor * 2 for key, tensor in before.items() if key in names}
+    state |= {"token_indices/embed_tokens/weight": torch.tensor([1, 2])}
+    state |= {"token_indices/lm_head/weight": torch.tensor([4])}
+    with pytest.raises(RuntimeError, match=r"lm_head/weight' are the rows of tokens \[4\]"):
+        module.load_state_dict(state)
+    assert oracle.same_bits(module.state_dict(), before)
+    module.load_state_dict(state | {"token_indices/lm_head/weight": torch.tensor([3])})
+    for name, delta in module.params().deltas.items():
+        assert torch.equal(delta, module.params().originals[name] * 2)
+
+
+def test_the_state_dict_of_the_model_is_refused():
+    module = bridge()
+    with pytest.raises(RuntimeError, match=r"lacks .* and has \['model.embed_tokens.weight'"):
+        module.load_state_dict(llama().state_dict(), strict=False)
+
+
+def test_a_further_entry_is_refused_where_it_is_strict():
+    module = bridge()
+    state = {**module.state_dict(), "head": torch.ones(1)}
+    with pytest.raises(RuntimeError, match='Unexpected key.*"head"'):
+        module.load_state_dict(state)
+    module.load_state_dict(state, strict=False)
+
+
+# transformers' Trainer
+
+
+def test_trainer_equals_the_functional_loop(tmp_path):
+    module = bridge()
+    before = oracle.snapshot(module.base)
+    rows = trained(tmp_path, module)
+    assert distance(rows, started(llama()).deltas[NAME]) > 0.1
+    assert distance(rows, looped()) < 2e-6
+    module.eval()
+    assert oracle.snapshot(module.base) == before
+
+
+def test_trainer_resumes_bit_for_bit_from_kilobytes(tmp_path):
+    whole = trained(tmp_path / "a", bridge(), save_strategy="steps", save_steps=2)
+    checkpoint = tmp_path / "a" / "checkpoint-4"
+    assert torch.equal(trained(tmp_path / "b", bridge(), resume=checkpoint), whole)
+    assert (checkpoint / "model.safetensors").stat().st_size < 1024
+    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 64 * 1024
+
+
+def test_trainer_does_not_resume_the_rows_of_other_tokens(tmp_path):
+    trained(tmp_path, bridge(), save_strategy="steps", save_steps=STEPS)
+    model = llama()
+    module = TokenModule(model, started(model, [48, 6, 49]))
+    with pytest.raises(RuntimeError, match=r"tokens \[48, 5, 49\].*trains \[48, 6, 49\]"):
+        trained(tmp_path, module, resume=tmp_path / f"checkpoint-{STEPS}")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_trainer_with_checkpointed_activations(tmp_path, reentrant):
+    module = bridge()
+    options = {"use_reentrant": reentrant}
+    rows = trained(
+        tmp_path, module, activation_checkpointing=True, activation_checkpointing_kwargs=options
+    )
+    assert module.is_activation_checkpointing
+    assert distance(rows, looped()) < 2e-6
+    module.activation_checkpointing_disable()
+    assert not module.base.is_activation_checkpointing
+
+
+def test_trainer_in_mixed_precision(tmp_path):
+    module = bridge()
+    rows = trained(tmp_path, module, bf16=True)
+    assert rows.dtype == torch.float32
+    assert 0 < distance(rows, looped()) < 0.05
+    unwrapped = extract_model_from_parallel(module, keep_fp32_wrapper=False)
+    x = torch.tensor([TOKENS])
+    assert unwrapped is module
+    assert torch.equal(
+        module(x).logits, functional_call(module.base, patch(module.params()), x).logits
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_trainer_evaluates_it_as_the_merged_model(tmp_path, smoothing):
+    module, merged = bridge(), llama()
+    with torch.no_grad():
+        merged.load_state_dict(merge(merged.state_dict(), module.params()))
+    options = arguments(tmp_path, label_smoothing_factor=smoothing)
+    measured = [
+        Trainer(model=model, args=options, eval_dataset=lessons()).evaluate()["eval_loss"]
+        for model in (module, merged)
+    ]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-6)
+
+
+# accelerate, and two processes
+
+
+def test_accelerate_prepares_it():
+    module = bridge()
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(lessons(), batch_size=4)
+    prepared, optimizer, loader = accelerator.prepare(module, optimizer, loader)
+    before = oracle.snapshot(module.base)
+    for batch in loader:
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert accelerator.unwrap_model(prepared) is module
+    assert accelerator.get_state_dict(prepared).keys() == {ROWS, IDS}
+    assert distance(module.params().deltas[NAME], started(llama()).deltas[NAME]) > 0.01
+    assert oracle.snapshot(module.base) == before
+
+
+def test_two_ranks_equal_one_process(tmp_path):
+    torch.multiprocessing.spawn(rank_trains, (tmp_path,), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert torch.equal(ranks[0], ranks[1])
+    assert distance(ranks[0], looped()) < 2e-6
+
+
+def rank_trains(rank: int, folder: Path) -> None:
+    """One of two ranks, each with half of every batch."""
+    os.environ.update(
+        {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    )
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    module = bridge()
+    before = oracle.snapshot(module.base)
+    options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+    rows = trained(folder, module, gradient_accumulation_steps=1, **options)
+    after = oracle.snapshot(module.base)
+    assert (after["bytes"], after["gradients"]) == (before["bytes"], before["gradients"])
+    torch.save(rows, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
