@@ -25,7 +25,7 @@ def test_the_code_runs(tmp_path, monkeypatch, capsys):
     weights = [folder / name / "model.safetensors" for name in ("model", "merged", "restored")]
     before, merged, restored = (path.read_bytes() for path in weights)
     assert restored == before != merged
-    assert namespace["logits"].shape == (2, *namespace["mixed"].shape)
+    assert namespace["members"].shape == (2, *namespace["mixed"].shape)
 
 
 def test_the_three_lines_stand_at_the_top():
