@@ -17,7 +17,7 @@ from torch import Tensor
 import ttfunc
 from examples.teach_a_token import fetch_smollm2, load
 
-SMOLLM2 = {"vocabulary": 49_152, "width": 576, "layers": 30}
+SMOLLM2: dict[str, Any] = {"vocabulary": 49_152, "width": 576, "layers": 30}
 
 Step: TypeAlias = Callable[[], Any]
 Wrap: TypeAlias = Callable[[Any], Any]
@@ -56,7 +56,8 @@ class Work:
     def model(self) -> Any:
         """A frozen model."""
         if self.weights == "SmolLM2":
-            return copy.deepcopy(smollm2()).to(self.device, getattr(torch, self.dtype))
+            known: Any = copy.deepcopy(smollm2())
+            return known.to(self.device, getattr(torch, self.dtype))
         config = transformers.LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.width,
@@ -66,7 +67,7 @@ class Work:
             tie_word_embeddings=True,
         )
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config).requires_grad_(False)
+        model: Any = transformers.LlamaForCausalLM(config).requires_grad_(False)
         return model.to(self.device, getattr(torch, self.dtype))
 
     def idx(self) -> list[int]:
