@@ -6,6 +6,7 @@ import optree
 import pytest
 import torch
 from torch.func import grad, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import CORPUS, D, V, loss_of, make, tokens
 from tests.oracle import edited
@@ -72,6 +73,23 @@ def test_an_adapter_comes_out_as_it_went_in_with_originals_for_the_rest():
     state = model.state_dict()
     for name, tensor in merge(state, first).items():
         assert torch.equal(tensor, merge(state, a)[name])
+
+
+def test_members_share_the_base_product_where_their_hidden_states_are_one():
+    model = make("untied").requires_grad_(False)
+    each = [init_deltas(model, [7, 3], targets="lm_head", init="normal") for _ in range(8)]
+
+    def operations(call) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    alone = operations(lambda: model(X))
+    rows = 2 * X.numel() * D * 2  # a product of each hidden state with two rows
+    together = operations(
+        lambda: vmap(lambda p: functional_call(model, patch(p), (X,)))(stack(each))
+    )
+    assert together == alone + 8 * rows
 
 
 def test_leaves_are_differentiable_by_those_of_the_adapters():
