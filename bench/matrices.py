@@ -1,14 +1,16 @@
-"""Time of a step on the token matrices of well-known models, on a body of two layers.
+"""Time and peak memory of a step on the token matrices of well-known models, on two layers.
 
-python -m bench.matrices [--repeats 7] [--quick]
+python -m bench.matrices [--repeats 7] [--memory] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bench.contestants import Work
+from bench.memory import measure
 from bench.report import print_table
 from bench.step import times
 
@@ -19,6 +21,7 @@ MATRICES = {
     "Gemma 3 270M": (262_144, 640),
     "Gemma 2 2B": (256_000, 2_304),
 }
+MIB = 2**20
 # Four models of the largest matrix are what 24 GiB hold.
 NAMES = ["frozen floor", "ttfunc", "PEFT", "full embedding"]
 
@@ -38,12 +41,39 @@ def run(matrices: Sequence[str], repeats: int, tokens: int = 64, rows: int = 16)
     print_table(f"a step, ms (times the floor), {tokens} tokens, {rows} rows", ["", *NAMES], lines)
 
 
+def run_memory(matrices: Sequence[str], tokens: int = 64) -> None:
+    """MiB of the peak over the loaded model, with k = 16 and 1,024 rows, and what is above it."""
+    lines = []
+    for model in matrices:
+        vocabulary, width = MATRICES[model]
+        work = Work(vocabulary, width, 2, "float32", tokens, 16)
+        many = replace(work, rows=1024)
+        floor = measure("frozen floor", work)
+        peaks = [
+            *(measure("ttfunc", each) for each in (work, many)),
+            *(measure(name, many) for name in ("ttfunc, dense", "PEFT")),
+        ]
+        above = [f"{p / MIB:,.0f} ({(p - floor) / work.matrix_bytes:.1%})" for p in peaks]
+        lines.append(
+            [f"{model}, {work}, {work.matrix_bytes / MIB:,.0f} MiB", f"{floor / MIB:,.0f}", *above]
+        )
+        print(*lines[-1], sep="; ", flush=True)
+    columns = ["", "frozen floor", "ttfunc, k = 16", "ttfunc, k = 1,024", "dense", "PEFT"]
+    title = f"peak over the loaded model, MiB (above the floor, of the matrix), {tokens} tokens"
+    print_table(title, columns, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory", action="store_true", help="measure memory in place of time")
     parser.add_argument("--quick", action="store_true", help="the smallest matrix alone")
     options = parser.parse_args()
-    run(list(MATRICES)[: 1 if options.quick else None], options.repeats)
+    matrices = list(MATRICES)[: 1 if options.quick else None]
+    if options.memory:
+        run_memory(matrices)
+    else:
+        run(matrices, options.repeats)
 
 
 if __name__ == "__main__":
