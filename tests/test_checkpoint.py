@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 
 import optree
-import peft
 import pytest
 import torch
 import transformers
@@ -33,12 +32,11 @@ from tests.checkpoints import (
     tensors_of,
     written,
 )
-from tests.models import D, V, make, tokens
+from tests.models import D, V, tokens
 from tests.test_header import as_bytes
 from ttfunc import (
     TokenDeltas,
     functional_call,
-    init_deltas,
     merge,
     patch,
     save_peft,
@@ -187,45 +185,12 @@ def test_a_file_of_save_does_as_well(tied, tmp_path):
     assert contents(tmp_path / "b") == expected(source, params)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT reads it
-@pytest.mark.parametrize("kind", ["standalone", "lora"])
-@pytest.mark.parametrize("case", ["tied", "untied", "t5"])
-def test_the_directory_of_a_peft_adapter_does_as_well(case, kind, tmp_path):
-    model = MODELS[case]()
-    source = saved(model, tmp_path / "source")
-    config = (
-        peft.TrainableTokensConfig(token_indices=[7, 3])
-        if kind == "standalone"
-        else peft.LoraConfig(
-            r=1, target_modules="dummy-target-modules", trainable_token_indices=[7, 3]
-        )
-    )
-    wrapped = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "trainable_tokens_delta" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
-    wrapped.save_pretrained(tmp_path / "adapter")
-    merge_checkpoint(source, tmp_path / "adapter", tmp_path / "merged")
-    x = tokens(7, 3)
-    inputs = {"input_ids": x, **({"decoder_input_ids": x} if case == "t5" else {})}
-    merged = type(model).from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(merged(**inputs).logits, wrapped.eval()(**inputs).logits)
-    with pytest.raises(ValueError, match="a PEFT adapter keeps none"):
-        unmerge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back")
-    assert names_in(tmp_path) == ["adapter", "merged", "source"]
-
-
-def test_the_adapter_of_another_model_is_refused(tied, tmp_path):
-    source, _ = tied
-    wide = init_deltas(llama(tie=False), {"embed_tokens": [7], "lm_head": [3]}, init="mean")
-    save_peft(wide, tmp_path / "wide")
-    with pytest.raises(KeyError, match="has no matrix 'lm_head.weight', for which the adapter"):
-        merge_checkpoint(source, tmp_path / "wide", tmp_path / "merged")
-    save_peft(rows(make("tied")), tmp_path / "other")
-    with pytest.raises(KeyError, match="has no matrix"):
-        merge_checkpoint(source, tmp_path / "other", tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+def test_the_directory_of_a_peft_adapter_is_refused(tied, tmp_path):
+    source, params = tied
+    save_peft(params, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is no file. The folder of a PEFT adapter is for load_pe"):
+        merge_checkpoint(source, tmp_path / "adapter", tmp_path / "merged")
+    assert names_in(tmp_path) == ["adapter", "source"]
 
 
 def test_everything_else_in_the_folder_goes_along(tied, tmp_path):
@@ -541,3 +506,13 @@ def test_unmerge_in_memory_agrees(tied, tmp_path):
     assert {n: raw_of(t) for n, t in state.items()} == {
         n: raw_of(t) for n, t in tensors_of(source).items()
     }
+
+
+def test_an_eight_bit_matrix_with_a_scale_of_its_module_is_refused(tied, tmp_path):
+    _, params = tied
+    small = torch.zeros(V, D).to(torch.float8_e4m3fn)
+    scale = NAME.removesuffix("weight") + "scale"
+    source = written(tmp_path / "a", {NAME: small, scale: torch.ones(1)})
+    with pytest.raises(ValueError, match="scale.* beside it: float rows cannot"):
+        merge_checkpoint(source, params, tmp_path / "b")
+    assert not (tmp_path / "b").exists()

@@ -213,3 +213,9 @@ def test_a_pointer_of_git_lfs(model, tmp_path):
     source = written(tmp_path / "source", {})
     (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid x")
     refused(source, rows(model), ValueError, "a pointer of Git LFS.*git lfs pull")
+
+
+def test_a_file_that_is_a_symlink_out_of_the_folder_is_refused(source, model, tmp_path):
+    (tmp_path / "secret").write_text("elsewhere")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    refused(source, rows(model), ValueError, "notes.txt' is a symlink that leaves the folder")

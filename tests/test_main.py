@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -13,7 +14,7 @@ import pytest
 
 from tests.checkpoints import contents, expected, names_in, rows, written
 from tests.models import make
-from ttfunc import __main__
+from ttfunc import __main__, init_deltas
 from ttfunc.__main__ import main
 from ttfunc.files import save
 
@@ -153,3 +154,27 @@ def test_as_a_program_on_a_terminal(folder):
     )
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_that_knows_few_characters(encoding, folder):
+    save(init_deltas(make("tied"), range(12)), folder / "many.safetensors")
+    command = [sys.executable, "-m", "ttfunc", "merge", "source", "many.safetensors", "merged"]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path.cwd())},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"merged into merged" in done.stdout
+
+
+def test_sigterm_cleans_up(folder, monkeypatch):
+    def terminated(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before, handler = names_in(folder), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("ttfunc.checkpoint.copy_file", terminated)
+    with pytest.raises(SystemExit, match="143"):
+        call(folder, "merge", "source", "rows.safetensors", "merged")
+    assert names_in(folder) == before
+    assert signal.getsignal(signal.SIGTERM) is handler

@@ -40,7 +40,7 @@ from tests.peft_reference import (
     toy,
 )
 from ttfunc import TokenDeltas, init_deltas, merge, unmerge
-from ttfunc.peft import load_peft, read, save_peft
+from ttfunc.peft import load_peft, save_peft
 
 KEY = "base_model.model.{}.trainable_tokens_delta"
 TWO = ["embed_tokens", "lm_head"]
@@ -323,21 +323,6 @@ def test_the_least_config(tmp_path):
     assert same_bits(load_peft(tmp_path, model).deltas, params.deltas)
 
 
-def test_without_a_model(tmp_path):
-    model = toy("llama_untied")
-    params = learnt(model, APART)
-    save_peft(params, tmp_path)
-    found = {rows.module: rows for rows in read(tmp_path)}
-    assert {module: rows.indices for module, rows in found.items()} == {
-        "model.embed_tokens": (7, 3),
-        "lm_head": (3, 41, 0),
-    }
-    assert same_bits({f"{name}.weight": f.rows for name, f in found.items()}, params.deltas)
-    save_with_peft(peft_of(model, IDX, lora=True), tmp_path / "lora")
-    with pytest.warns(UserWarning, match="only the token rows"):
-        assert [rows.module for rows in read(tmp_path / "lora")] == ["model.embed_tokens"]
-
-
 # --- A vocabulary that was resized: PEFT saves whole matrices as well
 
 
@@ -380,8 +365,6 @@ def test_whole_matrices_that_are_not_the_models(name: str, lora: bool, tmp_path)
         load_peft(tmp_path / "adapter", toy(name))
     with pytest.warns(UserWarning, match="whole, which is not loaded"):
         load_peft(tmp_path / "adapter", on_meta(model))
-    with pytest.warns(UserWarning, match="only the token rows"):
-        read(tmp_path / "adapter")
 
 
 def test_a_whole_matrix_of_another_size(tmp_path):
@@ -646,7 +629,8 @@ def test_no_half_adapter_is_left(step: int, there: bool, saved: Path, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
-def test_a_kill_between_the_files_leaves_no_adapter(saved: Path, monkeypatch):
+def test_an_interruption_between_the_files_leaves_the_old_adapter(saved: Path, monkeypatch):
+    before = files_of(saved)
     replaced, replace_file = [], Path.replace
 
     def killed(path: Path, target: Path) -> None:
@@ -659,7 +643,64 @@ def test_a_kill_between_the_files_leaves_no_adapter(saved: Path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_peft(params, saved)
     monkeypatch.undo()
-    assert list(files_of(saved)) == ["adapter_model.safetensors"]
-    refused(saved, "there is no file .*adapter_config.json", error=FileNotFoundError)
+    assert files_of(saved) == before
     save_peft(params, saved)
     assert same_bits(load_peft(saved, toy("llama_tied")).deltas, params.deltas)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["standalone", "lora"])
+def test_an_adapter_of_one_half_of_a_tie_is_refused(lora: bool, tmp_path):
+    model = toy("llama_tied")
+    config = (
+        peft.LoraConfig(
+            r=1, target_modules="dummy-target-modules", trainable_token_indices={"lm_head": IDX}
+        )
+        if lora
+        else peft.TrainableTokensConfig(token_indices=IDX, target_modules=["lm_head"])
+    )
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_with_peft(peft.get_peft_model(toy("llama_tied"), config), tmp_path)
+    refused(tmp_path, r"PEFT trained \['lm_head.weight'\] without .*one matrix", model)
+
+
+def test_ties_that_the_config_denies_are_not_saved_for_peft(tmp_path):
+    model = toy("llama_untied")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="tie_word_embeddings is False in the config of Llama"):
+        save_peft(learnt(model, IDX), tmp_path / "a", base_model=model)
+    model = toy("llama_tied")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match="tie_word_embeddings is True in the config of Llama"):
+        save_peft(learnt(model, IDX), tmp_path / "a", base_model=model)
+    assert not (tmp_path / "a").exists()
+
+
+def test_names_that_peft_takes_for_one_another_are_refused(tmp_path):
+    model = nn.ModuleDict({"embed": nn.Embedding(V, D), "pos_embed": nn.Embedding(V, D)})
+    params = init_deltas(model, {"embed": [7, 3], "pos_embed": [3, 7]})
+    with pytest.raises(
+        ValueError, match="would give 'pos_embed' the token indices of 'emb"
+    ):
+        save_peft(params, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_pattern_that_may_take_for_ever_is_refused(saved: Path):
+    change_config(saved, target_modules="(([a-z_.0-9]+)+)+!")
+    refused(saved, "repeats a group: name the modules", toy("llama_tied"))
+
+
+def test_a_config_that_changes_meanwhile_is_refused(saved: Path, monkeypatch):
+    from ttfunc import adapter
+
+    read_json, seen = adapter.read_json, []
+
+    def meanwhile(path: Path):
+        if seen:
+            change_config(saved, token_indices=[1, 2])
+        seen.append(path)
+        return read_json(path)
+
+    monkeypatch.setattr(adapter, "read_json", meanwhile)
+    refused(saved, "was written to while it was read", toy("llama_tied"))

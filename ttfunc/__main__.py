@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import signal
 import sys
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ttfunc import adapter, files
+from ttfunc import files
 from ttfunc.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.deltas import TokenDeltas
 from ttfunc.folder import open_checkpoint
@@ -29,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An error is one line on stderr.
     """
     options = _parser().parse_args(arguments)
-    with warnings.catch_warnings():
+    for stream in (sys.stdout, sys.stderr):  # which may not know × or …
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    with warnings.catch_warnings(), _terminated():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _show_warning
         try:
@@ -37,10 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("ttfunc: interrupted", file=sys.stderr)
             return 130
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             print(f"ttfunc: error: {_told(error)}", file=sys.stderr)
             return 1
     return 0
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Clean up after SIGTERM as after Ctrl-C: its default is to die at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=what, description=what.capitalize() + ".")
         command.add_argument("source", help="a folder with .safetensors files, or one such file")
-        command.add_argument("params", help="what ttfunc.save wrote, or a PEFT adapter's folder")
+        command.add_argument("params", help="the file that ttfunc.save wrote")
         command.add_argument("destination", help="the copy; nothing may have this name yet")
         command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
         command.set_defaults(run=_copy, name=name)
@@ -79,7 +98,7 @@ def _copy(options: argparse.Namespace) -> None:
         )
     if not options.quiet:
         print(f"{options.name}d into {options.destination}, {size(copied)}:")
-        print("\n".join(_rows_of(Path(options.params))))
+        print("\n".join(_matrices(files.read(options.params))))
 
 
 def _bar(quiet: bool) -> Any:
@@ -89,7 +108,8 @@ def _bar(quiet: bool) -> Any:
     except ImportError:
         return nullcontext(SimpleNamespace(n=0, update=lambda _: None))
     # None: not where stderr is no terminal.
-    return tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=quiet or None)
+    hidden = True if quiet or sys.stderr is None else None
+    return tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=hidden)
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -104,14 +124,6 @@ def _is_params(path: Path) -> bool:
         return False
     with opened(path) as file:
         return files.KEY in (file.metadata() or {})
-
-
-def _rows_of(path: Path) -> list[str]:
-    if not path.is_dir():
-        return _matrices(files.read(path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the merge has said what else is there
-        return [f"  {module}: {len(ids):,} rows" for module, ids, _ in adapter.read(path)]
 
 
 def _params_info(path: Path) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, NamedTuple
@@ -15,6 +17,11 @@ from ttfunc.header import LONGEST
 from ttfunc.indices import token_indices
 from ttfunc.stored import blamed_on, check_rows, opened, staged, tensor_of
 from ttfunc.transfer import sync_directory
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, DELTA, WRAPPER = "base_model.model.", ".trainable_tokens_delta", ".token_adapter"
@@ -39,16 +46,6 @@ class Adapter(NamedTuple):
     rows: list[AdapterRows]
     weights: dict[str, str]  # by their names in the model, the keys
     left: list[str]
-
-
-def read(directory: Path | str) -> list[AdapterRows]:
-    """The token rows of a PEFT adapter, on the CPU and without a model: tied modules have each.
-
-    Warns of whatever else is in it. Raises FileNotFoundError and ValueError as `load_peft` does.
-    """
-    adapter = read_adapter(Path(directory))
-    warn_of_left([*adapter.weights.values(), *adapter.left], Path(directory))
-    return adapter.rows
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -77,6 +74,8 @@ def read_adapter(directory: Path) -> Adapter:
             _sort(file, key, adapter)
         if not adapter.rows:
             raise ValueError(f"it has no tensor {PREFIX}<module>{SUFFIX[kind]}")
+    if read_json(directory / CONFIG) != config:
+        raise ValueError(f"{str(directory)!r} was written to while it was read. Load it again.")
     return adapter
 
 
@@ -152,8 +151,11 @@ def write_adapter(directory: Path, weights: bytes, config: bytes) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with (
+            _alone(directory),
             staged(directory / WEIGHTS, weights) as new_weights,
             staged(directory / CONFIG, config) as new_config,
+            _kept(directory / WEIGHTS),
+            _kept(directory / CONFIG),
         ):
             # A kill leaves no config, which is no adapter, rather than one of two halves.
             (directory / CONFIG).unlink(missing_ok=True)
@@ -164,6 +166,32 @@ def write_adapter(directory: Path, weights: bytes, config: bytes) -> None:
         if made:
             with contextlib.suppress(OSError):  # somebody has put something there
                 directory.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Wait for other processes that write an adapter there; their halves must not mix."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """Put a file back as it was if the block raises."""
+    before = path.read_bytes() if path.exists() else None
+    try:
+        yield
+    except BaseException:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(before)
         raise
 
 

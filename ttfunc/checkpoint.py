@@ -8,14 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-import torch
-from torch import Tensor
-
-from ttfunc import adapter, files
-from ttfunc.deltas import TokenDeltas, TokenRows, combine, same_bits
+from ttfunc import files
+from ttfunc.deltas import TokenDeltas, combine
 from ttfunc.folder import Checkpoint, open_checkpoint, warn_of_copies
 from ttfunc.header import read_header
-from ttfunc.indices import token_indices
 from ttfunc.merge import check_originals
 from ttfunc.places import Place, check_finite, find_places, holds
 from ttfunc.transfer import copy_file, make_directory, staged, sync_directory
@@ -40,7 +36,8 @@ def merge_checkpoint(
     Args:
         source: a Hugging Face folder with `.safetensors` files, sharded or not, or one such file.
         params_or_path: with `(k, D)` deltas, which are cast to the dtype of each matrix; or the
-            path of a file that `ttfunc.save` wrote, or of a PEFT adapter's directory.
+            path of a file that `ttfunc.save` wrote. (A PEFT adapter does not say what is tied: give
+            what `load_peft` returns for the model.)
         destination: what is to be made; nothing has this name yet.
         progress: called with the bytes copied so far, and those of the whole checkpoint.
 
@@ -56,7 +53,7 @@ def merge_checkpoint(
             or the copy fails, as on a full disk.
     """
     checkpoint = _opened(source, destination)
-    params = _given(params_or_path, checkpoint)
+    params = _given(params_or_path)
     places = find_places(checkpoint, params, params.deltas)
     for place in places:
         check_finite(place)
@@ -93,13 +90,7 @@ def unmerge_checkpoint(
         KeyError, FileExistsError, FileNotFoundError, OSError: as `merge_checkpoint`.
     """
     checkpoint = _opened(source, destination)
-    params = _given(params_or_path, checkpoint)
-    if unknown := [name for name, originals in params.originals.items() if originals.is_meta]:
-        raise ValueError(
-            f"there are no originals for {unknown}: a PEFT adapter keeps none, and a model on meta "
-            "has none. Keep the checkpoint that was merged from, or load the adapter onto it with "
-            "load_peft and save that."
-        )
+    params = _given(params_or_path)
     places = find_places(checkpoint, params, params.originals)
     for place in places:
         check_originals(place.name, place.dtype, place.rows.dtype)
@@ -115,37 +106,10 @@ def unmerge_checkpoint(
     _write_copy(checkpoint, places, Path(destination), progress)
 
 
-def _given(params_or_path: TokenDeltas | AnyPath, checkpoint: Checkpoint) -> TokenDeltas:
+def _given(params_or_path: TokenDeltas | AnyPath) -> TokenDeltas:
     if isinstance(params_or_path, (str, os.PathLike)):
-        path = Path(params_or_path)
-        params_or_path = _of_adapter(path, checkpoint) if path.is_dir() else files.read(path)
+        params_or_path = files.read(params_or_path)
     return combine(params_or_path)
-
-
-def _of_adapter(directory: Path, checkpoint: Checkpoint) -> TokenDeltas:
-    """The rows of a PEFT adapter, which keeps no originals, for the matrices of a checkpoint."""
-    entries = {name: e for header in checkpoint.headers.values() for name, e in header.items()}
-    deltas: dict[str, Tensor] = {}
-    rows: dict[str, TokenRows] = {}
-    given = {f"{found.module}.weight": found for found in adapter.read(directory)}
-    for name, found in given.items():
-        if name in entries and len(entries[name].shape) == 2:
-            shape = (entries[name].shape[0], entries[name].shape[1])
-            indices = token_indices(found.indices, shape[0], name)
-            originals = torch.empty(found.rows.shape, device="meta")
-            deltas[name], rows[name] = (
-                found.rows,
-                TokenRows((name,), shape, indices, originals, None),
-            )
-    for name in given.keys() - rows.keys():
-        # A tied model has rows for each of its names, and its checkpoint only one of these.
-        twins = [given[other] for other in rows if given[other].indices == given[name].indices]
-        if not any(same_bits(twin.rows, given[name].rows) for twin in twins):
-            raise KeyError(
-                f"the checkpoint {str(checkpoint.root)!r} has no matrix {name!r}, for which the "
-                f"adapter {str(directory)!r} has rows. Is it of the same model?"
-            )
-    return TokenDeltas(deltas, rows)
 
 
 def _file(checkpoint: Checkpoint, place: Place) -> str:

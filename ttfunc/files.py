@@ -68,6 +68,11 @@ def save(
     tensors: dict[str, Tensor] = {}
     described = []
     together, path = combine(params), Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} is no place for a file: it is a folder, or there is no "
+            f"{str(path.parent)!r}. Give the name of a file in a folder that exists."
+        )
     with blamed_on(f"{str(path)!r} cannot be written"):
         for name, row in together.rows.items():
             ids = row.indices.on(torch.device("cpu")).ids
@@ -180,6 +185,8 @@ def _is_matrix(entry: Any) -> bool:
 
 
 def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must map strings to strings, got {shown(metadata)}.")
     strings = dict(metadata or {})
     if wrong := [item for item in strings.items() if not all(isinstance(s, str) for s in item)]:
         raise TypeError(f"metadata must map strings to strings, got {shown(wrong)}: json.dumps.")
@@ -207,6 +214,8 @@ def _same_matrix(model: nn.Module, row: TokenRows, path: Path) -> Matrix:
 
 def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
     """The matrix that `model` has under `name`; KeyError, with names like it, if there is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     held = dict(
         chain(*(f(remove_duplicate=False) for f in (model.named_parameters, model.named_buffers)))
     )

@@ -100,7 +100,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
                 )
             folders.append((here / name).relative_to(root).as_posix())
         for name in names:
-            _check_regular(here / name)
+            _check_regular(here / name, root)
             files.append((here / name).relative_to(root).as_posix())
     return folders, sorted(files)
 
@@ -109,7 +109,15 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _check_regular(path: Path) -> None:
+def _check_regular(path: Path, root: Path) -> None:
+    # A hub's cache has snapshots/<revision>/<file>, a symlink into blobs/ beside snapshots/.
+    home, there = Path(os.path.realpath(root)), Path(os.path.realpath(path))
+    homes = {home, home.parent.parent / "blobs"}
+    if path.is_file() and path.is_symlink() and not homes & set(there.parents):
+        raise ValueError(
+            f"{str(path)!r} is a symlink that leaves the folder, to {str(there)!r}. Put the file "
+            "itself there, or merge a copy of the folder (cp -rL)."
+        )
     if not path.is_file():
         raise ValueError(
             f"{str(path)!r} is neither a file nor a symlink to one, and cannot be carried over. "

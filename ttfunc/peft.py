@@ -22,7 +22,6 @@ from ttfunc.adapter import (
     SUFFIX,
     WEIGHTS,
     AdapterRows,
-    read,
     read_adapter,
     read_json,
     warn_of_left,
@@ -31,10 +30,8 @@ from ttfunc.adapter import (
 from ttfunc.deltas import TokenDeltas, TokenRows, combine
 from ttfunc.files import matrix_named
 from ttfunc.indices import outside_of_modes, token_indices
+from ttfunc.peft_rules import check_ends, check_targets, check_ties
 from ttfunc.stored import blamed_on, check_rows, differing, home_of, opened, plain, tensor_of
-from ttfunc.targets import find_targets
-
-__all__ = ["AdapterRows", "load_peft", "read", "save_peft"]
 
 
 def save_peft(
@@ -58,7 +55,9 @@ def save_peft(
 
     Raises:
         ValueError: deltas of another shape, without values, or not exact in float32; a matrix that
-            is not the `weight` of a module, which PEFT cannot train; one name for two matrices.
+            is not the `weight` of a module, which PEFT cannot train; one name for two matrices;
+            a `base_model` given as a module that ties otherwise than its config says, by which
+            PEFT goes; names of which one is the end of another, with different indices.
         FileExistsError: the directory has another adapter, or is a file.
         OSError: it cannot be written, or the disk is full. No half adapter is left.
     """
@@ -80,6 +79,9 @@ def save_peft(
     kind = "TRAINABLE_TOKENS" if all(ids == first for ids in others) else "LORA"
     if kind == "LORA":  # which keeps the rows of tied modules once
         tensors = {module: tensors[module] for module in targets}
+        check_ends(targets)
+    if isinstance(base_model, nn.Module):
+        check_ties(together, base_model)
     keyed = {f"{PREFIX}{module}{SUFFIX[kind]}": rows for module, rows in tensors.items()}
     config = {"peft_type": kind, **_targets_in_config(kind, targets), **_base(base_model)}
     text = json.dumps(config, indent=2, sort_keys=True)
@@ -163,7 +165,7 @@ def load_peft(directory: str | os.PathLike[str], model: nn.Module) -> TokenDelta
                     f"it has different rows or token indices for {row.names}, which are tied here"
                 )
             deltas[name], rows[name] = delta, row
-        _check_targets(adapter.config, model, rows)
+        check_targets(adapter.config, model, rows)
         _check_weights(directory / WEIGHTS, adapter.weights, model, rows)
     warn_of_left(adapter.left, directory)
     return TokenDeltas(deltas, rows)
@@ -184,43 +186,6 @@ def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, To
         delta = found.rows.to(home_of(weight))
     shape = (weight.shape[0], weight.shape[1])
     return name, TokenRows(matrix.names, shape, indices, originals, matrix), delta
-
-
-def _check_targets(
-    config: Mapping[str, Any], model: nn.Module, rows: Mapping[str, TokenRows]
-) -> None:
-    """Raises ValueError unless the matrices with rows are those that the config is for."""
-    targeted = {f"{module}.weight" for module in _targets(config, model)}
-    if missing := sorted(targeted - {name for row in rows.values() for name in row.names}):
-        raise ValueError(
-            f"it has no rows for its targets {missing}. It was trained on a model that ties them "
-            "to others, or is damaged"
-        )
-    if others := [row.names for row in rows.values() if not targeted & set(row.names)]:
-        raise ValueError(
-            f"it has rows for {others}, which is none of its targets {sorted(targeted)}. It was "
-            "trained on a model that ties them: tie this one"
-        )
-
-
-def _targets(config: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """The modules with a weight that PEFT would give rows, by its rules."""
-    weights = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    names = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
-    standalone = config["peft_type"] == "TRAINABLE_TOKENS"
-    wanted = config.get("target_modules") if standalone else config[INDICES["LORA"]]
-    if standalone and isinstance(wanted, str):
-        try:
-            return [name for name in names if re.fullmatch(wanted, name)]
-        except re.error as error:
-            raise ValueError(f"its target_modules {wanted!r} is no pattern: {error}") from None
-    if wanted is None or (not standalone and isinstance(wanted, list)):
-        wanted = list(find_targets(model, None))
-    if not isinstance(wanted, (list, dict)) or not all(isinstance(end, str) for end in wanted):
-        raise ValueError(f"its targets are {wanted!r}, and names of modules are needed")
-    # A LoRA's may end in the middle of a name.
-    ends = tuple(f".{end}" if standalone else end for end in wanted)
-    return [name for name in names if name in wanted or name.endswith(ends)]
 
 
 def _check_weights(

@@ -114,6 +114,9 @@ def _check_matrix(checkpoint: Checkpoint, place: Place) -> None:
     # Scales and the like, as weight_scale_inv and weight.absmax.
     parts = (f"{place.name}_", f"{place.name}.")
     beside = [name for name in _names(checkpoint) if name.startswith(parts)]
+    if entry.dtype.startswith("F8"):
+        module = place.name.rpartition(".")[0]
+        beside += [n for n in _names(checkpoint) if n.startswith(f"{module}.") and "scale" in n]
     if entry.dtype not in FLOATS or beside:
         scales = f", with {shown(beside)} beside it" if beside else ""
         raise ValueError(
