@@ -127,7 +127,7 @@ def test_a_buffer_over_the_matrix_is_patched_and_merged_with_it():
 
 def test_names_and_methods_are_strings():
     model = make("tied")
-    with pytest.raises(TypeError, match="names of parameters, got 3"):
+    with pytest.raises(TypeError, match="names of parameters to tensors, got 3"):
         functional_call(model, {3: torch.zeros(1)}, (X,))
     for method in (None, 3, "nothing", "training"):
         with pytest.raises(AttributeError, match=f"has no method {method!r} to call"):
@@ -221,7 +221,7 @@ def removed(model: nn.Module) -> None:
     ("change", "match"),
     [
         (replaced, r"stale patch: the parameter 'embed_tokens.weight'.*another one, \(23, 8\)"),
-        (resized, r"stale patch.*another one, \(24, 8\).*init_deltas where the weights"),
+        (resized, r"stale patch.*another one, \(24, 8\).*init_deltas on this very model"),
         (refilled, r"stale patch.*another one, \(24, 8\)"),
         (moved, r"stale patch.*another one, \(23, 8\)"),
         (cast, r"stale patch.*in torch.bfloat16 on cpu.*Call patch again"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ttfunc.indices import TokenIndices, token_indices
 
@@ -117,3 +118,10 @@ def test_a_table_made_in_another_mode_serves_every_call():
     inner = TokenIndices((5, 2))
     torch.func.grad(lambda x: x * inner.on(CPU).ids.sum())(torch.tensor(1.0))
     assert inner.on(CPU).ids.numpy().tolist() == [5, 2]
+
+
+def test_a_table_made_among_fake_tensors_is_real():
+    indices = TokenIndices((3, 1))
+    with FakeTensorMode():
+        indices.on(torch.device("cpu"))
+    assert type(indices.on(torch.device("cpu")).ids) is torch.Tensor

@@ -160,7 +160,7 @@ def test_as_a_program_on_a_terminal(folder):
 def test_an_output_that_knows_few_characters(encoding, folder):
     save(init_deltas(make("tied"), range(12)), folder / "many.safetensors")
     command = [sys.executable, "-m", "ttfunc", "merge", "source", "many.safetensors", "merged"]
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603
         command, cwd=folder, capture_output=True, check=False,
         env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path.cwd())},
     )  # fmt: skip

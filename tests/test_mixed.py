@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.models import D, V, loss_of, make, tokens
 from tests.oracle import edited, snapshot
+from tests.test_transforms import TRANSFORMS
 from ttfunc import TokenDeltas, functional_call, init_deltas, patch, patch_mixed
 
 NAME = "embed_tokens.weight"
@@ -229,3 +230,58 @@ def test_it_compiles_to_one_graph():
     each = adapters(model)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(each), call(each))
+
+
+def test_a_diverged_adapter_does_not_touch_the_other_examples():
+    model = make("tied").requires_grad_(False)
+    model.body.bias.requires_grad_()
+    each = adapters(model)
+    each[0] = optree.tree_map(lambda t: t * torch.nan, each[0])
+    logits = functional_call(model, patch_mixed(each, [-1] * len(X)), (X,))
+    torch.testing.assert_close(logits, model(X))
+    assert torch.autograd.grad(logits.sum(), model.body.bias)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("transform", ["jvp", "forward over reverse", "vmap", "functionalize"])
+def test_transforms_agree_with_a_call_of_each(transform: str):
+    model = make("tied").requires_grad_(False).double()
+    first, *rest = adapters(model)
+
+    def mixed(p: TokenDeltas) -> torch.Tensor:
+        return loss_of(functional_call(model, patch_mixed([p, *rest], ASSIGNMENT), (X,)))
+
+    def separate(p: TokenDeltas) -> torch.Tensor:
+        each = [p, *rest]
+        logits = [
+            functional_call(model, patch(each[a], dense=True) if a >= 0 else {}, (X[i : i + 1],))
+            for i, a in enumerate(ASSIGNMENT)
+        ]
+        return loss_of(torch.cat(logits))
+
+    apply = TRANSFORMS[transform]
+    for found, truth in zip(
+        optree.tree_leaves(apply(mixed, first)),
+        optree.tree_leaves(apply(separate, first)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, truth)
+
+
+def test_a_model_that_turns_its_batch_is_refused():
+    config = transformers.XLNetConfig(vocab_size=V, d_model=D, n_layer=1, n_head=2, d_inner=16)
+    model = transformers.XLNetLMHeadModel(config).eval().requires_grad_(False)
+    params = init_deltas(model, [7], init="mean")
+    with pytest.raises(ValueError, match="XLNet turns its batch"):
+        functional_call(model, patch_mixed([params], [0] * 6), (tokens(7, batch=6),))
+
+
+def test_a_tensor_of_numbers_is_refused_under_compile():
+    torch._dynamo.reset()
+    model = make("tied").requires_grad_(False)
+    numbers = torch.tensor(ASSIGNMENT)
+    each = adapters(model)
+    call = torch.compile(lambda n: patch_mixed(each, n)[NAME], backend="eager")
+    with pytest.raises(TypeError, match="no values to read here. Give a list"):
+        call(numbers)
+    with pytest.raises(TypeError, match="no values to read here. Give a list"):
+        patch_mixed(adapters(model), numbers.to("meta"))

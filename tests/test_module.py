@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as distributed
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tests.models as models
 import tests.oracle as oracle
@@ -476,3 +476,39 @@ def rank_trains(rank: int, folder: Path) -> None:
     assert (after["bytes"], after["gradients"]) == (before["bytes"], before["gradients"])
     torch.save(rows, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def test_a_copy_does_not_move_or_switch_the_base_of_the_original():
+    module = bridge()
+    copied = copy.deepcopy(module).to("meta")
+    assert {p.device.type for p in copied.parameters()} == {"meta"}
+    assert {p.device.type for p in module.base.parameters()} == {"cpu"}
+    other = copy.deepcopy(module.train()).eval()
+    assert module.base.training
+    other(torch.tensor([[1, 2]]))
+    assert not module.base.training
+    module(torch.tensor([[1, 2]]))
+    assert module.base.training
+
+
+def test_plain_data_is_set_where_the_model_reads_it():
+    module = bridge()
+    module.generation_config = GenerationConfig(max_new_tokens=2, pad_token_id=0, eos_token_id=None)
+    assert module.base.generation_config is module.generation_config
+    assert module.generate(torch.tensor([[1, 2]])).shape == (1, 4)
+
+
+def test_rows_stay_wide_over_a_half_precision_base():
+    module = bridge().to(torch.bfloat16)
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert {p.dtype for p in module.base.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in module.double().parameters()} == {torch.float64}
+
+
+def test_modules_over_one_model_have_one_class():
+    model = llama()
+    a, b = (TokenModule(model, started(model)) for _ in range(2))
+    assert type(a) is type(b)
+    rows, buffers = torch.func.stack_module_state([a, b])
+    assert rows[ROWS].shape == (2, 3, 16)
+    assert buffers[IDS].shape == (2, 3)

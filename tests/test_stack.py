@@ -116,6 +116,36 @@ def test_what_does_not_stack_is_refused():
         stack([a, init_deltas(make("untied"), [2], targets="lm_head")])
     with torch.no_grad():
         model.embed_tokens.weight[1] += 1
-    with pytest.raises(ValueError, match="their originals differ"):
+    with pytest.raises(ValueError, match="their originals of one token differ"):
         stack([a, init_deltas(model, [1, 4])])
     assert combine(stack([a, a]), stack([b, b])).deltas[NAME].shape == (2, 2, D)
+
+
+def test_adapters_from_before_and_after_a_cast_stack():
+    model = make("tied")
+    before = init_deltas(model, [7], init="mean")
+    model.to(torch.bfloat16)
+    stacked = stack([before, init_deltas(model, [3], init="mean")])
+    assert stacked.originals[NAME].dtype == torch.float32
+    assert torch.equal(stacked.originals[NAME][0], before.originals[NAME][0])
+
+
+def test_originals_stacked_inside_a_transform_outlive_it():
+    model = make("tied")
+    a, b = adapters(model, [1], [2])
+    kept = []
+
+    def loss(p: TokenDeltas) -> torch.Tensor:
+        kept.append(stack([p, b]))
+        return kept[0].deltas[NAME].sum()
+
+    grad(loss)(a)
+    assert kept[0].originals[NAME].equal(model.embed_tokens.weight[[1, 2]])
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_what_is_no_list_of_adapters_is_refused(given):
+    with pytest.raises(TypeError, match="a list of TokenDeltas is needed, got"):
+        stack(given)
+    with pytest.raises(TypeError, match=r"got TokenDeltas. For one alone: \[params\]"):
+        stack(init_deltas(make("tied"), [1]))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import optree
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call as torch_functional_call
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -48,12 +50,28 @@ TRANSFORMS = {
     "vmap": lambda f, p: vmap(f)(stacked(p)),
     "vmap(grad)": lambda f, p: vmap(grad(f))(stacked(p)),
     "grad(vmap)": lambda f, p: grad(lambda q: vmap(f)(q).sum())(stacked(p)),
+    "forward over forward": lambda f, p: jvp(
+        lambda q: jvp(f, (q,), (direction(p),))[1], (p,), (direction(p),)
+    ),
+    "forward over forward over reverse": lambda f, p: jvp(
+        lambda q: jvp(grad(f), (q,), (direction(p),))[1], (p,), (direction(p),)
+    ),
+    "jvp(vmap)": lambda f, p: jvp(vmap(f), (stacked(p),), (stacked(direction(p)),)),
+    "vmap(jvp)": lambda f, p: vmap(lambda q: jvp(f, (q,), (direction(p),)))(stacked(p)),
+    "jvp(vmap(grad))": lambda f, p: jvp(vmap(grad(f)), (stacked(p),), (stacked(direction(p)),)),
+    "dual numbers": lambda f, p: dual(f, p),
     "forward over reverse": lambda f, p: jvp(grad(f), (p,), (direction(p),)),
     "reverse over reverse": lambda f, p: grad(lambda q: dot(grad(f)(q), direction(p)))(p),
     "functionalize": lambda f, p: functionalize(f)(p),
     "functionalize(grad)": lambda f, p: functionalize(grad(f))(p),
     "vmap(vmap(grad))": lambda f, p: vmap(vmap(grad(f)))(stacked(stacked(p))),
 }
+
+
+def dual(f, params: TokenDeltas) -> Tensor:
+    with forward_ad.dual_level():
+        duals = optree.tree_map(forward_ad.make_dual, params, direction(params))
+        return forward_ad.unpack_dual(f(duals)).tangent
 
 
 def rows_of(params: TokenDeltas) -> dict[str, Tensor]:
@@ -88,8 +106,10 @@ def test_each_transform_agrees_with_dense(case: str, transform: str):
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
-# torch.compile traces neither linearize nor functionalize, with or without a patch.
-@pytest.mark.parametrize("transform", [t for t in TRANSFORMS if "ize" not in t])
+# torch.compile traces none of these, with or without a patch.
+@pytest.mark.parametrize(
+    "transform", [t for t in TRANSFORMS if not re.search("ize|dual|forward over forward", t)]
+)
 @pytest.mark.parametrize("case", ["tied", "untied", "einsum"])
 def test_each_transform_compiles_to_one_graph(case: str, transform: str):
     torch._dynamo.reset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, TypeGuard
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ttfunc.source import Source
 from ttfunc.targets import Matrix, count_slots, matrix_of, memory_of
-from ttfunc.turns import turn
+from ttfunc.turns import swapping, turn
 from ttfunc.weight import PatchedWeight
 
 
@@ -31,7 +31,7 @@ def functional_call(
         model: its parameters and buffers are swapped for the length of the call, and are its own
             again afterwards, whether it returns or raises. Calls from several threads take turns;
             calling the model itself from another thread meanwhile, or from a hook within the call,
-            runs it with these weights.
+            runs it with these weights. A call within a call swaps the same weights, or is refused.
         weights: from `patch`, or any other tensors, by name. A tied weight goes by any one of its
             names and is swapped under all of them.
         args: positional arguments, a tuple; anything else is a single argument.
@@ -53,15 +53,23 @@ def functional_call(
             f"weights must be a mapping from parameter names to tensors, got "
             f"{type(weights).__name__}. patch(params) gives one."
         )
-    if odd := [name for name in weights if not isinstance(name, str)]:
-        raise TypeError(f"weights must go by the names of parameters, got {odd[0]!r}.")
+    for name, weight in weights.items():
+        if not isinstance(name, str) or not isinstance(weight, Tensor):
+            raise TypeError(
+                f"weights must map names of parameters to tensors, got {name!r}: "
+                f"{type(weight).__name__}."
+            )
+    if not isinstance(model, nn.Module) or not isinstance(kwargs or {}, Mapping):
+        raise TypeError(
+            f"functional_call(model, weights, args, kwargs) needs a torch.nn.Module and a mapping, "
+            f"got {type(model).__name__} and {type(kwargs).__name__}."
+        )
     if not (isinstance(method, str) and callable(getattr(model, method, None))):
         raise AttributeError(f"{type(model).__name__} has no method {method!r} to call.")
     args = args if isinstance(args, tuple) else (args,)
     if torch.compiler.is_compiling():  # the compiled code swaps nothing
         return _call(model, _swaps(model, weights), args, kwargs, method)
-    with turn(_modules(model, weights)):
-        swaps = _swaps(model, weights)
+    with turn(), swapping(model, _places(model, swaps := _swaps(model, weights))):
         before = {id(w): (w, w.source.uses.copy()) for w in swaps.values() if _is_patch(w)}
         for weight, _ in before.values():
             weight.source.uses.clear()
@@ -109,9 +117,16 @@ def _swaps(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
             slots = matrix.slots
         else:  # under a name of the caller's own, as in a wrapper of the model
             slots = _slots(model, name)
+        if isinstance(weight, PatchedWeight) and weight.source.rows.by_example:
+            _check_batch_first(model)
         for slot, tensor in slots:
             if isinstance(weight, PatchedWeight) and matrix is not None:
                 _check_fresh(model, slot, tensor, weight.source)
+            elif weight.shape != tensor.shape:
+                raise ValueError(
+                    f"the weight for {slot!r} has shape {tuple(weight.shape)}, and that of "
+                    f"{type(model).__name__} has {tuple(tensor.shape)}."
+                )
             if swaps.setdefault(slot, weight) is not weight:
                 raise ValueError(
                     f"{name!r} and another of the names {list(weights)} are one tied weight of "
@@ -139,6 +154,14 @@ def _slots(model: nn.Module, name: str) -> tuple[tuple[str, Tensor], ...]:
     return matrix_of(model, current).slots
 
 
+def _check_batch_first(model: nn.Module) -> None:
+    if getattr(getattr(model, "config", None), "model_type", None) == "xlnet":
+        raise ValueError(
+            "a mixed patch needs the examples in the first dimension, and XLNet turns its batch "
+            "before it looks tokens up. Call each adapter's examples on their own."
+        )
+
+
 def _check_fresh(model: nn.Module, name: str, tensor: Tensor, source: Source) -> None:
     """Raise ValueError unless the model holds `tensor` there, and it is what was patched."""
     held = _held(model, name)
@@ -160,8 +183,9 @@ def _check_fresh(model: nn.Module, name: str, tensor: Tensor, source: Source) ->
     )
     raise ValueError(
         f"stale patch: the parameter {name!r} that it was made from {now} in this "
-        f"{type(model).__name__} (another model, or one that was resized, cast or moved since). "
-        "Call patch again, and init_deltas where the weights were replaced."
+        f"{type(model).__name__} (another model, one that was resized, cast or moved since, or a "
+        "wrapper with names of its own). Call patch again, and init_deltas on this very model "
+        "where the weights or their names are others."
     )
 
 
@@ -182,14 +206,10 @@ def _owner(model: nn.Module, name: str) -> nn.Module | None:
     return module
 
 
-def _modules(model: nn.Module, weights: Mapping[str, Tensor]) -> list[nn.Module]:
-    """The modules whose weights are to be swapped, as far as the names are right."""
-    modules = []
-    for name, weight in weights.items():
-        matrix = weight.source.matrix if isinstance(weight, PatchedWeight) else None
-        slots = [slot for slot, _ in matrix.slots] if matrix and name in matrix.names else [name]
-        modules += [_owner(model, slot) for slot in slots]
-    return [module for module in modules if module is not None]
+def _places(model: nn.Module, swaps: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
+    for name in swaps:
+        if (module := _owner(model, name)) is not None:
+            yield module, name.rpartition(".")[2]
 
 
 def _is_patch(weight: Tensor) -> TypeGuard[PatchedWeight]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _python_dispatch as python_dispatch
 
 
 class Table(NamedTuple):
@@ -99,7 +100,12 @@ def outside_of_modes() -> Iterator[None]:
     if torch.compiler.is_compiling():  # which keeps no tensor of its own
         yield
         return
-    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+    # Fake tensors, too, are made by a mode.
+    with (
+        torch.inference_mode(False),
+        torch._C._DisableFuncTorch(),
+        python_dispatch._disable_current_modes(),
+    ):
         yield
 
 

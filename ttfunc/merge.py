@@ -62,6 +62,7 @@ def unmerge(
             holds more than the originals', so that they may be roundings of what was there.
     """
     together = combine(params, *more)
+    check_shapes(together)
     restored = _written(state_dict, together, together.originals)
     for row in together.rows.values():
         for alias in row.names:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ttfunc.deltas import TokenDeltas
 from ttfunc.indices import TokenIndices, union
 from ttfunc.patch import matrix_of_rows
-from ttfunc.reads import autocast, functionalizing
+from ttfunc.reads import Carrier, autocast, nan_beneath
 from ttfunc.stack import aligned, scattered
 from ttfunc.weight import patched
 
@@ -21,7 +21,7 @@ from ttfunc.weight import patched
 class Mixed(NamedTuple):
     """Rows of which each example of a batch has its own.
 
-    values: `(n, k, D)` rows of n adapters, aligned on the k `indices` of them all.
+    values: `(n + 1, k, D)` rows of n adapters, aligned on the k `indices` of them all, and zeros.
     own: `(n + 1, k)` bool, which of them an adapter has; the last line, the plain model, is false.
     assignment: `(B,)` int64, the adapter of each example, n for the plain model.
     """
@@ -40,8 +40,7 @@ class Mixed(NamedTuple):
         frozen = F.embedding(tokens, base)
         hit, row = self.indices.find(tokens, base.device)
         adapter = self.assignment.view(-1, *[1] * (tokens.ndim - 1)).expand_as(row)
-        # The plain model has no rows: it takes the first adapter's, and none of them is its own.
-        values = self.values[adapter.clamp(max=len(self.values) - 1), row]
+        values = self.values[adapter, row]
         if padding_idx is not None:
             values = torch.where((tokens == padding_idx).unsqueeze(-1), values.detach(), values)
         return torch.where((hit & self.own[adapter, row]).unsqueeze(-1), values, frozen)
@@ -51,7 +50,7 @@ class Mixed(NamedTuple):
         self._check(hidden, least=3)
         fresh = F.linear(hidden, base, bias)
         ids = self.indices.on(base.device).ids
-        rows = autocast(self.values)[self.assignment.clamp(max=len(self.values) - 1)]
+        rows = autocast(self.values)[self.assignment]
         columns = autocast(hidden).flatten(1, -2) @ rows.mT
         if bias is not None:
             columns = columns + autocast(bias)[ids]
@@ -71,10 +70,7 @@ class Mixed(NamedTuple):
 
     def beneath(self, base: Tensor) -> Tensor:
         """NaN in the shape of `base`, in no memory, that refuses a gradient."""
-        if torch.compiler.is_compiling() or functionalizing():
-            return base.new_full((), torch.nan).expand(base.shape)
-        refusing: Tensor = _Refusing.apply(self.values, len(base))  # type: ignore[no-untyped-call]
-        return refusing
+        return nan_beneath(_Refusing, self.values[0], base, self.indices)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> Mixed:
         """The rows with a function applied that acts on each alone."""
@@ -85,22 +81,14 @@ class Mixed(NamedTuple):
             raise ValueError(
                 f"a mixed patch for {len(self.assignment)} examples was given a batch of shape "
                 f"{tuple(given.shape)}: its first dimension is to be the examples'. Where "
-                "generation repeats them (num_beams, num_return_sequences), repeat the assignment "
-                "likewise: torch.as_tensor(assignment).repeat_interleave(n)."
+                "generation of a decoder repeats them (num_beams, num_return_sequences), repeat "
+                "the assignment likewise: torch.as_tensor(assignment).repeat_interleave(n). An "
+                "encoder-decoder's encoder does not, and it cannot be mixed there."
             )
 
 
-class _Refusing(torch.autograd.Function):
+class _Refusing(Carrier):
     """NaN without a gradient: for an autograd.Function of the model's own, given the weight."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(values: Tensor, vocabulary: int) -> Tensor:
-        return values.new_full((), torch.nan).expand(vocabulary, values.shape[-1])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,7 +105,7 @@ def patch_mixed(
 
     Give the result to `functional_call`, as that of `patch`; it is differentiable by the deltas of
     all adapters. Neither the model nor an adapter is changed. The model must keep the examples in
-    the first dimension of its tokens and hidden states, as transformers' do.
+    the first dimension of its tokens and hidden states, as transformers' do (but XLNet, refused).
 
     Args:
         adapters: n TokenDeltas of one model, over any tokens each.
@@ -161,12 +149,15 @@ def _mixed(name: str, adapters: Sequence[TokenDeltas], base: Tensor, assignment:
         scattered(torch.ones_like(none[: len(one[1])]), one[1], none, indices) if one else none
         for one in held
     ]
-    return Mixed(torch.stack(values), torch.stack([*own, none]), indices, assignment)
+    return Mixed(torch.stack([*values, nothing]), torch.stack([*own, none]), indices, assignment)
 
 
 def _numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]:
     """The adapter of each example, `count` for the plain model."""
     if isinstance(assignment, (Tensor, np.ndarray)):
+        unknown = isinstance(assignment, Tensor) and assignment.is_meta
+        if unknown or torch.compiler.is_compiling():  # which reads no values
+            raise TypeError("assignment has no values to read here. Give a list of integers.")
         assignment = assignment.tolist()
     if isinstance(assignment, (str, bytes, Mapping)) or not isinstance(assignment, Iterable):
         raise TypeError(

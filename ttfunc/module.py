@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from reprlib import repr as shown
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ttfunc.call import functional_call
 from ttfunc.deltas import TokenDeltas, TokenRows
 from ttfunc.patch import patch
+from ttfunc.turns import turn
 
 CHECKPOINTING = {
     f"{what}_checkpointing_{do}"
@@ -28,12 +30,13 @@ class TokenModule(nn.Module):
     `parameters()` are copies of the deltas, a `(k, D)` one for each matrix; the `(k,)` int64 token
     indices are buffers beside them. So an optimizer, DDP and `state_dict` see kilobytes. The model
     is in `base`, and no submodule. It is called by `functional_call`, and its weights never change;
-    `to`, `train`, `eval` and the switches of gradient checkpointing act on it too.
+    `to`, `train`, `eval` and the switches of gradient checkpointing act on it too; float32 rows
+    stay so over a half-precision base.
 
     Other attributes that are plain data (`config`, `device`) are read from the model; its methods,
     submodules and tensors are not, because they know nothing of the rows. The class takes the name
     and the signature of the model's, which transformers' Trainer goes by. A deep copy has rows of
-    its own over the same base.
+    its own over the same base, which it does not move.
 
     Args:
         model: frozen, and the one that `params` were made from.
@@ -46,6 +49,7 @@ class TokenModule(nn.Module):
     """
 
     base: nn.Module
+    _copied: bool
 
     def __init__(self, model: nn.Module, params: TokenDeltas) -> None:
         super().__init__()
@@ -60,13 +64,14 @@ class TokenModule(nn.Module):
             )
         # Past nn.Module's own __setattr__, which would make it a submodule.
         self.__dict__.update(base=model, _rows=dict(params.rows), training=model.training)
+        self._copied = False
         for name in params.rows:
             delta = params.deltas[name].detach().clone(memory_format=torch.contiguous_format)
             self.register_parameter(_key("deltas", name), nn.Parameter(delta))
             self.register_buffer(_key("token_indices", name), params.token_indices[name])
         # They are constant: DDP need not send them at each step.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self.__class__ = _like(type(model), type(self))
+        self.__class__ = _like(type(model), type(self))  # type: ignore[arg-type]
 
     def params(self) -> TokenDeltas:
         """The rows for `patch`, `merge` and `save`; the leaves are this module's own parameters."""
@@ -75,21 +80,46 @@ class TokenModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, with the rows in it."""
-        return functional_call(self.base, patch(self.params()), args, kwargs)
+        return self._call(args, kwargs, "forward")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What the model generates, with the rows in it."""
-        return functional_call(self.base, patch(self.params()), args, kwargs, method="generate")
+        return self._call(args, kwargs, "generate")
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode of the model, and of this module."""
-        self.base.train(mode)
+        """Set the training mode of this module, and so of the model when it is next called."""
+        if not self._copied:
+            self.base.train(mode)
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.base._apply(fn, recurse)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self._copied:  # the base is the original's
+            with turn():
+                self.base._apply(fn, recurse)
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            # Small updates vanish in half precision, whatever the base is in.
+            moved: Tensor = fn(tensor)
+            narrowed = moved.is_floating_point() and moved.itemsize < tensor.itemsize
+            return tensor.to(moved.device) if narrowed else moved
+
+        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _call(self, args: Any, kwargs: Any, method: str) -> Any:
+        with turn():
+            if self.base.training is not self.training:  # a copy of this module may have set it
+                self.base.train(self.training)
+            weights = patch(self.params())
+            return functional_call(self.base, weights, args, kwargs, method=method)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("base")
+        known = base is not None and not name.startswith("_") and name in vars(base)
+        if known and name not in self.__dict__:  # as generation_config, which generate reads there
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -136,7 +166,7 @@ class TokenModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenModule:
         copied = type(self).__new__(type(self))
         memo |= {id(self): copied, id(self.base): self.base}
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo), _copied=True)
         return copied
 
     def __getstate__(self) -> NoReturn:
@@ -160,6 +190,7 @@ def _key(part: str, name: str) -> str:
     return f"{part}/{name.replace('.', '/')}"
 
 
+@functools.cache  # so that modules over one model have one class
 def _like(model_class: type[nn.Module], module_class: type[TokenModule]) -> type[TokenModule]:
     """A subclass that Trainer takes for the model's class.
 

@@ -12,8 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 
 from ttfunc.indices import TokenIndices
+
+_TRANSFORM = functorch.TransformType
 
 
 class Replaced(NamedTuple):
@@ -36,10 +40,9 @@ class Replaced(NamedTuple):
         bias = None if bias is None else autocast(bias)
         ids = self.indices.on(base.device).ids
         operands = (autocast(hidden), autocast(base), autocast(self.values), bias, ids)
-        traced = torch.compiler.is_compiling()
-        if functionalizing() or (traced and torch._C._are_functorch_transforms_active()):
-            return _product(*operands)  # where torch has no rule for a Function
-        function = _TracedProduct if traced else _Product
+        if _has_no_rule():
+            return _product(*operands)
+        function = _TracedProduct if torch.compiler.is_compiling() else _Product
         result: Tensor = function.apply(*operands)  # type: ignore[no-untyped-call]
         return result
 
@@ -49,11 +52,7 @@ class Replaced(NamedTuple):
 
     def beneath(self, base: Tensor) -> Tensor:
         """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
-        if torch.compiler.is_compiling() or functionalizing():
-            return self.values.new_full((), torch.nan).expand(base.shape)
-        ids = self.indices.on(base.device).ids
-        carried: Tensor = _Carrier.apply(self.values, ids, len(base))  # type: ignore[no-untyped-call]
-        return carried
+        return nan_beneath(Carrier, self.values, base, self.indices)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> Replaced:
         """The rows with a function applied that acts on each alone."""
@@ -107,35 +106,17 @@ class _Product(_TracedProduct):
     """The same with the rules for transforms, which torch.compile cannot trace."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _TracedProduct.setup_context(ctx, inputs, output)
-        hidden, base, rows, _, ids = inputs
-        ctx.save_for_forward(hidden, base, rows, ids)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        hidden, base, rows, ids = ctx.saved_tensors
-        to_hidden, _, to_rows, to_bias, _ = tangents
-        to_hidden = torch.zeros_like(hidden) if to_hidden is None else to_hidden
-        tangent = _product(to_hidden, base, rows, to_bias, ids)
-        if to_rows is None:
-            return tangent
-        return tangent.index_add(-1, ids, F.linear(hidden, to_rows))
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
         # In place, a batch of rows would not fit into the product of an unbatched hidden state.
         return torch.vmap(_product, in_dims, randomness=info.randomness)(*operands), 0
 
 
-class _Carrier(torch.autograd.Function):
+class Carrier(torch.autograd.Function):
     """NaN with a gradient: for an autograd.Function of the model's own that is given the weight."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(rows: Tensor, ids: Tensor, vocabulary: int) -> Tensor:
-        return rows.new_full((), torch.nan).expand(vocabulary, rows.shape[-1])
+        return rows.new_full((), torch.nan).expand(*rows.shape[:-2], vocabulary, rows.shape[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -145,19 +126,48 @@ class _Carrier(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        return grad.index_select(0, ids), None, None
+        return grad.index_select(-2, ids), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return tangent.new_full((), torch.nan).expand(ctx.shape)
 
+    @classmethod
+    def vmap(
+        cls, info: Any, in_dims: tuple[int | None, ...], rows: Tensor, ids: Tensor, vocabulary: int
+    ) -> tuple[Tensor, int]:
+        first = rows.movedim(in_dims[0] or 0, 0)
+        carried: Tensor = cls.apply(first, ids, vocabulary)  # type: ignore[no-untyped-call]
+        return carried, 0
 
-def functionalizing() -> bool:
-    """Whether `torch.func.functionalize` is at work, which has no rule for a Function."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+
+def nan_beneath(
+    carrier: type[Carrier], rows: Tensor, base: Tensor, indices: TokenIndices
+) -> Tensor:
+    """NaN in the shape of `base`, in no memory, with the gradient that `carrier` gives it."""
+    if torch.compiler.is_compiling() or _at_work(_TRANSFORM.Functionalize):
+        return rows.new_full((), torch.nan).expand(base.shape)
+    ids = indices.on(base.device).ids
+    carried: Tensor = carrier.apply(rows, ids, len(base))  # type: ignore[no-untyped-call]
+    return carried
+
+
+def _has_no_rule() -> bool:
+    """Whether no autograd.Function is right here.
+
+    functionalize has no rule for one, forward mode over forward mode forgets the outer tangent, and
+    torch.compile has none under a transform.
+    """
+    if torch.compiler.is_compiling():
+        return torch._C._are_functorch_transforms_active()
+    forward = forward_ad._current_level >= 0
+    return forward or _at_work(_TRANSFORM.Functionalize, _TRANSFORM.Jvp)
+
+
+def _at_work(*transforms: Any) -> bool:
+    if not torch._C._are_functorch_transforms_active():
         return False
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return any(layer.key() == torch._C._functorch.TransformType.Functionalize for layer in stack)
+    return any(layer.key() in transforms for layer in functorch.get_interpreter_stack() or [])
 
 
 def autocast(operand: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ttfunc.deltas import TokenDeltas, TokenRows, check_one_model, check_shapes, combine, same_bits
-from ttfunc.indices import TokenIndices, union
+from ttfunc.indices import TokenIndices, outside_of_modes, union
 
 
 def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
@@ -43,6 +44,11 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
 
 def aligned(params_list: Iterable[TokenDeltas]) -> list[TokenDeltas]:
     """The adapters as a list, of which each is well formed and all are of one model."""
+    if isinstance(params_list, TokenDeltas) or not isinstance(params_list, Iterable):
+        raise TypeError(
+            f"a list of TokenDeltas is needed, got {type(params_list).__name__}. For one alone: "
+            "[params]."
+        )
     adapters = [combine(adapter) for adapter in params_list]
     if not adapters:
         raise ValueError("no adapters: give at least one TokenDeltas.")
@@ -60,17 +66,21 @@ def scattered(delta: Tensor, indices: TokenIndices, into: Tensor, among: TokenIn
 
 def _common(rows: list[TokenRows]) -> TokenRows:
     indices = union(tuple(row.indices for row in rows))
-    first = rows[0].originals
-    originals = first.new_zeros(len(indices), first.shape[1])
-    for row in rows:
-        originals = scattered(row.originals, row.indices, originals, indices)
-    for row in rows:
-        _, places = indices.find(row.indices.on(first.device).ids, first.device)
-        if not same_bits(originals[places], row.originals.to(first.device)):
-            raise ValueError(
-                f"the adapters for {row.names[0]!r} were made when the model had other rows: their "
-                "originals differ. Make them anew with init_deltas on the model as it is."
-            )
+    with outside_of_modes():
+        first = rows[0].originals
+        wide = functools.reduce(torch.promote_types, (row.originals.dtype for row in rows))
+        originals = first.new_zeros(len(indices), first.shape[1], dtype=wide)
+        for row in rows:
+            originals = scattered(row.originals, row.indices, originals, indices)
+        for row in rows:
+            _, places = indices.find(row.indices.on(first.device).ids, first.device)
+            same = same_bits(originals[places], row.originals.to(first.device, wide))
+            if not same:
+                raise ValueError(
+                    f"the adapters for {row.names[0]!r} were made when the model had other rows, "
+                    "or another dtype: their originals of one token differ. Make them anew with "
+                    "init_deltas on the model as it is."
+                )
     matrix = next((row.matrix for row in rows if row.matrix is not None), None)
     return replace(rows[0], indices=indices, originals=originals, matrix=matrix)
 

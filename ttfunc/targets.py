@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
@@ -124,6 +125,8 @@ def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
 
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
     """Where a tensor lies and how it is read; equal for two tensors that are one."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return (id(tensor),)  # it has no memory of its own
     storage = tensor.untyped_storage()._cdata
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
@@ -181,6 +184,11 @@ def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
         raise TypeError(
             f"target {name!r} is a {type(module).__name__}: only Embedding and Linear modules have "
             f"rows to train. {_candidates(model)}"
+        )
+    if weight is not None and not isinstance(weight, nn.Parameter):
+        raise TypeError(
+            f"the weight of {name!r} is swapped by a functional call now, and is not the model's "
+            "own. Call this before or after it."
         )
     if weight is None:
         raise TypeError(

@@ -1,26 +1,48 @@
-"""Calls that swap weights of the same modules take turns."""
+"""Calls that swap weights take turns, one thread after the other."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from weakref import WeakKeyDictionary
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_MAKING = threading.Lock()
+# One for all models: they may share modules, and a call on one may make a call on another.
+_TURN = threading.RLock()
+# For each call under way, all of one thread: the (module, attribute) that it has swapped.
+_SWAPPED: list[set[tuple[nn.Module, str]]] = []
 
 
 @contextmanager
-def turn(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Wait until no other thread swaps weights of these modules; one thread may nest calls."""
-    distinct = {id(module): module for module in modules}
-    with _MAKING:
-        # In one order for all threads, so that no two wait for each other.
-        locks = [_LOCKS.setdefault(distinct[key], threading.RLock()) for key in sorted(distinct)]
-    with ExitStack() as held:
-        for lock in locks:
-            held.enter_context(lock)
+def turn() -> Iterator[None]:
+    """Wait until no other thread has weights swapped; one thread may nest turns."""
+    if torch.compiler.is_compiling():  # compiled code swaps nothing
         yield
+        return
+    with _TURN:
+        yield
+
+
+@contextmanager
+def swapping(model: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+    """For the length of a call within a turn, note the places that it swaps.
+
+    Raises RuntimeError where a call around this one has swapped others of `model`, with which this
+    one would run.
+    """
+    places = set(places)
+    if others := {place for outer in _SWAPPED for place in outer} - places:
+        within = set(model.modules())
+        if left := [(type(m).__name__, name) for m, name in others if m in within]:
+            raise RuntimeError(
+                f"a call inside a call: the outer one has swapped {left} of this "
+                f"{type(model).__name__}, and the inner one does not say with what it is to run. "
+                "Give it weights for the same matrices, patch(params) of untrained rows say."
+            )
+    _SWAPPED.append(places)
+    try:
+        yield
+    finally:
+        _SWAPPED.pop()
