@@ -18,6 +18,8 @@ BENCHES: dict[str, list[str]] = {
     "overhead": ["--repeats=20"],
     "below": ["--quick"],
     "checkpoint": ["--quick"],
+    "ensemble": ["--quick"],
+    "mixed": ["--quick"],
     "decode": ["--new=8", "--repeats=1"],
     "scaling": ["--quick", "--repeats=1"],
 }

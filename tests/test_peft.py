@@ -679,9 +679,7 @@ def test_ties_that_the_config_denies_are_not_saved_for_peft(tmp_path):
 def test_names_that_peft_takes_for_one_another_are_refused(tmp_path):
     model = nn.ModuleDict({"embed": nn.Embedding(V, D), "pos_embed": nn.Embedding(V, D)})
     params = init_deltas(model, {"embed": [7, 3], "pos_embed": [3, 7]})
-    with pytest.raises(
-        ValueError, match="would give 'pos_embed' the token indices of 'emb"
-    ):
+    with pytest.raises(ValueError, match="would give 'pos_embed' the token indices of 'emb"):
         save_peft(params, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

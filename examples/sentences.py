@@ -1,0 +1,91 @@
+"""Sentences that praise, complain, or do neither, and the tokens that label them."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import torch
+import transformers
+from torch import Tensor
+
+import ttfunc
+from examples.teach_a_token import fetch_smollm2, load
+
+LABELS = ["<good>", "<bad>"]
+PIECES = [" good", " bad"]  # which the labels start as
+TEXT = Path(__file__).with_name("sentences.txt")
+
+
+class Examples(NamedTuple):
+    """`(n, length)` ids, padded on the right; `(n,)` where the label comes next; `(n,)` labels."""
+
+    ids: Tensor
+    ends: Tensor
+    labels: Tensor
+
+
+def arguments(description: str, **numbers: tuple[int, int]) -> argparse.Namespace:
+    """The options of these examples; each of `numbers` has a default, and one for `--quick`."""
+    parser = argparse.ArgumentParser(description=description.partition("\n\n")[0])
+    parser.add_argument("--model", help="a folder or hub name; by default SmolLM2-135M from PyPI")
+    parser.add_argument("--quick", action="store_true", help="only to see that it runs")
+    for name, (usual, _) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, help=f"default {usual}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("examples/out"), help="for the plot")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "ttfunc")
+    options = parser.parse_args()
+    for name, both in numbers.items():
+        setattr(options, name, getattr(options, name) or both[options.quick])
+    options.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    random.seed(options.seed)
+    # torch's CPU attention has no batching rule, and takes the examples one by one.
+    warnings.filterwarnings("ignore", ".*not yet implemented the batching rule")
+    transformers.logging.set_verbosity_error()
+    mpl.use("agg")
+    return options
+
+
+def prepare(options: argparse.Namespace) -> tuple[Any, Any, list[int]]:
+    """The frozen model, its tokenizer, and the tokens of the labels."""
+    model, tokenizer = load(options.model or fetch_smollm2(options.cache))
+    tokenizer.add_tokens(LABELS, special_tokens=True)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return model, tokenizer, tokenizer.convert_tokens_to_ids(LABELS)
+
+
+def as_pieces(tokenizer: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """For `init=`: each label starts as a word that means it."""
+    words = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in PIECES]
+    return lambda base, idx: torch.stack([base[ids].mean(0) for ids in words])
+
+
+def read_sentences() -> dict[str, list[str]]:
+    """The sentences of each section."""
+    _, *sections = TEXT.read_text().split("## ")
+    lines = [section.strip().split("\n") for section in sections]
+    return {name: texts for name, _, *texts in lines}
+
+
+def encode(tokenizer: Any, texts: list[str], labels: list[int]) -> Examples:
+    ids = [torch.tensor(tokenizer(f"{text} It was")["input_ids"]) for text in texts]
+    ends = torch.tensor([len(one) - 1 for one in ids])
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    return Examples(padded, ends, torch.tensor(labels))
+
+
+def label_logits(
+    model: Any, params: ttfunc.TokenDeltas, ids: Tensor, ends: Tensor, idx: list[int]
+) -> Tensor:
+    """`(n, 2)` scores of the two labels after each text."""
+    kwargs = {"input_ids": ids, "use_cache": False, "logits_to_keep": ends.unsqueeze(1)}
+    out = ttfunc.functional_call(model, ttfunc.patch(params), kwargs=kwargs)
+    return out.logits[:, 0, idx]  # type: ignore[no-any-return]
