@@ -1,10 +1,10 @@
 """Meta-learning where a new word starts, so that one sentence teaches it: MAML over one row.
 
 A task shows a frozen SmolLM2 one sentence with the unknown word `<dax>` ("She peeled the <dax> and
-ate it."), takes a few gradient steps on the word's row, and asks what "a <dax> is a kind of". The
-outer loop learns the row that the steps start from, by the gradient through them (`grad` of `vmap`
-of `grad`; Finn et al. 2017, https://arxiv.org/abs/1703.03400). On sentences that it has not seen,
-that start is compared with the usual one, the mean of the matrix.
+ate it."), takes gradient steps on the word's row, and asks what "a <dax> is a kind of". The outer
+loop learns the row to start from, by the gradient of the answer through such a step (`grad` of
+`vmap` of `grad`; Finn et al. 2017, https://arxiv.org/abs/1703.03400). On sentences that it has not
+seen, that start is compared with the usual one, the mean of the matrix.
 
     python -m examples.few_shot [--quick] [--model FOLDER_OR_HUB_NAME]
 """
@@ -33,8 +33,7 @@ from examples.teach_a_token import fetch_smollm2, load
 WORD, QUESTION = "<dax>", "A <dax> is a kind of"
 TEXT = Path(__file__).with_suffix(".txt")
 SEEN = 5  # of the eight sentences of a kind; the others are held out
-TASKS, LOOKAHEAD = 6, 2  # in a step of the outer loop: tasks, and inner steps that it goes through
-RATE = 0.05  # of the inner loop
+TASKS, RATE = 8, 0.05  # of a step of the outer loop; of the inner one
 
 
 class Tasks(NamedTuple):
@@ -84,7 +83,7 @@ class Learner:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", steps=(45, 1))
+    options = arguments(__doc__ or "", steps=(80, 2))
     model, tokenizer = load(options.model or fetch_smollm2(options.cache))
     model.set_attn_implementation("eager")  # the fused one has no second derivative on the CPU
     tokenizer.add_tokens([transformers.AddedToken(WORD, lstrip=True, special=True)])
@@ -124,11 +123,10 @@ def read_tasks(tokenizer: Any) -> tuple[list[str], Tasks, Tasks]:
 def meta_learn(
     learner: Learner, start: ttfunc.TokenDeltas, seen: Tasks, steps: int
 ) -> ttfunc.TokenDeltas:
-    """The row from which a few steps on a sentence give the best answer."""
+    """The row from which one step on a sentence gives the best answer."""
 
     def loss(row: ttfunc.TokenDeltas, tasks: Tasks) -> Tensor:
-        after = learner.answers(row, tasks, LOOKAHEAD, RATE)[:, 1:]
-        return F.cross_entropy(after.flatten(0, 1), tasks.kinds.repeat_interleave(LOOKAHEAD))
+        return F.cross_entropy(learner.answers(row, tasks, 1, RATE)[:, 1], tasks.kinds)
 
     row: Any = optree.tree_map(torch.clone, start)  # type: ignore[arg-type]
     leaves: Any = optree.tree_leaves(row)
@@ -137,6 +135,7 @@ def meta_learn(
         drawn = random.sample(range(len(seen.kinds)), TASKS)
         slope, value = torch.func.grad_and_value(loss)(row, Tasks(*(t[drawn] for t in seen)))
         (leaves[0].grad,) = optree.tree_leaves(slope)
+        torch.nn.utils.clip_grad_norm_(leaves, 1.0)
         optimizer.step()
         bar.set_postfix(loss=f"{value.item():.3f}")
     return row  # type: ignore[no-any-return]

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch as python_dispatch
 
 
 class Table(NamedTuple):
@@ -104,7 +103,7 @@ def outside_of_modes() -> Iterator[None]:
     with (
         torch.inference_mode(False),
         torch._C._DisableFuncTorch(),
-        python_dispatch._disable_current_modes(),
+        torch._C._DisableTorchDispatch(),
     ):
         yield
 
