@@ -1,6 +1,6 @@
 """One batch of 16 adapters on SmolLM2-135M: a mixed patch, a call of each, PEFT's `adapter_names`.
 
-python -m bench.mixed [--adapters 16] [--tokens 16] [--new 8] [--repeats 7] [--quick]
+python -m bench.mixed [--adapters 16] [--tokens 16] [--new 8] [--repeats 5] [--quick]
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16, help="of each text")
     parser.add_argument("--new", type=int, default=8, help="tokens to generate")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a toy model, once")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()

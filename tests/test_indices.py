@@ -125,3 +125,9 @@ def test_a_table_made_among_fake_tensors_is_real():
     with FakeTensorMode():
         indices.on(torch.device("cpu"))
     assert type(indices.on(torch.device("cpu")).ids) is torch.Tensor
+
+
+def test_tokens_that_lie_apart_are_found_without_a_warning():
+    hit, row = TokenIndices((3, 1)).find(torch.tensor([[1, 2], [3, 1]]).T, torch.device("cpu"))
+    assert hit.tolist() == [[True, True], [False, True]]
+    assert row[hit].tolist() == [1, 0, 1]

@@ -65,7 +65,7 @@ class TokenIndices:
         """Which of `(...)` tokens are here, and the row of each that is (of others, any row)."""
         table = self.on(device)
         # Static shapes and no table of V entries: a binary search among the k ids.
-        place = torch.searchsorted(table.sorted, tokens.to(table.sorted.dtype))
+        place = torch.searchsorted(table.sorted, tokens.to(table.sorted.dtype).contiguous())
         place = place.clamp(max=len(self) - 1)
         return table.sorted[place] == tokens, table.row[place]
 
