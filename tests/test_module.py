@@ -1,129 +1,23 @@
-"""The nn.Module bridge: alone, in transformers' Trainer, in accelerate, and under DDP."""
+"""The nn.Module bridge: what it shows of itself and of the model, copies, state dicts."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import os
 import pickle
-from pathlib import Path
 
-import accelerate
 import optree
 import pytest
 import torch
-import torch.nn.functional as F
-from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint import state_dict as distributed
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import GenerationConfig, LlamaForCausalLM
 
 import tests.models as models
 import tests.oracle as oracle
-from ttfunc import TokenDeltas, functional_call, init_deltas, load, merge, patch, save, stack
+from tests.lessons import IDS, NAME, ROWS, TOKENS, bridge, llama, started
+from ttfunc import functional_call, init_deltas, load, merge, patch, save, stack
 from ttfunc.module import TokenModule
-
-TOKENS = [48, 5, 49]
-NAME = "model.embed_tokens.weight"
-ROWS, IDS = "deltas/model/embed_tokens/weight", "token_indices/model/embed_tokens/weight"
-STEPS, BATCH, ACCUMULATE, RATE = 6, 2, 2, 0.05
-
-
-def llama() -> LlamaForCausalLM:
-    """A frozen tied Llama, the same at each call."""
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.3)
-    return model
-
-
-def started(model: nn.Module, idx: list[int] = TOKENS) -> TokenDeltas:
-    """Rows that differ from the model's own."""
-    generator = torch.Generator().manual_seed(4)
-    return init_deltas(model, idx, init="normal", generator=generator)
-
-
-def bridge() -> TokenModule:
-    model = llama()
-    return TokenModule(model, started(model))
-
-
-def lessons() -> list[dict[str, Tensor]]:
-    """Texts that use the tokens, with unequal numbers of labels."""
-    generator = torch.Generator().manual_seed(5)
-    examples = []
-    for i in range(STEPS * BATCH * ACCUMULATE):
-        x = torch.randint(3, 48, (9,), generator=generator)
-        x[i % 9], x[(i + 4) % 9] = 48, 49
-        labels = x.clone()
-        labels[: i % 8] = -100
-        examples.append({"input_ids": x, "labels": labels})
-    return examples
-
-
-def arguments(folder: Path, **options) -> TrainingArguments:
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": BATCH,
-        "gradient_accumulation_steps": ACCUMULATE,
-        "learning_rate": RATE,
-        "weight_decay": 0.1,
-        "max_grad_norm": 0.5,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(**{**settings, **options})
-
-
-def trained(folder: Path, module: TokenModule, resume: Path | None = None, **options) -> Tensor:
-    """The rows after Trainer was at work."""
-    trainer = Trainer(model=module, args=arguments(folder, **options), train_dataset=lessons())
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return module.params().deltas[NAME].detach().clone()
-
-
-def looped() -> Tensor:
-    """The rows after the same training, as a plain functional loop with a loss of its own."""
-    model, examples = llama(), lessons()
-    params = optree.tree_map(lambda t: t.requires_grad_(), started(model))
-    leaves = optree.tree_leaves(params)
-    optimizer = torch.optim.AdamW(leaves, lr=RATE, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
-    for step in range(STEPS):
-        size = BATCH * ACCUMULATE
-        batch = examples[step * size : (step + 1) * size]
-        x, y = (torch.stack([e[key] for e in batch]) for key in ("input_ids", "labels"))
-        logits = functional_call(model, patch(params), x).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(leaves, 0.5)
-        optimizer.step()
-        schedule.step()
-    return params.deltas[NAME].detach()
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).detach().abs().max())
-
 
 # The module alone
 
@@ -361,121 +255,6 @@ def test_a_further_entry_is_refused_where_it_is_strict():
     with pytest.raises(RuntimeError, match='Unexpected key.*"head"'):
         module.load_state_dict(state)
     module.load_state_dict(state, strict=False)
-
-
-# transformers' Trainer
-
-
-def test_trainer_equals_the_functional_loop(tmp_path):
-    module = bridge()
-    before = oracle.snapshot(module.base)
-    rows = trained(tmp_path, module)
-    assert distance(rows, started(llama()).deltas[NAME]) > 0.1
-    assert distance(rows, looped()) < 2e-6
-    module.eval()
-    assert oracle.snapshot(module.base) == before
-
-
-def test_trainer_resumes_bit_for_bit_from_kilobytes(tmp_path):
-    whole = trained(tmp_path / "a", bridge(), save_strategy="steps", save_steps=2)
-    checkpoint = tmp_path / "a" / "checkpoint-4"
-    assert torch.equal(trained(tmp_path / "b", bridge(), resume=checkpoint), whole)
-    assert (checkpoint / "model.safetensors").stat().st_size < 1024
-    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 64 * 1024
-
-
-def test_trainer_does_not_resume_the_rows_of_other_tokens(tmp_path):
-    trained(tmp_path, bridge(), save_strategy="steps", save_steps=STEPS)
-    model = llama()
-    module = TokenModule(model, started(model, [48, 6, 49]))
-    with pytest.raises(RuntimeError, match=r"tokens \[48, 5, 49\].*trains \[48, 6, 49\]"):
-        trained(tmp_path, module, resume=tmp_path / f"checkpoint-{STEPS}")
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_trainer_with_checkpointed_activations(tmp_path, reentrant):
-    module = bridge()
-    options = {"use_reentrant": reentrant}
-    rows = trained(
-        tmp_path, module, activation_checkpointing=True, activation_checkpointing_kwargs=options
-    )
-    assert module.is_activation_checkpointing
-    assert distance(rows, looped()) < 2e-6
-    module.activation_checkpointing_disable()
-    assert not module.base.is_activation_checkpointing
-
-
-def test_trainer_in_mixed_precision(tmp_path):
-    module = bridge()
-    rows = trained(tmp_path, module, bf16=True)
-    assert rows.dtype == torch.float32
-    assert 0 < distance(rows, looped()) < 0.05
-    unwrapped = extract_model_from_parallel(module, keep_fp32_wrapper=False)
-    x = torch.tensor([TOKENS])
-    assert unwrapped is module
-    assert torch.equal(
-        module(x).logits, functional_call(module.base, patch(module.params()), x).logits
-    )
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_trainer_evaluates_it_as_the_merged_model(tmp_path, smoothing):
-    module, merged = bridge(), llama()
-    with torch.no_grad():
-        merged.load_state_dict(merge(merged.state_dict(), module.params()))
-    options = arguments(tmp_path, label_smoothing_factor=smoothing)
-    measured = [
-        Trainer(model=model, args=options, eval_dataset=lessons()).evaluate()["eval_loss"]
-        for model in (module, merged)
-    ]
-    assert measured[0] == pytest.approx(measured[1], rel=1e-6)
-
-
-# accelerate, and two processes
-
-
-def test_accelerate_prepares_it():
-    module = bridge()
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    loader = torch.utils.data.DataLoader(lessons(), batch_size=4)
-    prepared, optimizer, loader = accelerator.prepare(module, optimizer, loader)
-    before = oracle.snapshot(module.base)
-    for batch in loader:
-        with accelerator.accumulate(prepared):
-            accelerator.backward(prepared(**batch).loss)
-            optimizer.step()
-            optimizer.zero_grad()
-    assert accelerator.unwrap_model(prepared) is module
-    assert accelerator.get_state_dict(prepared).keys() == {ROWS, IDS}
-    assert distance(module.params().deltas[NAME], started(llama()).deltas[NAME]) > 0.01
-    assert oracle.snapshot(module.base) == before
-
-
-def test_two_ranks_equal_one_process(tmp_path):
-    torch.multiprocessing.spawn(rank_trains, (tmp_path,), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert torch.equal(ranks[0], ranks[1])
-    assert distance(ranks[0], looped()) < 2e-6
-
-
-def rank_trains(rank: int, folder: Path) -> None:
-    """One of two ranks, each with half of every batch."""
-    os.environ.update(
-        {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    )
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    module = bridge()
-    before = oracle.snapshot(module.base)
-    options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
-    rows = trained(folder, module, gradient_accumulation_steps=1, **options)
-    after = oracle.snapshot(module.base)
-    assert (after["bytes"], after["gradients"]) == (before["bytes"], before["gradients"])
-    torch.save(rows, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_a_copy_does_not_move_or_switch_the_base_of_the_original():

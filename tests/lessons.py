@@ -1,0 +1,86 @@
+"""A small training job: its model, rows, data, and the rows that a plain functional loop trains."""
+
+from __future__ import annotations
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ttfunc import TokenDeltas, functional_call, init_deltas, patch
+from ttfunc.module import TokenModule
+
+TOKENS = [48, 5, 49]
+NAME = "model.embed_tokens.weight"
+ROWS, IDS = "deltas/model/embed_tokens/weight", "token_indices/model/embed_tokens/weight"
+STEPS, BATCH, ACCUMULATE, RATE = 6, 2, 2, 0.05
+
+
+def llama() -> LlamaForCausalLM:
+    """A frozen tied Llama, the same at each call."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+    return model
+
+
+def started(model: nn.Module, idx: list[int] = TOKENS) -> TokenDeltas:
+    """Rows that differ from the model's own."""
+    generator = torch.Generator().manual_seed(4)
+    return init_deltas(model, idx, init="normal", generator=generator)
+
+
+def bridge() -> TokenModule:
+    model = llama()
+    return TokenModule(model, started(model))
+
+
+def lessons() -> list[dict[str, Tensor]]:
+    """Texts that use the tokens, with unequal numbers of labels."""
+    generator = torch.Generator().manual_seed(5)
+    examples = []
+    for i in range(STEPS * BATCH * ACCUMULATE):
+        x = torch.randint(3, 48, (9,), generator=generator)
+        x[i % 9], x[(i + 4) % 9] = 48, 49
+        labels = x.clone()
+        labels[: i % 8] = -100
+        examples.append({"input_ids": x, "labels": labels})
+    return examples
+
+
+def looped() -> Tensor:
+    """The rows after the same training, as a plain functional loop with a loss of its own."""
+    model, examples = llama(), lessons()
+    params = optree.tree_map(lambda t: t.requires_grad_(), started(model))
+    leaves = optree.tree_leaves(params)
+    optimizer = torch.optim.AdamW(leaves, lr=RATE, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    for step in range(STEPS):
+        size = BATCH * ACCUMULATE
+        batch = examples[step * size : (step + 1) * size]
+        x, y = (torch.stack([e[key] for e in batch]) for key in ("input_ids", "labels"))
+        logits = functional_call(model, patch(params), x).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(leaves, 0.5)
+        optimizer.step()
+        schedule.step()
+    return params.deltas[NAME].detach()
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).detach().abs().max())
