@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ttfunc.indices import TokenIndices, token_indices
+from ttfunc.indices import TokenIndices, stretches, token_indices
 
 CPU = torch.device("cpu")
 distinct = st.lists(st.integers(0, 99), min_size=1, unique=True)
@@ -86,6 +86,18 @@ def test_the_table_finds_the_row_of_each_id(ids: list[int]):
     assert table.ids[table.row].tolist() == sorted(ids)
     assert [indices.row_of(token) for token in ids] == list(range(len(ids)))
     assert indices.row_of(100) is None
+
+
+@given(ids=distinct, above=st.integers(1, 3), most=st.integers(0, 5) | st.just(200))
+def test_stretches_are_all_but_the_ids(ids: list[int], above: int, most: int):
+    size = max(ids) + above
+    rest = sorted(set(range(size)) - set(ids))
+    found = stretches(TokenIndices(tuple(ids)), size, most)
+    if sum(token - 1 not in rest for token in rest) > most:
+        assert found == ()
+        return
+    assert [i for part in found for i in range(size)[part]] == rest
+    assert all(part.start < part.stop for part in found)
 
 
 def test_a_device_gets_its_table_once():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ttfunc import reads
 from ttfunc.indices import TokenIndices
 from ttfunc.reads import Replaced
 
@@ -58,12 +62,19 @@ def test_lookup_refuses_what_an_embedding_refuses(token: int):
         Replaced(rows, indices).lookup(torch.tensor([token]), base)
 
 
-@given(ids=ids, seed=st.integers(0, 99), biased=st.booleans(), flat=st.booleans())
-def test_product(ids: list[int], seed: int, biased: bool, flat: bool):
+@given(
+    ids=ids,
+    seed=st.integers(0, 99),
+    biased=st.booleans(),
+    flat=st.booleans(),
+    most=st.sampled_from([0, 1, 64]),
+)
+def test_product(ids: list[int], seed: int, biased: bool, flat: bool, most: int):
     base, rows, indices = operands(ids, seed)
     hidden = torch.randn((D,) if flat else (2, 3, D), dtype=torch.float64, requires_grad=True)
     bias = torch.randn(V, dtype=torch.float64, requires_grad=True) if biased else None
-    found = Replaced(rows, indices).product(hidden, base, bias)
+    with mock.patch.object(reads, "_MOST_PARTS", most):
+        found = Replaced(rows, indices).product(hidden, base, bias)
     expected = F.linear(hidden, copied(base, rows, indices), bias)
     torch.testing.assert_close(found, expected)
     inputs = [x for x in (hidden, rows, bias) if x is not None]
@@ -75,7 +86,9 @@ def test_product(ids: list[int], seed: int, biased: bool, flat: bool):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_product_has_all_derivatives(biased: bool):
+@pytest.mark.parametrize("most", [0, 64])
+def test_product_has_all_derivatives(biased: bool, most: int, monkeypatch):
+    monkeypatch.setattr(reads, "_MOST_PARTS", most)
     base, rows, indices = operands([3, 1, 11])
     hidden = torch.randn(2, D, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(V, dtype=torch.float64, requires_grad=True) if biased else None
@@ -114,10 +127,11 @@ def test_the_product_saves_nothing_of_the_size_of_its_result():
 
 
 @pytest.mark.parametrize("scale", [1, 45, 300])
-def test_a_large_old_row_cancels_nothing(scale: int):
+@pytest.mark.parametrize("ids", [[3, 1], [15, 16]])
+def test_a_large_old_row_cancels_nothing(scale: int, ids: list[int]):
     # The gradient by the hidden states must be as near to the truth as the copy's own.
-    base, rows, indices = operands([3, 1], dtype=torch.bfloat16)
-    base[[3, 1]] *= scale
+    base, rows, indices = operands(ids, dtype=torch.bfloat16)
+    base[ids] *= scale
     hidden = torch.randn(50, D).bfloat16().requires_grad_()
     factor = torch.randn(50, V).bfloat16()
 
@@ -128,6 +142,37 @@ def test_a_large_old_row_cancels_nothing(scale: int):
     truth = factor.double() @ copied(base, rows, indices).double()
     exact = (gradient(F.linear(hidden, copied(base, rows, indices))) - truth).norm()
     assert (gradient(Replaced(rows, indices).product(hidden, base)) - truth).norm() <= 2 * exact
+
+
+def test_the_product_makes_no_second_buffer_where_few_parts_are_kept():
+    def largest(ids: list[int], dtype: torch.dtype) -> int:
+        base, rows, indices = operands(ids, dtype=dtype)
+        hidden = torch.randn(50, D, dtype=dtype, requires_grad=True)
+        logits = Replaced(rows, indices).product(hidden, base)
+        gradient = torch.randn_like(logits)
+        with Sizes() as sizes:
+            torch.autograd.grad(logits, hidden, gradient)
+        return max(sizes.found)
+
+    added, apart = list(range(V - 3, V)), [3, 1, 11]
+    assert largest(added, torch.bfloat16) < 50 * V
+    assert largest(apart, torch.float32) < 50 * V
+    # Each part of a sum is rounded.
+    assert largest(apart, torch.bfloat16) == 50 * V
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the elements of all tensors that are made, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.found.append(out.numel())
+        return out
 
 
 def test_the_carrier_is_nan_in_no_memory_and_carries_gradients():

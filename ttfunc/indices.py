@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -77,6 +78,15 @@ class TokenIndices:
                 "token has one row. Train or merge the adapters one at a time, or drop the overlap."
             )
         return union((self, other))
+
+
+@functools.lru_cache(maxsize=64)
+def stretches(indices: TokenIndices, size: int, most: int) -> tuple[slice, ...]:
+    """What is left of `range(size)` without these ids, in order; empty if in more than `most`."""
+    bounds = (-1, *sorted(indices.ids), size)
+    found = (slice(a + 1, b) for a, b in itertools.pairwise(bounds) if b - a > 1)
+    first = tuple(itertools.islice(found, most + 1))
+    return first if len(first) <= most else ()
 
 
 def union(each: tuple[TokenIndices, ...]) -> TokenIndices:

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
-from ttfunc.indices import TokenIndices
+from ttfunc.indices import TokenIndices, stretches
 
 _TRANSFORM = functorch.TransformType
+_MOST_PARTS = 64  # of a sum, beyond which one copy costs less
 
 
 class Replaced(NamedTuple):
@@ -43,7 +44,8 @@ class Replaced(NamedTuple):
         if _has_no_rule():
             return _product(*operands)
         function = _TracedProduct if torch.compiler.is_compiling() else _Product
-        result: Tensor = function.apply(*operands)  # type: ignore[no-untyped-call]
+        parts = _parts(self.indices, operands[1])
+        result: Tensor = function.apply(*operands, parts)  # type: ignore[no-untyped-call]
         return result
 
     def copied(self, base: Tensor) -> Tensor:
@@ -70,13 +72,18 @@ class _TracedProduct(torch.autograd.Function):
     """The product with k columns written in place, and a backward to match.
 
     Plain autograd of `_product` keeps three buffers of the size of the logits. This keeps none, and
-    its backward makes one, when those of the loss are gone. (Subtracting the old rows' part from
-    `grad @ base` would make none, and cancel where an old row is large.)
+    its backward makes one at most, when those of the loss are gone. (Subtracting the old rows' part
+    from `grad @ base` would make none, and cancel where an old row is large.)
     """
 
     @staticmethod
     def forward(
-        hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, ids: Tensor
+        hidden: Tensor,
+        base: Tensor,
+        rows: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        parts: tuple[slice, ...],
     ) -> Tensor:
         some_bias = None if bias is None else bias.index_select(0, ids)
         fresh = F.linear(hidden, base, bias)
@@ -84,22 +91,22 @@ class _TracedProduct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        hidden, base, rows, _, ids = inputs
+        hidden, base, rows, _, ids, ctx.parts = inputs
         ctx.save_for_backward(hidden, base, rows, ids)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, base, rows, ids = ctx.saved_tensors
-        needs_hidden, _, needs_rows, needs_bias, _ = ctx.needs_input_grad
+        needs_hidden, _, needs_rows, needs_bias, *_ = ctx.needs_input_grad
         some = grad.index_select(-1, ids)
         to_hidden = to_rows = to_bias = None
         if needs_hidden:
-            to_hidden = grad.index_fill(-1, ids, 0) @ base + some @ rows
+            to_hidden = _product_without(ids, ctx.parts, grad, base) + some @ rows
         if needs_rows:
             to_rows = some.reshape(-1, rows.shape[0]).mT @ hidden.reshape(-1, rows.shape[1])
         if needs_bias:
             to_bias = grad.reshape(-1, base.shape[0]).sum(0)
-        return to_hidden, None, to_rows, to_bias, None
+        return to_hidden, None, to_rows, to_bias, None, None
 
 
 class _Product(_TracedProduct):
@@ -108,7 +115,32 @@ class _Product(_TracedProduct):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
         # In place, a batch of rows would not fit into the product of an unbatched hidden state.
-        return torch.vmap(_product, in_dims, randomness=info.randomness)(*operands), 0
+        function = torch.vmap(_product, in_dims[:-1], randomness=info.randomness)
+        return function(*operands[:-1]), 0
+
+
+def _parts(indices: TokenIndices, base: Tensor) -> tuple[slice, ...]:
+    """The columns of the logits between those that are replaced; none where they are too many.
+
+    For the CPU, where a fresh buffer of the size of the logits costs a page fault for each 4 KiB,
+    and in its eager mode, since a compiler makes no such buffer. A sum of many parts is for dtypes
+    in which its rounding does not matter.
+    """
+    if base.device.type != "cpu" or torch.compiler.is_compiling():
+        return ()
+    return stretches(indices, len(base), _MOST_PARTS if base.dtype.itemsize >= 4 else 1)
+
+
+def _product_without(ids: Tensor, parts: tuple[slice, ...], grad: Tensor, base: Tensor) -> Tensor:
+    """`grad @ base` as if the columns `ids` of `grad` were 0; `parts` are the others, if given."""
+    if not parts:
+        return grad.index_fill(-1, ids, 0) @ base
+    flat = grad.reshape(-1, len(base))
+    first, *others = parts
+    total = flat[:, first] @ base[first]
+    for part in others:
+        total = torch.addmm(total, flat[:, part], base[part])
+    return total.view(*grad.shape[:-1], -1)
 
 
 class Carrier(torch.autograd.Function):
