@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +169,20 @@ def test_the_file_is_made_with_the_usual_permissions(tmp_path):
     (tmp_path / "any").touch()
     save(rows(make("tied")), tmp_path / "rows")
     assert (tmp_path / "rows").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions_and_the_links_to_it(tmp_path):
+    model = make("tied")
+    file, link = tmp_path / "rows.safetensors", tmp_path / "latest"
+    save(rows(model), file)
+    file.chmod(0o640)
+    link.symlink_to(file.name)
+    params = rows(model)
+    save(params, link)
+    assert link.is_symlink()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert same(load(file, model), params)
+    assert listed(tmp_path) == ["latest", "rows.safetensors"]
 
 
 def test_in_inference_mode_what_is_loaded_can_be_trained_after(tmp_path):

@@ -10,9 +10,11 @@ import sys
 import termios
 from pathlib import Path
 
+import peft
 import pytest
 
 from tests.checkpoints import contents, expected, names_in, rows, written
+from tests.lessons import llama
 from tests.models import make
 from ttfunc import __main__, init_deltas
 from ttfunc.__main__ import main
@@ -71,6 +73,19 @@ def test_info_of_a_checkpoint(path, folder, capsys):
     assert "body" not in out
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # transformers
+@pytest.mark.parametrize("lora", [False, True])
+def test_info_of_an_adapter(lora, folder, capsys):
+    kind = {"r": 1, "target_modules": ["q_proj"], "trainable_token_indices": [7, 3]}
+    config = peft.LoraConfig(**kind) if lora else peft.TrainableTokensConfig(token_indices=[7, 3])
+    peft.get_peft_model(llama(), config).save_pretrained(folder / "adapter")
+    assert call(folder, "info", "adapter") == 0
+    out = capsys.readouterr().out
+    assert f"an adapter of PEFT's, {'LORA' if lora else 'TRAINABLE_TOKENS'}" in out
+    assert "  model.embed_tokens\n    rows      2 × 16: 7, 3\n    deltas    float32, 128 B" in out
+    assert ("other tensors, such as" in out) == lora
+
+
 WRONG = {
     "no source": (["merge", "nope", "rows.safetensors", "b"], "no checkpoint at"),
     "no rows": (["merge", "source", "nope", "b"], "there is no file"),
@@ -79,6 +94,7 @@ WRONG = {
     "names": (["merge", "other", "rows.safetensors", "b"], "none of the names"),
     "not finite": (["merge", "source", "nan.safetensors", "b"], "not finite"),
     "info of nothing": (["info", "nope"], "no checkpoint at"),
+    "info of another adapter": (["info", "ia3"], "only ['TRAINABLE_TOKENS', 'LORA'] have"),
     "info of a broken file": (["info", "broken.safetensors"], "no safetensors file"),
 }
 
@@ -90,6 +106,8 @@ def test_an_error_is_one_line(case, folder, capsys):
     params = rows(make("tied"))
     params.deltas["embed_tokens.weight"].fill_(float("nan"))
     save(params, folder / "nan.safetensors")
+    (folder / "ia3").mkdir()
+    (folder / "ia3" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     before = names_in(folder)
     arguments, reason = WRONG[case]
     assert call(folder, *arguments) == 1

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ttfunc import files
+from ttfunc.adapter import CONFIG, read_adapter
 from ttfunc.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.deltas import TokenDeltas
 from ttfunc.folder import open_checkpoint
@@ -77,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("destination", help="the copy; nothing may have this name yet")
         command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
         command.set_defaults(run=_copy, name=name)
-    what = "what a file of trained rows, or a checkpoint, holds"
+    what = "what a file of trained rows, an adapter of PEFT's, or a checkpoint holds"
     command = commands.add_parser("info", help=what, description=what.capitalize() + ".")
-    command.add_argument("path", help="the file that ttfunc.save wrote, or a checkpoint")
+    command.add_argument("path", help="the file that ttfunc.save wrote, or a folder")
     command.set_defaults(run=_info)
     return parser
 
@@ -115,6 +116,8 @@ def _bar(quiet: bool) -> Any:
 def _info(options: argparse.Namespace) -> None:
     path = Path(options.path)
     lines: Callable[[Path], list[str]] = _params_info if _is_params(path) else _checkpoint_info
+    if (path / CONFIG).exists():
+        lines = _adapter_info
     print("\n".join(lines(path)))
 
 
@@ -133,14 +136,28 @@ def _params_info(path: Path) -> list[str]:
     return [head, *_matrices(params)]
 
 
+def _adapter_info(path: Path) -> list[str]:
+    adapter = read_adapter(path)
+    lines = [f"{path}: an adapter of PEFT's, {adapter.config['peft_type']}"]
+    for module, ids, rows in adapter.rows:
+        lines += [
+            f"  {module}",
+            f"    rows      {len(ids):,} × {rows.shape[1]:,}: {_listed(ids)}",
+            f"    deltas    {_dtype(rows.dtype)}, {size(rows.nbytes)}",
+        ]
+    if others := [*adapter.weights.values(), *adapter.left]:
+        lines.append(f"  and {len(others)} other tensors, such as {others[0]}")
+    return lines
+
+
 def _matrices(params: TokenDeltas) -> list[str]:
     lines = []
     for key, row in params.rows.items():
         delta, originals = params.deltas[key], params.originals[key]
-        ids = ", ".join(map(str, row.indices.ids[:8])) + (", …" if len(row.indices) > 8 else "")
         lines += [
             f"  {' = '.join(row.names)}",
-            f"    rows      {len(row.indices):,} of {row.shape[0]:,} × {row.shape[1]:,}: {ids}",
+            f"    rows      {len(row.indices):,} of {row.shape[0]:,} × {row.shape[1]:,}: "
+            f"{_listed(row.indices.ids)}",
             f"    deltas    {_dtype(delta.dtype)}, {size(delta.nbytes)}",
             f"    originals {_dtype(originals.dtype)}, {size(originals.nbytes)}",
         ]
@@ -169,6 +186,10 @@ def _checkpoint_info(path: Path) -> list[str]:
         if entry.shape[0] == most
     ]
     return lines
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
 
 
 def _dtype(dtype: object) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ttfunc.header import LONGEST
 from ttfunc.indices import token_indices
-from ttfunc.stored import blamed_on, check_rows, opened, staged, tensor_of
-from ttfunc.transfer import sync_directory
+from ttfunc.stored import blamed_on, check_rows, opened, tensor_of
+from ttfunc.transfer import replacement, sync_directory
 
 try:
     import fcntl
@@ -152,8 +152,8 @@ def write_adapter(directory: Path, weights: bytes, config: bytes) -> None:
     try:
         with (
             _alone(directory),
-            staged(directory / WEIGHTS, weights) as new_weights,
-            staged(directory / CONFIG, config) as new_config,
+            replacement(directory / WEIGHTS, weights) as new_weights,
+            replacement(directory / CONFIG, config) as new_config,
             _kept(directory / WEIGHTS),
             _kept(directory / CONFIG),
         ):

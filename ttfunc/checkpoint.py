@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
 
@@ -171,7 +172,10 @@ def _copy_one(
     advance: Callable[[int], None],
 ) -> None:
     edits = (edit for place in places if place.file == name for edit in place.edits(place.rows))
-    copy_file(checkpoint.root / name, partial / name, edits, advance)
+    # An error of what is told of the progress is not the file's.
+    with closing(copy_file(checkpoint.root / name, partial / name, edits)) as copying:
+        for count in copying:
+            advance(count)
     header = checkpoint.headers.get(name)
     if header is not None and read_header(partial / name) != header:
         raise ValueError(

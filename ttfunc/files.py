@@ -31,11 +31,10 @@ from ttfunc.stored import (
     home_of,
     opened,
     plain,
-    staged,
     tensor_of,
 )
 from ttfunc.targets import Matrix, matrix_of
-from ttfunc.transfer import sync_directory
+from ttfunc.transfer import replacement, sync_directory
 
 FORMAT = 1
 KEY = "ttfunc"
@@ -50,8 +49,8 @@ def save(
 ) -> None:
     """Write `params` to one `.safetensors` file; `load` and `read` give back the same bits.
 
-    The file appears whole or not at all: what was at `path` before is replaced at the very end,
-    and kept where anything fails. `params` are not changed.
+    The file appears whole or not at all: what was at `path` before is replaced at the very end, and
+    kept where anything fails. Its permissions stay, and a symlink to it. `params` are not changed.
 
     Args:
         params: with `(k, D)` deltas of any float dtype, on any device.
@@ -84,7 +83,8 @@ def save(
             described.append({"names": list(row.names), "shape": list(row.shape)})
         own = json.dumps({"format": FORMAT, "matrices": described})
         _matrices(own)
-    with staged(path, serialized(tensors, {**_strings(metadata), KEY: own})) as temporary:
+    path = Path(os.path.realpath(path))
+    with replacement(path, serialized(tensors, {**_strings(metadata), KEY: own})) as temporary:
         temporary.replace(path)
         sync_directory(path.parent)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,17 +79,3 @@ def blamed_on(what: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{what}: {str(error).rstrip('.')}.") from None
-
-
-@contextlib.contextmanager
-def staged(path: Path, data: bytes) -> Iterator[Path]:
-    """A synced file beside `path` with this content, removed at the end if it was not renamed."""
-    temporary = path.with_name(f".ttfunc-{secrets.token_hex(8)}.partial")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)

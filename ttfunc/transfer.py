@@ -9,11 +9,10 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-Advance: TypeAlias = Callable[[int], None]
 Edits: TypeAlias = Iterable[tuple[int, memoryview]]
 
 _BLOCK = 1 << 20  # what is held in memory
@@ -41,6 +40,25 @@ def staged(destination: Path) -> Iterator[Path]:
     sync_directory(destination.parent)
 
 
+@contextlib.contextmanager
+def replacement(path: Path, data: bytes) -> Iterator[Path]:
+    """A synced file beside `path` with this content, removed at the end if it was not renamed.
+
+    It has the permissions of the file that it is to replace.
+    """
+    temporary = path.with_name(f".ttfunc-{secrets.token_hex(8)}.partial")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            if path.exists():
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def rename_new(source: Path, destination: Path) -> None:
     """Rename, at once, and only if nothing has the new name: os.rename replaces an empty folder."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -56,17 +74,18 @@ def rename_new(source: Path, destination: Path) -> None:
     source.rename(destination)
 
 
-def copy_file(source: Path, destination: Path, edits: Edits, advance: Advance) -> None:
+def copy_file(source: Path, destination: Path, edits: Edits) -> Generator[int]:
     """A new file with the bytes and permissions of `source`, then `edits` at their offsets; synced.
 
-    The kernel copies, and shares the blocks where the file system can. `advance` is told the
-    bytes, as they are copied. Raises OSError that names the source.
+    The kernel copies, and shares the blocks where the file system can. Yields the number of bytes
+    that were copied since it last did; the file is whole at the end. Raises OSError that names the
+    source.
     """
     with source.open("rb") as reader:
         status = os.fstat(reader.fileno())
         try:
             with destination.open("xb") as writer:
-                _copy_bytes(reader, writer, status.st_size, advance)
+                yield from _copy_bytes(reader, writer, status.st_size)
                 for offset, block in edits:
                     writer.seek(offset)
                     writer.write(block)
@@ -78,7 +97,7 @@ def copy_file(source: Path, destination: Path, edits: Edits, advance: Advance) -
             raise OSError(error.errno, reason, str(source)) from error
 
 
-def _copy_bytes(reader: BinaryIO, writer: BinaryIO, size: int, advance: Advance) -> None:
+def _copy_bytes(reader: BinaryIO, writer: BinaryIO, size: int) -> Iterator[int]:
     done, in_kernel = 0, hasattr(os, "copy_file_range")
     while done < size:
         moved = 0
@@ -93,7 +112,7 @@ def _copy_bytes(reader: BinaryIO, writer: BinaryIO, size: int, advance: Advance)
                 raise OSError(errno.EIO, f"the file ends at {done} of {size} bytes")
         _begin_writing(writer.fileno(), done, moved)
         done += moved
-        advance(moved)
+        yield moved
 
 
 def _begin_writing(descriptor: int, offset: int, count: int) -> None:
