@@ -1,6 +1,6 @@
 """Time and peak memory of a step on the token matrices of well-known models, on two layers.
 
-python -m bench.matrices [--repeats 7] [--memory] [--quick]
+python -m bench.matrices [--repeats 7] [--tokens 64] [--memory] [--quick]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIB = 2**20
 NAMES = ["frozen floor", "ttfunc", "PEFT", "full embedding"]
 
 
-def run(matrices: Sequence[str], repeats: int, tokens: int = 64, rows: int = 16) -> None:
+def run(matrices: Sequence[str], repeats: int, tokens: int, rows: int = 16) -> None:
     """A row for each matrix and dtype: milliseconds, and times the floor."""
     lines = []
     for model in matrices:
@@ -41,7 +41,7 @@ def run(matrices: Sequence[str], repeats: int, tokens: int = 64, rows: int = 16)
     print_table(f"a step, ms (times the floor), {tokens} tokens, {rows} rows", ["", *NAMES], lines)
 
 
-def run_memory(matrices: Sequence[str], tokens: int = 64) -> None:
+def run_memory(matrices: Sequence[str], tokens: int) -> None:
     """MiB of the peak over the loaded model, with k = 16 and 1,024 rows, and what is above it."""
     lines = []
     for model in matrices:
@@ -66,14 +66,15 @@ def run_memory(matrices: Sequence[str], tokens: int = 64) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--memory", action="store_true", help="measure memory in place of time")
     parser.add_argument("--quick", action="store_true", help="the smallest matrix alone")
     options = parser.parse_args()
     matrices = list(MATRICES)[: 1 if options.quick else None]
     if options.memory:
-        run_memory(matrices)
+        run_memory(matrices, options.tokens)
     else:
-        run(matrices, options.repeats)
+        run(matrices, options.repeats, options.tokens)
 
 
 if __name__ == "__main__":

@@ -76,13 +76,28 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("source", help="a folder with .safetensors files, or one such file")
         command.add_argument("params", help="the file that ttfunc.save wrote")
         command.add_argument("destination", help="the copy; nothing may have this name yet")
+        command.add_argument(
+            "--name",
+            action="append",
+            type=_pair,
+            default=[],
+            metavar="MODEL=CHECKPOINT",
+            help="the name of a matrix in the model, and in a checkpoint that has another for it",
+        )
         command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-        command.set_defaults(run=_copy, name=name)
+        command.set_defaults(run=_copy, command=name)
     what = "what a file of trained rows, an adapter of PEFT's, or a checkpoint holds"
     command = commands.add_parser("info", help=what, description=what.capitalize() + ".")
     command.add_argument("path", help="the file that ttfunc.save wrote, or a folder")
     command.set_defaults(run=_info)
     return parser
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, other = text.partition("=")
+    if not (name and equals and other):
+        raise argparse.ArgumentTypeError(f"{text!r} is not MODEL=CHECKPOINT, a name on each side")
+    return name, other
 
 
 def _copy(options: argparse.Namespace) -> None:
@@ -94,11 +109,15 @@ def _copy(options: argparse.Namespace) -> None:
             copied, bar.total = done, total
             bar.update(done - bar.n)
 
-        COMMANDS[options.name](
-            options.source, options.params, options.destination, progress=progress
+        COMMANDS[options.command](
+            options.source,
+            options.params,
+            options.destination,
+            names=dict(options.name) or None,
+            progress=progress,
         )
     if not options.quiet:
-        print(f"{options.name}d into {options.destination}, {size(copied)}:")
+        print(f"{options.command}d into {options.destination}, {size(copied)}:")
         print("\n".join(_matrices(files.read(options.params))))
 
 

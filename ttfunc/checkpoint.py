@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
@@ -14,7 +14,7 @@ from ttfunc.deltas import TokenDeltas, combine
 from ttfunc.folder import Checkpoint, open_checkpoint, warn_of_copies
 from ttfunc.header import read_header
 from ttfunc.merge import check_originals
-from ttfunc.places import Place, check_finite, find_places, holds
+from ttfunc.places import Place, check_finite, find_places, holds, stored_as
 from ttfunc.transfer import copy_file, make_directory, staged, sync_directory
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
@@ -26,6 +26,7 @@ def merge_checkpoint(
     params_or_path: TokenDeltas | AnyPath,
     destination: AnyPath,
     *,
+    names: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """A copy of a checkpoint with the trained rows in it, made without building the model.
@@ -40,6 +41,8 @@ def merge_checkpoint(
             path of a file that `ttfunc.save` wrote. (A PEFT adapter does not say what is tied: give
             what `load_peft` returns for the model.)
         destination: what is to be made; nothing has this name yet.
+        names: where the checkpoint names a matrix in another way than the model (as some of
+            transformers' do), from the model's name to the checkpoint's.
         progress: called with the bytes copied so far, and those of the whole checkpoint.
 
     Warns:
@@ -47,14 +50,14 @@ def merge_checkpoint(
             will not give them back; or other files seem to hold the same weights.
 
     Raises:
-        KeyError: the checkpoint has none of a matrix's names.
+        KeyError: the checkpoint has none of a matrix's names, or not the one in `names`.
         ValueError: a matrix of another shape, or quantised; rows that are not finite in its dtype;
             a broken file; a destination inside of the source.
         FileExistsError, FileNotFoundError, OSError: the destination exists, the source does not,
             or the copy fails, as on a full disk.
     """
     checkpoint = _opened(source, destination)
-    params = _given(params_or_path)
+    params = _given(params_or_path, checkpoint, names)
     places = find_places(checkpoint, params, params.deltas)
     for place in places:
         check_finite(place)
@@ -75,6 +78,7 @@ def unmerge_checkpoint(
     params_or_path: TokenDeltas | AnyPath,
     destination: AnyPath,
     *,
+    names: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """A copy of a merged checkpoint with the original bytes: the inverse of `merge_checkpoint`.
@@ -91,7 +95,7 @@ def unmerge_checkpoint(
         KeyError, FileExistsError, FileNotFoundError, OSError: as `merge_checkpoint`.
     """
     checkpoint = _opened(source, destination)
-    params = _given(params_or_path)
+    params = _given(params_or_path, checkpoint, names)
     places = find_places(checkpoint, params, params.originals)
     for place in places:
         check_originals(place.name, place.dtype, place.rows.dtype)
@@ -107,10 +111,13 @@ def unmerge_checkpoint(
     _write_copy(checkpoint, places, Path(destination), progress)
 
 
-def _given(params_or_path: TokenDeltas | AnyPath) -> TokenDeltas:
+def _given(
+    params_or_path: TokenDeltas | AnyPath, checkpoint: Checkpoint, names: Mapping[str, str] | None
+) -> TokenDeltas:
     if isinstance(params_or_path, (str, os.PathLike)):
         params_or_path = files.read(params_or_path)
-    return combine(params_or_path)
+    params = combine(params_or_path)
+    return params if names is None else stored_as(checkpoint, params, names)
 
 
 def _file(checkpoint: Checkpoint, place: Place) -> str:

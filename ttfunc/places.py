@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as shown
 
@@ -45,6 +46,37 @@ class Place:
             yield self.entry.start + token * stride, memoryview(block)
 
 
+def stored_as(checkpoint: Checkpoint, params: TokenDeltas, names: Mapping[str, str]) -> TokenDeltas:
+    """`params` with the names of the tensors in `checkpoint` in place of the model's.
+
+    Raises TypeError, KeyError or ValueError unless each leads from a name of the one to a tensor of
+    the other that no other name leads to.
+    """
+    if not isinstance(names, Mapping) or not all(isinstance(n, str) for n in names.values()):
+        raise TypeError(f"names must map strings to strings, got {shown(names)}.")
+    known = {name: row for row in params.rows.values() for name in row.names}
+    stored = _shapes(checkpoint)
+    for name, other in names.items():
+        told = f"names has {other!r} for {name!r}, and "
+        if name not in known:
+            raise KeyError(f"{told}the parameters are for {list(known)}. Map from one of these.")
+        if other not in stored:
+            raise KeyError(f"{told}{_missing(checkpoint, known[name], other)}")
+        if name != other and name in stored:
+            raise ValueError(
+                f"{told}the checkpoint has {name!r} too, which would be left as it is. Is it of "
+                "the same model?"
+            )
+    called = Counter(names.get(name, name) for name in known)
+    if twice := [name for name, times in called.items() if times > 1]:
+        raise ValueError(f"names leads to {twice} more than once: a tensor has one name each.")
+    rows = {
+        key: replace(row, names=tuple(names.get(name, name) for name in row.names))
+        for key, row in params.rows.items()
+    }
+    return TokenDeltas(params.deltas, rows)
+
+
 def find_places(
     checkpoint: Checkpoint, params: TokenDeltas, values: Mapping[str, Tensor]
 ) -> list[Place]:
@@ -63,7 +95,11 @@ def find_places(
             if name in header
         ]
         if not found:
-            raise KeyError(_missing(checkpoint, row))
+            missing = _missing(checkpoint, row, *row.names)
+            raise KeyError(
+                f"{missing} Where it is stored under another name, say so "
+                "in names (--name on the command line)."
+            )
         for place in found:
             _check_rows(place)
             _check_matrix(checkpoint, place)
@@ -113,10 +149,10 @@ def _check_matrix(checkpoint: Checkpoint, place: Place) -> None:
     entry, row = place.entry, place.row
     # Scales and the like, as weight_scale_inv and weight.absmax.
     parts = (f"{place.name}_", f"{place.name}.")
-    beside = [name for name in _names(checkpoint) if name.startswith(parts)]
+    beside = [name for name in _shapes(checkpoint) if name.startswith(parts)]
     if entry.dtype.startswith("F8"):
         module = place.name.rpartition(".")[0]
-        beside += [n for n in _names(checkpoint) if n.startswith(f"{module}.") and "scale" in n]
+        beside += [n for n in _shapes(checkpoint) if n.startswith(f"{module}.") and "scale" in n]
     if entry.dtype not in FLOATS or beside:
         scales = f", with {shown(beside)} beside it" if beside else ""
         raise ValueError(
@@ -132,17 +168,16 @@ def _check_matrix(checkpoint: Checkpoint, place: Place) -> None:
         )
 
 
-def _names(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     return {name: e.shape for header in checkpoint.headers.values() for name, e in header.items()}
 
 
-def _missing(checkpoint: Checkpoint, row: TokenRows) -> str:
-    shapes = _names(checkpoint)
+def _missing(checkpoint: Checkpoint, row: TokenRows, *names: str) -> str:
+    shapes = _shapes(checkpoint)
     alike = [name for name, shape in shapes.items() if shape == row.shape]
-    close = difflib.get_close_matches(row.names[0], alike or list(shapes), n=5, cutoff=0.0)
+    close = difflib.get_close_matches(names[0], alike or list(shapes), n=5, cutoff=0.0)
     nearest = ", ".join(f"{name!r} {shapes[name]}" for name in close) or "no tensor at all"
     return (
-        f"the checkpoint {str(checkpoint.root)!r} has none of the names {row.names} of the token "
-        f"matrix {row.shape}. Nearest: {nearest}. Is it of the same model? Where only a prefix "
-        "differs, load it, save it with model.save_pretrained(folder) and merge that folder."
+        f"the checkpoint {str(checkpoint.root)!r} has none of the names {names} for the token "
+        f"matrix {row.shape}. Nearest: {nearest}. Is it of the same model?"
     )
