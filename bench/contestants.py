@@ -159,6 +159,8 @@ def _plain_step(model: Any, x: Tensor, wrap: Wrap) -> Step:
     return step
 
 
+# Those that leave the model as it is.
+CALLERS = ("frozen floor", "ttfunc", "ttfunc, dense")
 CONTESTANTS: dict[str, Callable[..., Step]] = {
     "frozen floor": frozen_floor,
     "ttfunc": deferred,

@@ -6,7 +6,6 @@ python -m bench.ensemble [--members 8] [--tokens 16] [--repeats 5] [--quick]
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 
 import ttfunc
 from bench.contestants import Work
-from bench.memory import resident
+from bench.memory import resident, trim_heap
 from bench.report import print_table
 from examples.teach_a_token import fetch_smollm2, load
 
@@ -182,7 +181,7 @@ def peak_of(way: Way, model: str, members: int, tokens: int) -> int:
     """Bytes that the peak of a call is above the loaded model, in this process."""
     way(setting("a toy", members, tokens))()  # what the libraries load is not the call's
     call = way(setting(model, members, tokens))
-    ctypes.CDLL(None).malloc_trim(0)  # what loading has freed would be used unseen
+    trim_heap()  # what loading has freed would be used unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     loaded = resident("VmRSS")
     call()

@@ -5,6 +5,7 @@ python -m bench.memory [--vocabulary 128000] [--width 1024] [--tokens 16] [--row
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import subprocess
@@ -24,6 +25,13 @@ def resident(field: str) -> int:
     return int(kib) * 1024
 
 
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library has a call for it (glibc's)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def peak_of(name: str, work: Work) -> int:
     """Bytes that the peak of a step is above the loaded model, in this process."""
     # What the libraries load with their first step is not the step's.
@@ -36,6 +44,7 @@ def peak_of(name: str, work: Work) -> int:
         loaded = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - loaded
+    trim_heap()  # what loading has freed would be used unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     loaded = resident("VmRSS")
     step()
