@@ -85,6 +85,17 @@ def test_product(ids: list[int], seed: int, biased: bool, flat: bool, most: int)
     )
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_product_of_nothing(shape: tuple[int, ...]):
+    base, rows, indices = operands([3, 1])
+    hidden = torch.randn(*shape, D, dtype=torch.float64, requires_grad=True)
+    found = Replaced(rows, indices).product(hidden, base)
+    assert found.shape == (*shape, V)
+    by_hidden, by_rows = torch.autograd.grad(found.sum(), (hidden, rows))
+    assert by_hidden.shape == hidden.shape
+    assert not by_rows.any()
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("most", [0, 64])
 def test_product_has_all_derivatives(biased: bool, most: int, monkeypatch):

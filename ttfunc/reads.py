@@ -140,7 +140,7 @@ def _product_without(ids: Tensor, parts: tuple[slice, ...], grad: Tensor, base: 
     total = flat[:, first] @ base[first]
     for part in others:
         total = torch.addmm(total, flat[:, part], base[part])
-    return total.view(*grad.shape[:-1], -1)
+    return total.view(*grad.shape[:-1], base.shape[1])
 
 
 class Carrier(torch.autograd.Function):
