@@ -18,7 +18,6 @@ from torch.autograd import forward_ad
 from ttfunc.indices import TokenIndices, stretches
 
 _TRANSFORM = functorch.TransformType
-_MOST_PARTS = 64  # of a sum, beyond which one copy costs less
 
 
 class Replaced(NamedTuple):
@@ -123,12 +122,16 @@ def _parts(indices: TokenIndices, base: Tensor) -> tuple[slice, ...]:
     """The columns of the logits between those that are replaced; none where they are too many.
 
     For the CPU, where a fresh buffer of the size of the logits costs a page fault for each 4 KiB,
-    and in its eager mode, since a compiler makes no such buffer. A sum of many parts is for dtypes
-    in which its rounding does not matter.
+    and in its eager mode, since a compiler makes no such buffer.
     """
     if base.device.type != "cpu" or torch.compiler.is_compiling():
         return ()
-    return stretches(indices, len(base), _MOST_PARTS if base.dtype.itemsize >= 4 else 1)
+    return stretches(indices, len(base), _most_parts(base))
+
+
+def _most_parts(base: Tensor) -> int:
+    # For each token a part costs D sums, and the copy V moves. Sums of a narrow dtype are rounded.
+    return len(base) // base.shape[1] if base.dtype.itemsize >= 4 else 1
 
 
 def _product_without(ids: Tensor, parts: tuple[slice, ...], grad: Tensor, base: Tensor) -> Tensor:
