@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from torch import Tensor
 
 import ttfunc
 from bench.report import print_table
+from bench.timing import in_turns
 from examples.teach_a_token import fetch_smollm2, load
 
 Loss = Callable[[ttfunc.TokenDeltas], Tensor]
@@ -92,18 +92,19 @@ def main() -> None:
     (rows,) = params.deltas.values()
 
     ways = losses(model, prompt, answer)
-    (truth,) = torch.autograd.grad(ways["whole"](params), rows)
+
+    def step(loss: Callable[[ttfunc.TokenDeltas], Tensor]) -> Tensor:
+        (gradient,) = torch.autograd.grad(loss(params), rows)
+        return gradient
+
+    truth = step(ways["whole"])
     for name, loss in ways.items():
-        (found,) = torch.autograd.grad(loss(params), rows)
+        found = step(loss)
         if not torch.allclose(found, truth, rtol=1e-3, atol=1e-5 * float(truth.abs().max())):
             raise RuntimeError(f"{name}: the gradient differs by {(found - truth).abs().max()}")
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(options.repeats):
-        for name, loss in ways.items():
-            start = time.perf_counter()
-            torch.autograd.grad(loss(params), rows)
-            taken[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
+    medians = in_turns(
+        {name: functools.partial(step, loss) for name, loss in ways.items()}, options.repeats
+    )
     print_table(
         f"a step of SmolLM2-135M, {options.prompt} tokens of prompt, {options.answer} of answer",
         ["", "median, ms", "times the whole"],

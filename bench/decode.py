@@ -6,8 +6,6 @@ python -m bench.decode [--new 32] [--repeats 5]
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,8 @@ from torch import Tensor
 
 import ttfunc
 from bench.report import print_table
+from bench.timing import agreeing
 from examples.teach_a_token import fetch_smollm2, load
-
-
-def speeds(generate: dict[str, Callable[[], Tensor]], new: int, repeats: int) -> dict[str, float]:
-    """Median tokens per second of each. Raises where they do not say the same."""
-    said = {name: call().tolist() for name, call in generate.items()}
-    if len(set(map(str, said.values()))) != 1:
-        raise RuntimeError(f"the contestants decode different tokens: {said}")
-    taken: dict[str, list[float]] = {name: [] for name in generate}
-    for _ in range(repeats):
-        for name, call in generate.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(new / (time.perf_counter() - start))
-    return {name: statistics.median(speed) for name, speed in taken.items()}
 
 
 def contestants(new: int) -> dict[str, Callable[[], Tensor]]:
@@ -79,11 +64,11 @@ def main() -> None:
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     with torch.no_grad():
-        found = speeds(contestants(options.new), options.new, options.repeats)
+        seconds = agreeing(contestants(options.new), options.repeats)
     print_table(
         f"greedy decoding of {options.new} tokens, SmolLM2-135M in float32, 2 rows",
         ["", "tokens per second", "of the merged model"],
-        [[name, f"{s:.1f}", f"{s / found['merged']:.3f}"] for name, s in found.items()],
+        [[n, f"{options.new / s:.1f}", f"{seconds['merged'] / s:.3f}"] for n, s in seconds.items()],
     )
 
 

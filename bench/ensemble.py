@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +25,9 @@ from torch.nn import functional as F
 
 import ttfunc
 from bench.contestants import Work
-from bench.memory import resident, trim_heap
+from bench.memory import growth
 from bench.report import print_table
+from bench.timing import agreeing
 from examples.teach_a_token import fetch_smollm2, load
 
 IDX = [11, 12]
@@ -165,27 +164,13 @@ def times(ways: dict[str, Way], make: Callable[[], Setting], repeats: int) -> di
     shared = make()
     # PEFT changes the model that it wraps.
     calls = {n: way(make() if way is examples_by_peft else shared) for n, way in ways.items()}
-    expected, *others = [call() for call in calls.values()]
-    for found in others:
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+    return agreeing(calls, repeats)
 
 
 def peak_of(way: Way, model: str, members: int, tokens: int) -> int:
     """Bytes that the peak of a call is above the loaded model, in this process."""
     way(setting("a toy", members, tokens))()  # what the libraries load is not the call's
-    call = way(setting(model, members, tokens))
-    trim_heap()  # what loading has freed would be used unseen
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    loaded = resident("VmRSS")
-    call()
-    return resident("VmHWM") - loaded
+    return growth(way(setting(model, members, tokens)))
 
 
 def measure(task: str, name: str, model: str, members: int, tokens: int) -> int:

@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def trim_heap() -> None:
         trim(0)
 
 
+def growth(call: Callable[[], object]) -> int:
+    """Bytes that the peak of the call is above what this process had before."""
+    trim_heap()  # what was freed before would be used unseen
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
 def peak_of(name: str, work: Work) -> int:
     """Bytes that the peak of a step is above the loaded model, in this process."""
     # What the libraries load with their first step is not the step's.
@@ -44,11 +54,7 @@ def peak_of(name: str, work: Work) -> int:
         loaded = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - loaded
-    trim_heap()  # what loading has freed would be used unseen
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    loaded = resident("VmRSS")
-    step()
-    return resident("VmHWM") - loaded
+    return growth(step)
 
 
 def measure(name: str, work: Work) -> int:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 import ttfunc
 from bench.contestants import Work
 from bench.report import print_table
+from bench.timing import agreeing
 from examples.teach_a_token import fetch_smollm2, load
 
 MIXED = "ttfunc, patch_mixed"
@@ -109,21 +108,6 @@ def logits(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def times(calls: Mapping[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, taking turns. Raises where they do not say the same."""
-    expected, *others = [call() for call in calls.values()]
-    close = 1e-3 * expected.is_floating_point()  # tokens are to be equal
-    for found in others:
-        torch.testing.assert_close(found, expected, rtol=close, atol=close)
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--adapters", type=int, default=16)
@@ -149,7 +133,7 @@ def main() -> None:
     for work, kwargs in works.items():
         calls = {n: functools.partial(call, **kwargs) for n, call in found.items()}
         with torch.no_grad():
-            seconds = times(calls, 1 if options.quick else options.repeats)
+            seconds = agreeing(calls, 1 if options.quick else options.repeats)
         print_table(
             f"{work}: {name}, {options.adapters} adapters, a text of {options.tokens} tokens each",
             ["", "median, ms", "times the mixed patch"],

@@ -134,8 +134,10 @@ def _bar(quiet: bool) -> Any:
 
 def _info(options: argparse.Namespace) -> None:
     path = Path(options.path)
-    lines: Callable[[Path], list[str]] = _params_info if _is_params(path) else _checkpoint_info
-    if (path / CONFIG).exists():
+    lines: Callable[[Path], list[str]] = _checkpoint_info
+    if _is_params(path):
+        lines = _params_info
+    elif (path / CONFIG).exists():
         lines = _adapter_info
     print("\n".join(lines(path)))
 

@@ -122,7 +122,7 @@ def _parts(indices: TokenIndices, base: Tensor) -> tuple[slice, ...]:
     """The columns of the logits between those that are replaced; none where they are too many.
 
     For the CPU, where a fresh buffer of the size of the logits costs a page fault for each 4 KiB,
-    and in its eager mode, since a compiler makes no such buffer.
+    and in eager mode: a compiled step is at its floor with the copy.
     """
     if base.device.type != "cpu" or torch.compiler.is_compiling():
         return ()
