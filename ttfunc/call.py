@@ -67,7 +67,7 @@ def functional_call(
     if not (isinstance(method, str) and callable(getattr(model, method, None))):
         raise AttributeError(f"{type(model).__name__} has no method {method!r} to call.")
     args = args if isinstance(args, tuple) else (args,)
-    if torch.compiler.is_compiling():  # the compiled code swaps nothing
+    if torch.compiler.is_dynamo_compiling():  # the compiled code swaps nothing
         return _call(model, _swaps(model, weights), args, kwargs, method)
     with turn(), swapping(model, _places(model, swaps := _swaps(model, weights))):
         before = {id(w): (w, w.source.uses.copy()) for w in swaps.values() if _is_patch(w)}
@@ -133,7 +133,7 @@ def _swaps(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
                     f"{type(model).__name__} ({slot!r}). Give it once."
                 )
     places = [slot for matrix in own.values() for slot, _ in matrix.slots]
-    if not places or torch.compiler.is_compiling():  # which traces no sets of ids
+    if not places or torch.compiler.is_dynamo_compiling():  # which traces no sets of ids
         return swaps
     if count_slots(model, [_held(model, slot) for slot in places]) != len(places):
         raise ValueError(

@@ -92,7 +92,7 @@ def stretches(indices: TokenIndices, size: int, most: int) -> tuple[slice, ...]:
 def union(each: tuple[TokenIndices, ...]) -> TokenIndices:
     """The ids of all, each once, in the order in which they first come."""
     # torch.compile sees through no cache, and warns of it.
-    return _union(each) if torch.compiler.is_compiling() else _known_union(each)
+    return _union(each) if torch.compiler.is_dynamo_compiling() else _known_union(each)
 
 
 def _union(each: tuple[TokenIndices, ...]) -> TokenIndices:
@@ -106,7 +106,7 @@ _known_union = functools.lru_cache(maxsize=64)(_union)
 @contextlib.contextmanager
 def outside_of_modes() -> Iterator[None]:
     """For tensors that outlive the inference mode or the transform that they are made in."""
-    if torch.compiler.is_compiling():  # which keeps no tensor of its own
+    if torch.compiler.is_dynamo_compiling():  # which keeps no tensor of its own
         yield
         return
     # Fake tensors, too, are made by a mode.

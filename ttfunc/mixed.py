@@ -156,7 +156,7 @@ def _numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]:
     """The adapter of each example, `count` for the plain model."""
     if isinstance(assignment, (Tensor, np.ndarray)):
         unknown = isinstance(assignment, Tensor) and assignment.is_meta
-        if unknown or torch.compiler.is_compiling():  # which reads no values
+        if unknown or torch.compiler.is_dynamo_compiling():  # which reads no values
             raise TypeError("assignment has no values to read here. Give a list of integers.")
         assignment = assignment.tolist()
     if isinstance(assignment, (str, bytes, Mapping)) or not isinstance(assignment, Iterable):

@@ -42,7 +42,7 @@ class Replaced(NamedTuple):
         operands = (autocast(hidden), autocast(base), autocast(self.values), bias, ids)
         if _has_no_rule():
             return _product(*operands)
-        function = _TracedProduct if torch.compiler.is_compiling() else _Product
+        function = _TracedProduct if torch.compiler.is_dynamo_compiling() else _Product
         parts = _parts(self.indices, operands[1])
         result: Tensor = function.apply(*operands, parts)  # type: ignore[no-untyped-call]
         return result
@@ -124,7 +124,7 @@ def _parts(indices: TokenIndices, base: Tensor) -> tuple[slice, ...]:
     For the CPU, where a fresh buffer of the size of the logits costs a page fault for each 4 KiB,
     and in eager mode: a compiled step is at its floor with the copy.
     """
-    if base.device.type != "cpu" or torch.compiler.is_compiling():
+    if base.device.type != "cpu" or torch.compiler.is_dynamo_compiling():
         return ()
     return stretches(indices, len(base), _most_parts(base))
 
@@ -180,7 +180,7 @@ def nan_beneath(
     carrier: type[Carrier], rows: Tensor, base: Tensor, indices: TokenIndices
 ) -> Tensor:
     """NaN in the shape of `base`, in no memory, with the gradient that `carrier` gives it."""
-    if torch.compiler.is_compiling() or _at_work(_TRANSFORM.Functionalize):
+    if torch.compiler.is_dynamo_compiling() or _at_work(_TRANSFORM.Functionalize):
         return rows.new_full((), torch.nan).expand(base.shape)
     ids = indices.on(base.device).ids
     carried: Tensor = carrier.apply(rows, ids, len(base))  # type: ignore[no-untyped-call]
@@ -193,7 +193,7 @@ def _has_no_rule() -> bool:
     functionalize has no rule for one, forward mode over forward mode forgets the outer tangent, and
     torch.compile has none under a transform.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return torch._C._are_functorch_transforms_active()
     forward = forward_ad._current_level >= 0
     return forward or _at_work(_TRANSFORM.Functionalize, _TRANSFORM.Jvp)

@@ -18,7 +18,7 @@ _SWAPPED: list[set[tuple[nn.Module, str]]] = []
 @contextmanager
 def turn() -> Iterator[None]:
     """Wait until no other thread has weights swapped; one thread may nest turns."""
-    if torch.compiler.is_compiling():  # compiled code swaps nothing
+    if torch.compiler.is_dynamo_compiling():  # compiled code swaps nothing
         yield
         return
     with _TURN:

@@ -69,7 +69,7 @@ def patched(base: Tensor, rows: Rows, matrix: Matrix | None, *, dense: bool) -> 
     copy = rows.copied(base) if dense else None
     beneath = rows.beneath(base) if copy is None else copy
     memory = None
-    if matrix is not None and not torch.compiler.is_compiling():  # which reads no pointers
+    if matrix is not None and not torch.compiler.is_dynamo_compiling():  # which reads no pointers
         memory = memory_of(matrix.tensor)
     return _wrap(Source(base, rows, matrix, beneath, copy, memory, set()), transposed=False)
 
