@@ -148,6 +148,46 @@ def test_arguments_are_passed_as_torch_passes_them():
     assert functional_call(model, weights, (1, 2), {"three": 3}) == ((1, 2), {"three": 3})
 
 
+def test_arguments_in_the_wrong_place_are_told():
+    model = make("tied")
+    weights = patch(rows(model))
+    with pytest.raises(
+        TypeError, match=r"got \['x'\]: keyword arguments of the model go in kwargs="
+    ):
+        functional_call(model, weights, x=X)
+    with pytest.raises(TypeError, match=r"got Tensor. Several positional.*\(x, y\)"):
+        functional_call(model, weights, X, X)
+    with pytest.raises(TypeError, match="embedding") as caught:
+        functional_call(model, weights, {"x": X})
+    assert "with ['x'] as the one positional argument" in caught.value.__notes__[0]
+    assert "kwargs={...}" in caught.value.__notes__[0]
+
+
+def test_a_mapping_may_be_the_one_argument():
+    class Taking(Language):
+        def forward(self, batch: dict) -> torch.Tensor:
+            return super().forward(batch["x"])
+
+    model = Taking()
+    found = functional_call(model, patch(rows(model)), {"x": X})
+    torch.testing.assert_close(found, edited(model, rows(model))({"x": X}))
+
+
+@pytest.mark.parametrize("how", ["rows", "neither", "eval", "no_grad", "unfrozen"])
+def test_rows_that_stay_while_others_train_are_told(how: str):
+    model = make("tied").requires_grad_(how == "unfrozen")
+    model.body.weight.requires_grad_()  # a LoRA, say
+    model.train(how != "eval")
+    weights = patch(rows(model, requires_grad=how == "rows"))
+    with torch.set_grad_enabled(how != "no_grad"):
+        if how != "neither":
+            functional_call(model, weights, (X,))
+            return
+        with pytest.warns(UserWarning, match="do not require grad.*requires_grad=True") as caught:
+            functional_call(model, weights, (X,))
+    assert caught[0].filename == __file__
+
+
 def test_another_method_is_called():
     model = make("tied")
     expected = edited(model, rows(model)).embed(X)
@@ -220,10 +260,10 @@ def removed(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (replaced, r"stale patch: the parameter 'embed_tokens.weight'.*another one, \(23, 8\)"),
+        (replaced, r"stale patch: the parameter 'embed_tokens.weight'.*\(23, 8\).*was replaced"),
         (resized, r"stale patch.*another one, \(24, 8\).*init_deltas on this very model"),
-        (refilled, r"stale patch.*another one, \(24, 8\)"),
-        (moved, r"stale patch.*another one, \(23, 8\)"),
+        (refilled, r"stale patch.*another one, \(24, 8\).*was resized, cast or moved since"),
+        (moved, r"stale patch.*another one, \(23, 8\).*was resized, cast or moved since"),
         (cast, r"stale patch.*in torch.bfloat16 on cpu.*Call patch again"),
         (untied, "stale patch: the parameter 'lm_head.weight'"),
         (removed, "stale patch: the parameter 'lm_head.weight'.*is not there"),
@@ -240,8 +280,10 @@ def test_a_stale_patch_is_refused(change, match: str, dense: bool):
 
 
 def test_a_patch_of_another_model_is_refused():
-    with pytest.raises(ValueError, match="stale patch.*another model"):
-        functional_call(make("tied"), patch(rows(make("tied"))), (X,))
+    model = make("tied")
+    other, match = copy.deepcopy(model), "stale patch.*another model than the Language.*a deep copy"
+    with pytest.raises(ValueError, match=match):
+        functional_call(other, patch(rows(model)), (X,))
 
 
 def test_a_tie_made_since_is_refused():
@@ -257,14 +299,15 @@ def test_a_matrix_that_no_call_reads_is_told(dense: bool):
     model = make("tied")
     model.unused = nn.Embedding(V, D)
     weights = patch(rows(model, targets="unused"), dense=dense)
-    with pytest.warns(UserWarning, match=r"did not read.*'unused.weight'.*no effect") as caught:
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"did not read.*'unused.weight'.*no effect"):
         functional_call(model, weights, (X,))
-    assert caught[0].filename == __file__
     # What an earlier call read is no excuse.
     weights = patch(rows(model), dense=dense)
     functional_call(model, weights, (X,))
-    with pytest.warns(UserWarning, match="did not read the patched matrix"):
+    with pytest.raises(RuntimeError, match="did not read the patched matrix"):
         functional_call(model, weights, (torch.zeros(2, D),), method="mix")
+    assert snapshot(model) == before
 
 
 def test_bart_without_ties_does_not_read_its_input_embedding():
@@ -274,7 +317,7 @@ def test_bart_without_ties_does_not_read_its_input_embedding():
         max_position_embeddings=32, pad_token_id=1,
     )  # fmt: skip
     model = transformers.BartForConditionalGeneration(config).eval()
-    with pytest.warns(UserWarning, match="did not read the patched matrix"):
+    with pytest.raises(RuntimeError, match="did not read the patched matrix"):
         functional_call(model, patch(rows(model)), (X,))
 
 

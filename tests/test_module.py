@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
+import types
+import weakref
 
 import optree
 import pytest
@@ -28,36 +31,59 @@ def test_it_is_the_functional_call_and_changes_nothing(case):
     params = init_deltas(model, [2, 7], init="normal")
     before, x = oracle.snapshot(model), models.tokens(2, 7)
     module = TokenModule(model, params)
-    expected = optree.tree_map(lambda t: t.clone().requires_grad_(), params)
+    expected = optree.tree_map(lambda t: t.detach().clone().requires_grad_(), params)
     models.loss_of(functional_call(model, patch(expected), x)).backward()
     out = module(x)
     models.loss_of(out).backward()
     assert torch.equal(out, functional_call(model, patch(params), x))
     for name, delta in module.params().deltas.items():
         assert torch.equal(delta.grad, expected.deltas[name].grad)
-        assert torch.equal(delta, params.deltas[name])
-        assert params.deltas[name].grad is None
+        assert delta is params.deltas[name]
     assert oracle.snapshot(model) == before
 
 
 def test_its_parameters_are_the_rows_alone():
     module = bridge()
     assert dict(module.named_parameters()).keys() == {ROWS}
-    assert dict(module.named_buffers()).keys() == {IDS}
+    assert dict(module.named_buffers()) == {}
     assert [name for name, _ in module.named_modules()] == [""]
     assert list(module.state_dict()) == [ROWS, IDS]
     assert module.state_dict()[IDS].tolist() == TOKENS
     assert module.params().deltas[NAME] is next(module.parameters())
 
 
-def test_training_it_leaves_the_given_parameters_alone():
+def test_there_is_one_set_of_rows(tmp_path):
     model = llama()
-    params = started(model)
-    before = params.deltas[NAME].clone()
+    params = init_deltas(model, TOKENS, requires_grad=True)
+    before, x = params.deltas[NAME].detach().clone(), torch.tensor([TOKENS])
+    early = torch.optim.SGD(optree.tree_leaves(params), 0.1)
     module = TokenModule(model, params)
-    with torch.no_grad():
-        next(module.parameters()).zero_()
-    assert torch.equal(params.deltas[NAME], before)
+    for optimizer in (
+        early,
+        torch.optim.SGD(module.parameters(), 0.1),
+        torch.optim.SGD(optree.tree_leaves(params), 0.1),
+    ):
+        was = params.deltas[NAME].detach().clone()
+        optimizer.zero_grad()
+        module(x, labels=x).loss.backward()
+        optimizer.step()
+        assert not torch.equal(params.deltas[NAME], was)
+    save(params, tmp_path / "rows.safetensors")
+    saved = load(tmp_path / "rows.safetensors", model).deltas[NAME]
+    assert torch.equal(saved, next(module.parameters()))
+    assert not torch.equal(saved, before)
+
+
+def test_rows_that_are_no_leaves_are_refused():
+    model = llama()
+    params = init_deltas(model, TOKENS, requires_grad=True)
+    twice = optree.tree_map(lambda t: t * 2, params)
+    with pytest.raises(ValueError, match=r"computed from others.*t.detach\(\).clone\(\)"):
+        TokenModule(model, twice)
+    with torch.inference_mode():
+        made = init_deltas(model, TOKENS)
+    with pytest.raises(ValueError, match="made in inference mode"):
+        TokenModule(model, made)
 
 
 def test_what_it_trained_can_be_saved_and_merged(tmp_path):
@@ -265,9 +291,114 @@ def test_a_copy_does_not_move_or_switch_the_base_of_the_original():
     other = copy.deepcopy(module.train()).eval()
     assert module.base.training
     other(torch.tensor([[1, 2]]))
-    assert not module.base.training
-    module(torch.tensor([[1, 2]]))
     assert module.base.training
+    assert not copy.deepcopy(other).training
+
+
+class Normed(nn.Module):
+    """Tells in which mode each of its parts ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.other = nn.Embedding(9, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
+
+    def forward(self, x):
+        self.norm(self.embed(x))
+        return self.training, self.norm.training, self.other.training
+
+
+def test_a_copy_has_modes_of_its_own():
+    model, x = Normed().requires_grad_(False), torch.arange(9)
+    module = TokenModule(model, init_deltas(model, [3])).train()
+    model.norm.eval()
+    mean = model.norm.running_mean.clone()
+    twin, evaluated = copy.deepcopy(module), copy.deepcopy(module).eval()
+    assert module(x) == twin(x) == (True, False, True)
+    assert evaluated(x) == (False, False, False)
+    assert module(x) == (True, False, True)
+    module.eval()
+    assert module(x) == (False, False, False)
+    assert twin(x) == copy.deepcopy(twin)(x) == (True, False, True)
+    assert [m.training for m in model.modules()] == [False] * 4
+    assert torch.equal(model.norm.running_mean, mean)
+    assert evaluated.train()(x) == (True, True, True)
+    assert not torch.equal(model.norm.running_mean, mean)
+
+
+@pytest.mark.parametrize("first", ["module", "teacher"])
+def test_a_copy_of_what_holds_the_model_too_copies_the_model(first: str):
+    module = bridge()
+    parts = {"module": module, "teacher": module.base}
+    container = nn.ModuleDict({first: parts.pop(first), **parts})
+    twin = copy.deepcopy(container)
+    assert twin["teacher"] is not module.base
+    assert twin["module"].base is module.base
+
+
+def test_an_average_with_buffers_keeps_the_token_ids():
+    module = bridge()
+    ema = torch.optim.swa_utils.get_ema_avg_fn(0.9)
+    average = torch.optim.swa_utils.AveragedModel(module, avg_fn=ema, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(module)
+    assert average.module.state_dict()[IDS].tolist() == TOKENS
+    module.load_state_dict(average.module.state_dict())
+
+
+def test_a_parameter_of_the_model_that_is_trained_later_is_noticed():
+    module, x = bridge(), torch.tensor([TOKENS])
+    module.base.lm_head.register_parameter("lora", nn.Parameter(torch.zeros(2)))
+    with pytest.raises(RuntimeError, match=r"require grad since it was made \('lm_head.lora'"):
+        module(x)
+    with torch.no_grad():
+        module(x)
+
+
+def test_a_forward_that_a_tool_sets_is_that_of_the_module():
+    module, x = bridge(), torch.tensor([TOKENS])
+    base, expected = module.base, module(torch.tensor([TOKENS])).logits
+    base.forward = types.MethodType(type(base).forward, base)  # as accelerate leaves it behind
+    assert torch.equal(module(x).logits, expected)
+    plain = module.forward
+    module.forward = lambda *args: plain(*args).logits * 2
+    assert torch.equal(module(x), expected * 2)
+    assert base.forward.__self__ is base
+
+
+def test_matrices_with_names_alike_have_parameters_of_their_own():
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.ModuleDict({"b": nn.Embedding(9, 2), "~c": nn.Embedding(9, 2)})
+            for name in ("a/b", "a~0c", "a~1b"):
+                self.add_module(name, nn.Embedding(9, 2))
+
+        def forward(self, x):
+            embeddings = [m for m in self.modules() if isinstance(m, nn.Embedding)]
+            return torch.stack([m(x) for m in embeddings])
+
+    model, x = Alike().requires_grad_(False), torch.tensor([1, 2])
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    params = init_deltas(model, [1], targets=names, init="normal")
+    module = TokenModule(model, params)
+    assert len(list(module.parameters())) == len(names) == 5
+    assert torch.equal(module(x), functional_call(model, patch(params), x))
+    module.load_state_dict(copy.deepcopy(module.state_dict()))
+
+
+def test_the_class_of_a_model_is_not_kept():
+    def made() -> weakref.ref:
+        class Own(models.Language):
+            pass
+
+        model = Own().requires_grad_(False)
+        module = TokenModule(model, init_deltas(model, [1]))
+        assert type(TokenModule(model, init_deltas(model, [2]))) is type(module)
+        return weakref.ref(Own)
+
+    kept = made()
+    gc.collect()
+    assert kept() is None
 
 
 def test_plain_data_is_set_where_the_model_reads_it():
@@ -290,4 +421,4 @@ def test_modules_over_one_model_have_one_class():
     assert type(a) is type(b)
     rows, buffers = torch.func.stack_module_state([a, b])
     assert rows[ROWS].shape == (2, 3, 16)
-    assert buffers[IDS].shape == (2, 3)
+    assert buffers == {}

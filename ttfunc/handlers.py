@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ttfunc.overrides import einsum_as_product, transposes
+from ttfunc.reads import like
 from ttfunc.source import Sourced, is_deferred
 
 
@@ -45,7 +46,7 @@ def _embedding(
     if isinstance(input, Sourced):
         return NotImplemented
     source = weight.source
-    source.uses.add("lookup")
+    source.note("lookup")
     return source.rows.lookup(input, source.base, padding_idx)
 
 
@@ -64,7 +65,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1])):
         return NotImplemented
     source = weight.source
-    source.uses.add("product")
+    source.note("product")
     return source.rows.product(input, source.base, bias)
 
 
@@ -129,7 +130,9 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
             return weight
         if not base.is_floating_point():
             return NotImplemented
-        rows = weight.source.rows.map(lambda values: func(values, *args, **kwargs))
+        rows = weight.source.rows.map(
+            lambda values: func(like(values, weight.source.base), *args, **kwargs)
+        )
         source = weight.source._replace(base=base, rows=rows, beneath=rows.beneath(base))
         return weight.like(source)
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ttfunc.deltas import TokenDeltas, TokenRows
 from ttfunc.indices import TokenIndices, token_indices
 from ttfunc.targets import Matrix, Targets, find_targets, matrix_of
-from ttfunc.turns import turn
 
 Init: TypeAlias = "str | Tensor | Callable[[Tensor, Tensor], Tensor]"
 
@@ -56,10 +55,8 @@ def init_deltas(
         raise TypeError(
             f"dtype={dtype!r} cannot be trained: give a floating-point dtype such as torch.float32."
         )
-    with turn():  # not while another thread has weights swapped
-        requests = _requests(model, idx, targets)
     deltas, rows = {}, {}
-    for matrix, indices in requests:
+    for matrix, indices in _requests(model, idx, targets):
         weight = matrix.tensor.detach()
         name, ids = matrix.names[0], indices.on(weight.device).ids
         originals = weight.index_select(0, ids)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping
 from reprlib import repr as shown
 from typing import Any, NoReturn, Self
@@ -12,10 +12,9 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
-from ttfunc.call import functional_call
+from ttfunc.call import call_copy, functional_call
 from ttfunc.deltas import TokenDeltas, TokenRows
 from ttfunc.patch import patch
-from ttfunc.turns import turn
 
 CHECKPOINTING = {
     f"{what}_checkpointing_{do}"
@@ -27,36 +26,39 @@ CHECKPOINTING = {
 class TokenModule(nn.Module):
     """A frozen model with trained rows, as a module that has these rows alone.
 
-    `parameters()` are copies of the deltas, a `(k, D)` one for each matrix; the `(k,)` int64 token
-    indices are buffers beside them. So an optimizer, DDP and `state_dict` see kilobytes. The model
-    is in `base`, and no submodule. It is called by `functional_call`, and its weights never change;
-    `to`, `train`, `eval` and the switches of gradient checkpointing act on it too; float32 rows
-    stay so over a half-precision base.
+    `parameters()` are the leaves of `params`, a `(k, D)` one for each matrix: there is one set of
+    rows, and training the module trains `params`. `state_dict` has the `(k,)` int64 token indices
+    beside them. So an optimizer, DDP and a checkpoint see kilobytes. The model is in `base`, and no
+    submodule. It is called by `functional_call`, and its weights never change; `to`, `train`,
+    `eval` and the switches of gradient checkpointing act on it too; float32 rows stay so over a
+    half-precision base.
 
     Other attributes that are plain data (`config`, `device`) are read from the model; its methods,
     submodules and tensors are not, because they know nothing of the rows. The class takes the name
-    and the signature of the model's, which transformers' Trainer goes by. A deep copy has rows of
-    its own over the same base, which it does not move.
+    and the signature of the model's, which transformers' Trainer goes by. A deep copy has rows and
+    training modes of its own over the same base, which it neither moves nor switches.
 
     Args:
         model: frozen, and the one that `params` were made from.
-        params: with `(k, D)` deltas. They are copied, and not changed by training.
+        params: with `(k, D)` deltas, leaves. They become `nn.Parameter`s that require grad.
 
     Raises:
-        ValueError: a model that is not frozen, deltas of another shape, stale parameters.
+        ValueError: a model that is not frozen, deltas of another shape or that are no leaves, stale
+            parameters.
         TypeError: no module, or no TokenDeltas.
-        RuntimeError: parameters that belong to no model.
+        RuntimeError: parameters that belong to no model; and when it is called, a parameter of the
+            model that requires grad since.
     """
 
     base: nn.Module
-    _copied: bool
+    _modes: dict[nn.Module, bool] | None  # of the base's modules, in a copy of this module
 
     def __init__(self, model: nn.Module, params: TokenDeltas) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         patch(params)  # raises what a call would
-        if free := [name for name, p in model.named_parameters() if p.requires_grad]:
+        if free := _trainable(model):
             raise ValueError(
                 f"{len(free)} parameters of {type(model).__name__} require grad ({free[0]!r}, …): "
                 "backward would fill their gradients, and no optimizer that is given this module "
@@ -64,14 +66,11 @@ class TokenModule(nn.Module):
             )
         # Past nn.Module's own __setattr__, which would make it a submodule.
         self.__dict__.update(base=model, _rows=dict(params.rows), training=model.training)
-        self._copied = False
-        for name in params.rows:
-            delta = params.deltas[name].detach().clone(memory_format=torch.contiguous_format)
-            self.register_parameter(_key("deltas", name), nn.Parameter(delta))
-            self.register_buffer(_key("token_indices", name), params.token_indices[name])
-        # They are constant: DDP need not send them at each step.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self.__class__ = _like(type(model), type(self))  # type: ignore[arg-type]
+        self._modes = None
+        parameters = {name: _parameter(delta, name) for name, delta in params.deltas.items()}
+        for name, parameter in parameters.items():
+            self.register_parameter(_key("deltas", name), parameter)
+        self.__class__ = _like(type(model), type(self))
 
     def params(self) -> TokenDeltas:
         """The rows for `patch`, `merge` and `save`; the leaves are this module's own parameters."""
@@ -88,14 +87,15 @@ class TokenModule(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode of this module, and so of the model when it is next called."""
-        if not self._copied:
+        if self._modes is None:
             self.base.train(mode)
+        else:  # the base is the original's
+            self._modes = dict.fromkeys(self.base.modules(), mode)
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        if not self._copied:  # the base is the original's
-            with turn():
-                self.base._apply(fn, recurse)
+        if self._modes is None:
+            self.base._apply(fn, recurse)
 
         def keep_wide(tensor: Tensor) -> Tensor:
             # Small updates vanish in half precision, whatever the base is in.
@@ -107,16 +107,24 @@ class TokenModule(nn.Module):
         return self
 
     def _call(self, args: Any, kwargs: Any, method: str) -> Any:
-        with turn():
-            if self.base.training is not self.training:  # a copy of this module may have set it
-                self.base.train(self.training)
-            weights = patch(self.params())
-            return functional_call(self.base, weights, args, kwargs, method=method)
+        if torch.is_grad_enabled() and (free := _trainable(self.base)):
+            raise RuntimeError(
+                f"{len(free)} parameters of the {type(self.base).__name__} in a TokenModule "
+                f"require grad since it was made ({free[0]!r}, …): backward would fill their "
+                "gradients, and no optimizer that is given this module sees them. Freeze them, or "
+                "train the rows beside them with functional_call(model, patch(params), ...)."
+            )
+        weights = patch(self.params())
+        modes = {m: mode for m, mode in (self._modes or {}).items() if m.training is not mode}
+        if modes:
+            return call_copy(self.base, weights, args, kwargs, method, modes)
+        return functional_call(self.base, weights, args, kwargs, method=method)
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base")
         known = base is not None and not name.startswith("_") and name in vars(base)
-        if known and name not in self.__dict__:  # as generation_config, which generate reads there
+        # Plain data, as generation_config, which generate reads there; a forward is this module's.
+        if known and name not in self.__dict__ and not callable(value):
             setattr(base, name, value)
         else:
             super().__setattr__(name, value)
@@ -140,6 +148,14 @@ class TokenModule(nn.Module):
             "ttfunc.save(module.params(), path) keeps them."
         )
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # No buffers: what averages buffers would average these.
+        for name, ids in self.params().token_indices.items():
+            destination[prefix + _key("token_indices", name)] = ids
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -159,14 +175,19 @@ class TokenModule(nn.Module):
         if faults:
             error_msgs += faults
             return  # before anything is written
+        ids = {prefix + _key("token_indices", name) for name in self._rows}
+        rest = {key: value for key, value in state_dict.items() if key not in ids}
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenModule:
         copied = type(self).__new__(type(self))
-        memo |= {id(self): copied, id(self.base): self.base}
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo), _copied=True)
+        modes = self._modes or {module: module.training for module in self.base.modules()}
+        memo[id(self)] = copied
+        shared = ("base", "_modes")
+        state = {name: value for name, value in vars(self).items() if name not in shared}
+        vars(copied).update(copy.deepcopy(state, memo), base=self.base, _modes=dict(modes))
         return copied
 
     def __getstate__(self) -> NoReturn:
@@ -186,13 +207,47 @@ class TokenModule(nn.Module):
 
 
 def _key(part: str, name: str) -> str:
-    """A parameter's name must have no dot."""
-    return f"{part}/{name.replace('.', '/')}"
+    """A parameter's name must have no dot. (The escapes are those of RFC 6901.)"""
+    escaped = name.replace("~", "~0").replace("/", "~1")
+    return f"{part}/{escaped.replace('.', '/')}"
 
 
-@functools.cache  # so that modules over one model have one class
+def _trainable(model: nn.Module) -> list[str]:
+    # named_parameters() takes some times as long, and this runs at every step.
+    pairs = ((module, module._parameters) for module in model.modules())
+    if not any(p is not None and p.requires_grad for _, held in pairs for p in held.values()):
+        return []
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _parameter(delta: Tensor, name: str) -> nn.Parameter:
+    """The very tensor as a Parameter, so that an optimizer that has it already trains it."""
+    if not delta.is_leaf or delta.is_inference():
+        raise ValueError(
+            f"the delta of {name!r} is computed from others, or was made in inference mode, and "
+            "no parameter that can be trained. Give leaves: "
+            "optree.tree_map(lambda t: t.detach().clone(), params)."
+        )
+    if not isinstance(delta, nn.Parameter):
+        delta.__class__ = nn.Parameter  # as torch does when it fills a lazy parameter
+    return delta.requires_grad_()  # type: ignore[return-value]
+
+
+_CLASSES: weakref.WeakKeyDictionary[type[nn.Module], weakref.ref[type[TokenModule]]]
+_CLASSES = weakref.WeakKeyDictionary()
+
+
 def _like(model_class: type[nn.Module], module_class: type[TokenModule]) -> type[TokenModule]:
-    """A subclass that Trainer takes for the model's class.
+    """A subclass that Trainer takes for the model's class; modules over one class share it."""
+    known = _CLASSES.get(model_class, lambda: None)()
+    if known is None or known.__base__ is not module_class:
+        known = _subclass(model_class, module_class)
+        _CLASSES[model_class] = weakref.ref(known)
+    return known
+
+
+def _subclass(model_class: type[nn.Module], module_class: type[TokenModule]) -> type[TokenModule]:
+    """With what Trainer goes by.
 
     By the name it shifts the labels; by the signature of `forward`, of the class and of the
     instance, it chooses columns, finds the labels and passes `num_items_in_batch`.

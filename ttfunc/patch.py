@@ -42,10 +42,9 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
         row = together.rows[name]
         matrix = matrix_of_rows(row)
         base = matrix.tensor.detach()
-        rows = delta.to(base.device, base.dtype)
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
         copied = dense or matrix.renormed
-        weight = patched(base, Replaced(rows, row.indices), matrix, dense=copied)
+        weight = patched(base, Replaced(delta, row.indices), matrix, dense=copied)
         weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights
 

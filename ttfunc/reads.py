@@ -21,7 +21,10 @@ _TRANSFORM = functorch.TransformType
 
 
 class Replaced(NamedTuple):
-    """`(k, D)` rows in place of the `indices` of a base."""
+    """`(k, D)` rows in place of the `indices` of a base, cast to its dtype whenever they are read.
+
+    So a patch that is made once follows its rows through training.
+    """
 
     values: Tensor
     indices: TokenIndices
@@ -32,14 +35,15 @@ class Replaced(NamedTuple):
         frozen = F.embedding(tokens, base)
         hit, row = self.indices.find(tokens, base.device)
         padding_row = None if padding_idx is None else self.indices.row_of(padding_idx % len(base))
-        replaced = F.embedding(row, self.values, padding_idx=padding_row)
+        replaced = F.embedding(row, like(self.values, base), padding_idx=padding_row)
         return torch.where(hit.unsqueeze(-1), replaced, frozen)
 
     def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear` of `(..., D)` hidden states: `(..., V)`, differentiable by all but `base`."""
         bias = None if bias is None else autocast(bias)
         ids = self.indices.on(base.device).ids
-        operands = (autocast(hidden), autocast(base), autocast(self.values), bias, ids)
+        rows = autocast(like(self.values, base))
+        operands = (autocast(hidden), autocast(base), rows, bias, ids)
         if _has_no_rule():
             return _product(*operands)
         function = _TracedProduct if torch.compiler.is_dynamo_compiling() else _Product
@@ -49,11 +53,11 @@ class Replaced(NamedTuple):
 
     def copied(self, base: Tensor) -> Tensor:
         """The matrix itself, `(V, D)`."""
-        return base.index_copy(0, self.indices.on(base.device).ids, self.values)
+        return base.index_copy(0, self.indices.on(base.device).ids, like(self.values, base))
 
     def beneath(self, base: Tensor) -> Tensor:
         """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
-        return nan_beneath(Carrier, self.values, base, self.indices)
+        return nan_beneath(Carrier, like(self.values, base), base, self.indices)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> Replaced:
         """The rows with a function applied that acts on each alone."""
@@ -203,6 +207,11 @@ def _at_work(*transforms: Any) -> bool:
     if not torch._C._are_functorch_transforms_active():
         return False
     return any(layer.key() in transforms for layer in functorch.get_interpreter_stack() or [])
+
+
+def like(values: Tensor, base: Tensor) -> Tensor:
+    """Rows in the dtype of the base, and on its device."""
+    return values.to(base.device, base.dtype)
 
 
 def autocast(operand: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from ttfunc.targets import Matrix
@@ -14,6 +15,9 @@ class Rows(Protocol):
 
     by_example: each example of a batch has its own; the first dimension is the batch.
     """
+
+    @property
+    def values(self) -> Tensor: ...
 
     @property
     def by_example(self) -> bool: ...
@@ -34,12 +38,21 @@ class Rows(Protocol):
         """The rows with a function applied that acts on each alone."""
 
 
+class Reads:
+    """How a weight was read, each way a flag: compiled code sets one without a look at it before,
+    so that another weight needs no other code.
+    """
+
+    def __init__(self) -> None:
+        self.lookup = self.product = self.dense = False
+
+
 class Source(NamedTuple):
     """What a patched weight is made of: `(V, D)` base and rows, alike in dtype and device.
 
     beneath: the `(V, D)` tensor that the weight is to whatever gets past `__torch_function__`.
-    copy: the patched matrix, of a dense one. memory: where the model's own matrix lay. uses: how it
-    was read.
+    copy: the patched matrix, of a dense one. memory: where the model's own matrix lay. made_from:
+    what was copied when it was made, each with its version then. reads: how it was read.
     """
 
     base: Tensor
@@ -48,7 +61,34 @@ class Source(NamedTuple):
     beneath: Tensor
     copy: Tensor | None
     memory: tuple[object, ...] | None
-    uses: set[str]
+    made_from: tuple[tuple[Tensor, int], ...]
+    reads: Reads
+
+    @property
+    def uses(self) -> set[str]:
+        """The ways in which it was read: `"lookup"`, `"product"`, `"dense"`."""
+        return {how for how, read in vars(self.reads).items() if read}
+
+    def note(self, how: str) -> None:
+        """Note a read. Raises ValueError where what was copied has been written to since."""
+        if any(tensor._version != version for tensor, version in self.made_from):
+            raise ValueError(
+                "stale patch: its rows, or the matrix, were written to since it was made (by a "
+                "step of an optimizer, or load_state_dict), and it holds copies of them. Call "
+                "patch again for each step; a deferred patch follows its rows."
+            )
+        setattr(self.reads, how, True)
+
+
+def versions(*tensors: Tensor) -> tuple[tuple[Tensor, int], ...]:
+    """Each with its version, where it has one: each write in place makes a new one."""
+    if torch.compiler.is_dynamo_compiling():
+        return ()
+    return tuple(
+        (tensor, tensor._version)
+        for tensor in tensors
+        if not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    )
 
 
 class Sourced(Tensor):

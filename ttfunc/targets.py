@@ -15,10 +15,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ttfunc.path import Path, find_path
+
 Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Matrix:
     """One distinct token matrix of a model.
 
@@ -26,11 +28,13 @@ class Matrix:
     slots: one name for each distinct (module, attribute) that holds it, with its tensor. A module
         reached by two paths is one slot: swapped twice, it would stay swapped for good.
     renormed: an Embedding with max_norm holds it, which rescales it in place as it reads.
+    path: the modules that a call copies; found anew where a call finds them changed.
     """
 
     names: tuple[str, ...]
     slots: tuple[tuple[str, Tensor], ...]
     renormed: bool
+    path: Path
 
     @property
     def tensor(self) -> Tensor:
@@ -103,7 +107,8 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
                     f"{tuple(tensor.shape)}: the two cannot be patched together. Give it "
                     "memory of its own, or make it the same parameter."
                 )
-    return Matrix(tuple(names), tuple(slots.values()), renormed)
+    held = [tensor for _, tensor in slots.values()]
+    return Matrix(tuple(names), tuple(slots.values()), renormed, find_path(model, held))
 
 
 def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
@@ -121,6 +126,18 @@ def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
                 seen.add(id(child))
                 pending.append(child)
     return count
+
+
+def held_under(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer that the model has under `name` now."""
+    *path, attribute = name.split(".")
+    module: nn.Module | None = model
+    for part in path:
+        module = None if module is None else module._modules.get(part)
+    if module is None:
+        return None
+    parameter = module._parameters.get(attribute)
+    return module._buffers.get(attribute) if parameter is None else parameter
 
 
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
@@ -187,8 +204,8 @@ def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
         )
     if weight is not None and not isinstance(weight, nn.Parameter):
         raise TypeError(
-            f"the weight of {name!r} is swapped by a functional call now, and is not the model's "
-            "own. Call this before or after it."
+            f"the weight of {name!r} stands for another in a functional call now, and is not the "
+            "model's own. Call this before or after it, or on the model itself."
         )
     if weight is None:
         raise TypeError(

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from ttfunc.handlers import HANDLERS, frozen
 from ttfunc.overrides import ABOUT, BENEATH, written_by
-from ttfunc.source import Rows, Source, Sourced
+from ttfunc.source import Reads, Rows, Source, Sourced, versions
 from ttfunc.targets import Matrix, memory_of
 
 
@@ -34,6 +34,10 @@ class PatchedWeight(Sourced):
     def turned(self) -> PatchedWeight:
         """The transpose."""
         return _wrap(self.source, not self.transposed)
+
+    def unread(self) -> PatchedWeight:
+        """The same, with no use noted yet."""
+        return _wrap(self.source._replace(reads=Reads()), self.transposed)
 
     @classmethod
     def __torch_function__(
@@ -71,7 +75,9 @@ def patched(base: Tensor, rows: Rows, matrix: Matrix | None, *, dense: bool) -> 
     memory = None
     if matrix is not None and not torch.compiler.is_dynamo_compiling():  # which reads no pointers
         memory = memory_of(matrix.tensor)
-    return _wrap(Source(base, rows, matrix, beneath, copy, memory, set()), transposed=False)
+    made_from = () if copy is None else versions(base, rows.values)
+    source = Source(base, rows, matrix, beneath, copy, memory, made_from, Reads())
+    return _wrap(source, transposed=False)
 
 
 def _wrap(source: Source, transposed: bool) -> PatchedWeight:
@@ -86,7 +92,7 @@ def _dense(value: Any) -> Any:
     if not isinstance(value, PatchedWeight):
         return value
     source = value.source
-    source.uses.add("dense")
+    source.note("dense")
     # The copy is not kept for the next read, which may be under another grad mode or transform.
     copy = source.rows.copied(source.base) if source.copy is None else source.copy
     return copy.mT if value.transposed else copy

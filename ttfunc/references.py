@@ -1,0 +1,117 @@
+"""What a value refers to, and the same value with others in their place.
+
+Followed are modules and tensors, in lists, tuples, sets, dicts and weak references, and in what is
+called: bound methods, partials and closures. An object of any other class is left as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+CALLABLES = (FunctionType, MethodType, functools.partial)
+_SEQUENCES = (list, tuple, set, frozenset, deque)
+_MAPPINGS = (dict, OrderedDict)
+_FOLLOWED = {*CALLABLES, *_SEQUENCES, *_MAPPINGS, weakref.ref}
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, range, slice}
+
+
+def references(value: object, seen: set[int] | None = None) -> Iterator[object]:
+    """The modules, the tensors and the objects of other classes that `value` refers to, or is."""
+    seen = set() if seen is None else seen
+    kind = type(value)
+    if kind in _PLAIN or id(value) in seen or isinstance(value, (type, ModuleType)):
+        return
+    seen.add(id(value))
+    if isinstance(value, (nn.Module, Tensor)) or kind not in _FOLLOWED:
+        yield value
+        return
+    for part in _parts(value):
+        yield from references(part, seen)
+
+
+def substituted(value: Any, others: Mapping[int, Any]) -> Any:
+    """`value` with `others[id(x)]` for each x that it refers to; itself, where there is none.
+
+    What holds one of these is made anew, and the rest of it is shared: a closure keeps all of its
+    cells but those.
+    """
+    if id(value) in others:
+        return others[id(value)]
+    kind: Any = type(value)
+    if kind not in _FOLLOWED or not any(id(one) in others for one in references(value)):
+        return value
+    if kind is FunctionType:
+        return _with_cells(value, others)
+    others = {**others, id(value): value}  # a list that holds itself ends here
+    if kind in _MAPPINGS:
+        return kind({key: substituted(part, others) for key, part in value.items()})
+    parts: list[Any] = [substituted(part, others) for part in _parts(value)]
+    if kind in _SEQUENCES:
+        return kind(iter(parts))
+    if kind is functools.partial:
+        named = dict(zip(value.keywords, parts[1 + len(value.args) :], strict=True))
+        return functools.partial(parts[0], *parts[1 : 1 + len(value.args)], **named)
+    return kind(*parts)  # a method of another, or a reference to it
+
+
+def global_references(value: object) -> Iterator[object]:
+    """The modules and tensors that functions in `value` find among their globals, by name."""
+    pending, seen = [value], set()
+    while pending:
+        one = pending.pop()
+        if id(one) in seen or type(one) not in CALLABLES:
+            continue
+        seen.add(id(one))
+        pending += _parts(one)
+        if isinstance(one, FunctionType):
+            found = (one.__globals__.get(name) for name in one.__code__.co_names)
+            yield from (held for held in found if isinstance(held, (nn.Module, Tensor)))
+
+
+def _parts(value: Any) -> list[Any]:
+    kind = type(value)
+    if kind in _MAPPINGS:
+        return list(value.values())
+    if kind is weakref.ref:
+        return [value()]
+    if kind is MethodType:
+        return [value.__func__, value.__self__]
+    if kind is functools.partial:
+        return [value.func, *value.args, *value.keywords.values()]
+    if kind is FunctionType:
+        given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        return [*map(_content, value.__closure__ or ()), *given]
+    return list(value)
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _with_cells(function: FunctionType, others: Mapping[int, Any]) -> FunctionType:
+    cells = list(function.__closure__ or ())
+    fresh = {
+        place: CellType(None)
+        for place, cell in enumerate(cells)
+        if any(id(one) in others for one in references(_content(cell), {id(function)}))
+        or _content(cell) is function
+    }
+    closure = tuple(fresh.get(place, cell) for place, cell in enumerate(cells))
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
+    made.__dict__.update(function.__dict__)
+    others = {**others, id(function): made}  # which may call itself
+    made.__defaults__ = substituted(function.__defaults__, others)
+    made.__kwdefaults__ = substituted(function.__kwdefaults__, others)
+    for place, cell in fresh.items():
+        cell.cell_contents = substituted(_content(cells[place]), others)
+    return made

@@ -1,0 +1,65 @@
+"""Whether a patch belongs to the model as it is, and what has happened where it does not."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from torch import Tensor, nn
+
+from ttfunc.source import Source, Sourced
+from ttfunc.targets import Matrix, held_under, memory_of
+
+
+def check_fresh(model: nn.Module, name: str, tensor: Tensor, source: Source) -> None:
+    """Raise ValueError unless the model holds `tensor` there, and it is what was patched."""
+    now = held_under(model, name)
+    if isinstance(now, Sourced) and now.source.matrix is not None:
+        # A call of a copy, inside of a call: a weight of the outer one stands in its place.
+        now = next((one for slot, one in now.source.matrix.slots if one is tensor), now)
+    matrix = source.matrix
+    # Resizing and casting may keep the Parameter and replace what is in it.
+    if (
+        now is tensor
+        and (matrix is None or any(tensor is one for _, one in matrix.slots))
+        and (source.memory is None or memory_of(tensor) == source.memory)
+    ):
+        return
+    raise ValueError(
+        f"stale patch: the parameter {name!r} that it was made from "
+        f"{_what_is_there(now)} in this {type(model).__name__}: {_why(model, name, now, matrix)}"
+    )
+
+
+def _what_is_there(now: Tensor | None) -> str:
+    if now is None:
+        return "is not there"
+    return f"is another one, {tuple(now.shape)} in {now.dtype} on {now.device}"
+
+
+def _why(model: nn.Module, name: str, now: Tensor | None, matrix: Matrix | None) -> str:
+    if matrix is None:
+        return "call patch again."
+    named = chain(model.named_parameters(), model.named_buffers())
+    others = (other for other, one in named if one is matrix.tensor)
+    elsewhere = next((other for other in others if other not in matrix.names), None)
+    made_from = matrix.path.model()
+    if elsewhere is not None:
+        return (
+            f"it goes by the name {elsewhere!r} here, in a wrapper, a part or a changed form of "
+            "the model that the parameters were made from. Call that model, use init_deltas on "
+            f"this one, or rename the weight: {{{elsewhere!r}: patch(params)[{name!r}]}}."
+        )
+    if made_from is not None and made_from is not model:
+        return (
+            f"this is another model than the {type(made_from).__name__} that the parameters were "
+            "made from (a deep copy, say). Call that one, or use init_deltas on this very model."
+        )
+    if isinstance(now, Tensor) and now is matrix.tensor:
+        return (
+            "it was resized, cast or moved since. Call patch again, and init_deltas on this very "
+            "model where its shape is another."
+        )
+    return (
+        "it was replaced, resized, cast or moved since. Call patch again, and init_deltas on this "
+        "very model where the weights or their names are others."
+    )
