@@ -186,3 +186,18 @@ def test_static_data_made_inside_a_transform_outlives_it():
 
     torch.func.grad(loss)(a)
     assert kept[0].originals[NAME].equal(model.embed_tokens.weight[[5, 1]])
+
+
+def test_what_people_reach_for_names_optree():
+    params = init_deltas(make("tied"), [3, 7])
+    with pytest.raises(TypeError, match=r"optree.tree_leaves\(params\)"):
+        torch.optim.Adam(params)
+    for name in ("to", "detach", "cpu", "requires_grad_", "clone"):
+        match = rf"no attribute '{name}'.*optree.tree_map\(lambda t: t.{name}\("
+        with pytest.raises(AttributeError, match=match):
+            getattr(params, name)
+    with pytest.raises(TypeError, match=r"got \['embed_tokens'\].*\['embed_tokens.weight'\]"):
+        params["embed_tokens"]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'.$"):
+        _ = params.nothing
+    assert not hasattr(params, "__torch_function__")

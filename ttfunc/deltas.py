@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import optree
 import torch
@@ -83,6 +83,28 @@ class TokenDeltas:
     def tied(self) -> dict[str, tuple[str, ...]]:
         """All names of each matrix, its own first one included."""
         return {name: row.names for name, row in self.rows.items()}
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "TokenDeltas is a pytree, not a list of tensors. Its leaves, for an optimizer say: "
+            "optree.tree_leaves(params)."
+        )
+
+    def __getitem__(self, name: object) -> NoReturn:
+        raise TypeError(
+            f"TokenDeltas is not indexed, got [{name!r}]. params.deltas[name], "
+            f"params.token_indices[name] and params.originals[name] are for the names "
+            f"{list(self.deltas)}."
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:  # only for what is not there
+        hint = ""
+        if not name.startswith("_") and callable(getattr(Tensor, name, None)):
+            hint = (
+                " It is a pytree; what is done to each of its tensors goes by optree: "
+                f"params = optree.tree_map(lambda t: t.{name}(...), params)."
+            )
+        raise AttributeError(f"TokenDeltas has no attribute {name!r}.{hint}")
 
     def __repr__(self) -> str:
         parts = [
