@@ -233,7 +233,7 @@ def test_it_compiles_to_one_graph():
 
 
 def test_a_diverged_adapter_does_not_touch_the_other_examples():
-    model = make("tied").requires_grad_(False)
+    model = make("tied").requires_grad_(False).eval()
     model.body.bias.requires_grad_()
     each = adapters(model)
     each[0] = optree.tree_map(lambda t: t * torch.nan, each[0])

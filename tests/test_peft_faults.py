@@ -158,6 +158,6 @@ def test_an_embedding_that_is_never_read():
     model = toy("bart_untied")
     params, inputs = learnt(model), inputs_of(model, 7, 3)
     assert torch.equal(logits(peft_of(model, IDX, params), inputs), logits(model, inputs))
-    with pytest.warns(UserWarning, match=r"did not read .*'model.shared.weight'.*targets="):
+    with pytest.raises(RuntimeError, match=r"did not read .*'model.shared.weight'.*targets="):
         run(model, params, inputs)
     agree(model, learnt(model, targets=["encoder.embed_tokens", "decoder.embed_tokens"]))
