@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ttfunc.path import Copies, Path, find_path, joined
-from ttfunc.swaps import Swap, find_swaps, is_patch
+from ttfunc.slots import Slot, find_slots, is_patch
 
 # Results whose reads come after the call.
 _LATER = (Iterator, Awaitable, AsyncIterator, FunctionType, MethodType)
@@ -70,26 +70,26 @@ def call_copy(
 ) -> Any:
     """`functional_call` in which the modules of `modes` are in these training modes."""
     modes = modes or {}
-    swaps = find_swaps(model, weights)
+    slots = find_slots(model, weights)
     traced = torch.compiler.is_dynamo_compiling()
     if not traced:
-        _warn_of_frozen_rows(model, swaps)
-    path = _path(model, swaps, modes)
-    copies = Copies(path, {id(swap.held): swap.stand_in for swap in swaps}, modes)
+        _warn_of_frozen_rows(model, slots)
+    path = _path(model, slots, modes)
+    copies = Copies(path, {id(slot.held): slot.stand_in for slot in slots}, modes)
     called = copies.model if method == "forward" else getattr(copies.model, method)
-    with contextlib.nullcontext() if traced or not path.aside else _RefuseOwn(path, swaps):
+    with contextlib.nullcontext() if traced or not path.aside else _RefuseOwn(path, slots):
         out = called(*args, **kwargs)
     if not (traced or isinstance(out, _LATER)):
-        _check_read(model, swaps)
-    copies.carry_over([swap.held for swap in swaps])
+        _check_read(model, slots)
+    copies.carry_over([slot.held for slot in slots])
     return out
 
 
-def _path(model: nn.Module, swaps: Sequence[Swap], modes: Mapping[nn.Module, bool]) -> Path:
+def _path(model: nn.Module, slots: Sequence[Slot], modes: Mapping[nn.Module, bool]) -> Path:
     """What is to be copied: as it was found when the parameters were made, if it is so still."""
-    if modes or any(swap.matrix.path.model() is not model for swap in swaps):
-        return find_path(model, [swap.held for swap in swaps], modes)
-    matrices = list({id(swap.matrix): swap.matrix for swap in swaps}.values())
+    if modes or any(slot.matrix.path.model() is not model for slot in slots):
+        return find_path(model, [slot.held for slot in slots], modes)
+    matrices = list({id(slot.matrix): slot.matrix for slot in slots}.values())
     for matrix in matrices:
         way = [module for name in matrix.names for module in _way(model, name)]
         if not matrix.path.leads_through(way):
@@ -107,14 +107,14 @@ def _way(model: nn.Module, name: str) -> Iterator[nn.Module]:
         module = module._modules.get(part)
 
 
-def _warn_of_frozen_rows(model: nn.Module, swaps: Sequence[Swap]) -> None:
+def _warn_of_frozen_rows(model: nn.Module, slots: Sequence[Slot]) -> None:
     """Say so where others are trained beside the rows, and the rows are not."""
     if not (model.training and torch.is_grad_enabled()):
         return
-    patches = [(swap.weight, swap) for swap in swaps if is_patch(swap.weight)]
+    patches = [(slot.weight, slot) for slot in slots if is_patch(slot.weight)]
     if not patches or any(
-        weight.source.rows.values.requires_grad or swap.held.requires_grad
-        for weight, swap in patches
+        weight.source.rows.values.requires_grad or slot.held.requires_grad
+        for weight, slot in patches
     ):
         return
     if any(parameter.requires_grad for parameter in model.parameters()):
@@ -127,17 +127,17 @@ def _warn_of_frozen_rows(model: nn.Module, swaps: Sequence[Swap]) -> None:
         )
 
 
-def _check_read(model: nn.Module, swaps: Sequence[Swap]) -> None:
+def _check_read(model: nn.Module, slots: Sequence[Slot]) -> None:
     """Raise RuntimeError where a call has read none of a patched matrix."""
-    for swap in swaps:
-        if not (is_patch(swap.weight) and is_patch(swap.stand_in)):
+    for slot in slots:
+        if not (is_patch(slot.weight) and is_patch(slot.stand_in)):
             continue
-        uses = swap.stand_in.source.uses
+        uses = slot.stand_in.source.uses
         for how in uses:
-            setattr(swap.weight.source.reads, how, True)
+            setattr(slot.weight.source.reads, how, True)
         if not uses:
             raise RuntimeError(
-                f"the call did not read the patched matrix {swap.matrix.names}: its rows had no "
+                f"the call did not read the patched matrix {slot.matrix.names}: its rows had no "
                 f"effect. Either this {type(model).__name__} does not use it here (choose what it "
                 "does use with init_deltas(targets=...), or leave this weight out of the call), or "
                 "it reaches its modules by a way that a call cannot copy "
@@ -148,9 +148,9 @@ def _check_read(model: nn.Module, swaps: Sequence[Swap]) -> None:
 class _RefuseOwn(TorchFunctionMode):
     """Raises where a function is given the model's own tensor in place of the one of the call."""
 
-    def __init__(self, path: Path, swaps: Sequence[Swap]) -> None:
+    def __init__(self, path: Path, slots: Sequence[Slot]) -> None:
         super().__init__()
-        self._own = {id(swap.held): swap.slot for swap in swaps}
+        self._own = {id(slot.held): slot.name for slot in slots}
         self._aside = path.aside
 
     def __torch_function__(

@@ -1,4 +1,4 @@
-"""From trained rows to the weights that a functional call swaps in."""
+"""From trained rows to the weights that a functional call runs with."""
 
 from __future__ import annotations
 

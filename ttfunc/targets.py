@@ -26,7 +26,7 @@ class Matrix:
 
     names: every name that `state_dict` gives it, the first one first.
     slots: one name for each distinct (module, attribute) that holds it, with its tensor. A module
-        reached by two paths is one slot: swapped twice, it would stay swapped for good.
+        reached by two paths is one slot.
     renormed: an Embedding with max_norm holds it, which rescales it in place as it reads.
     path: the modules that a call copies; found anew where a call finds them changed.
     """
@@ -86,7 +86,7 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
     """Every place of `model` that holds `tensor`: by identity, or by the same memory and shape.
 
     A place is a parameter or a buffer. Raises ValueError where another one covers a part of the
-    same memory, or all of it in another shape: it cannot be swapped together with this one.
+    same memory, or all of it in another shape: it cannot be patched together with this one.
     """
     names: list[str] = []
     slots: dict[tuple[int, str], tuple[str, Tensor]] = {}
@@ -210,7 +210,7 @@ def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
     if weight is None:
         raise TypeError(
             f"target {name!r} has no parameter named weight (it is computed, or managed by an "
-            "engine), so there are no rows to swap. Remove the parametrization first."
+            "engine), so there are no rows to patch. Remove the parametrization first."
         )
     if not weight.is_floating_point():
         raise TypeError(

@@ -15,22 +15,22 @@ from ttfunc.targets import Matrix, count_slots, held_under, matrix_of
 from ttfunc.weight import PatchedWeight
 
 
-class Swap(NamedTuple):
+class Slot(NamedTuple):
     """A place of the model, what it holds, and the weight that is to stand there in a call.
 
     stand_in: the weight itself, or the same with reads of its own to count: others may share it.
     """
 
-    slot: str
+    name: str
     held: Tensor
     weight: Tensor
     stand_in: Tensor
     matrix: Matrix
 
 
-def find_swaps(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Swap]:
+def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
     """One for each place of the model that holds one of the weights."""
-    swaps: dict[str, Swap] = {}
+    slots: dict[str, Slot] = {}
     own: dict[int, Matrix] = {}
     for name, weight in weights.items():
         source = weight.source if is_patch(weight) else None
@@ -43,31 +43,31 @@ def find_swaps(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Swap]:
             _check_batch_first(model)
         counted = is_patch(weight) and not torch.compiler.is_dynamo_compiling()
         stand_in = weight.unread() if counted else weight  # type: ignore[attr-defined]
-        for slot, tensor in matrix.slots:
+        for one, tensor in matrix.slots:
             if source is not None and source.matrix is not None:
-                check_fresh(model, slot, tensor, source)
+                check_fresh(model, one, tensor, source)
             elif weight.shape != tensor.shape:
                 raise ValueError(
-                    f"the weight for {slot!r} has shape {tuple(weight.shape)}, and that of "
+                    f"the weight for {one!r} has shape {tuple(weight.shape)}, and that of "
                     f"{type(model).__name__} has {tuple(tensor.shape)}."
                 )
-            now = held_under(model, slot)
-            swap = Swap(slot, tensor if now is None else now, weight, stand_in, matrix)
-            if swaps.setdefault(slot, swap).weight is not weight:
+            now = held_under(model, one)
+            slot = Slot(one, tensor if now is None else now, weight, stand_in, matrix)
+            if slots.setdefault(one, slot).weight is not weight:
                 raise ValueError(
                     f"{name!r} and another of the names {list(weights)} are one tied weight of "
-                    f"{type(model).__name__} ({slot!r}). Give it once."
+                    f"{type(model).__name__} ({one!r}). Give it once."
                 )
-    _check_ties(model, [slot for matrix in own.values() for slot, _ in matrix.slots])
-    return list(swaps.values())
+    _check_ties(model, [one for matrix in own.values() for one, _ in matrix.slots])
+    return list(slots.values())
 
 
-def _check_ties(model: nn.Module, slots: Sequence[str]) -> None:
-    if not slots or torch.compiler.is_dynamo_compiling():  # which traces no sets of ids
+def _check_ties(model: nn.Module, names: Sequence[str]) -> None:
+    if not names or torch.compiler.is_dynamo_compiling():  # which traces no sets of ids
         return
-    if count_slots(model, [held_under(model, slot) for slot in slots]) != len(slots):
+    if count_slots(model, [held_under(model, name) for name in names]) != len(names):
         raise ValueError(
-            f"{type(model).__name__} ties {slots[0]!r} to more than it did when the parameters "
+            f"{type(model).__name__} ties {names[0]!r} to more than it did when the parameters "
             "were made. Make them anew with init_deltas after tying the weights."
         )
 

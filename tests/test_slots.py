@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.models import D, V, make
 from ttfunc import init_deltas, patch
-from ttfunc.swaps import find_swaps, is_patch
+from ttfunc.slots import find_slots, is_patch
 
 NAME = "embed_tokens.weight"
 
@@ -15,28 +15,28 @@ NAME = "embed_tokens.weight"
 def test_a_patch_goes_to_every_holder_and_counts_its_own_reads():
     model = make("encoder_decoder")
     weights = patch(init_deltas(model, [3]))
-    swaps = find_swaps(model, weights)
-    assert [swap.slot for swap in swaps] == [NAME, "lm_head.weight"]
-    assert all(swap.held is model.embed_tokens.weight for swap in swaps)
-    assert all(swap.weight is weights[NAME] for swap in swaps)
-    assert swaps[0].stand_in is swaps[1].stand_in is not weights[NAME]
-    swaps[0].stand_in + 0
-    assert swaps[1].stand_in.source.uses == {"dense"}
+    slots = find_slots(model, weights)
+    assert [slot.name for slot in slots] == [NAME, "lm_head.weight"]
+    assert all(slot.held is model.embed_tokens.weight for slot in slots)
+    assert all(slot.weight is weights[NAME] for slot in slots)
+    assert slots[0].stand_in is slots[1].stand_in is not weights[NAME]
+    slots[0].stand_in + 0
+    assert slots[1].stand_in.source.uses == {"dense"}
     assert weights[NAME].source.uses == set()
 
 
 def test_a_plain_tensor_stands_for_itself():
     model = make("untied")
     weights = {"lm_head.weight": torch.zeros(V, D)}
-    (swap,) = find_swaps(model, weights)
-    assert swap.stand_in is swap.weight is weights["lm_head.weight"]
-    assert swap.held is model.lm_head.weight
+    (slot,) = find_slots(model, weights)
+    assert slot.stand_in is slot.weight is weights["lm_head.weight"]
+    assert slot.held is model.lm_head.weight
 
 
 def test_two_parameters_over_one_memory_are_two_places():
     model = make("storage_tied")
-    swaps = find_swaps(model, patch(init_deltas(model, [3])))
-    assert {id(swap.held) for swap in swaps} == {
+    slots = find_slots(model, patch(init_deltas(model, [3])))
+    assert {id(slot.held) for slot in slots} == {
         id(model.embed_tokens.weight),
         id(model.lm_head.weight),
     }
