@@ -119,7 +119,7 @@ def _warn_of_frozen_rows(model: nn.Module, slots: Sequence[Slot]) -> None:
         return
     if any(parameter.requires_grad for parameter in model.parameters()):
         warnings.warn(
-            f"the rows for {patches[0][1].slot!r} do not require grad, and parameters of the "
+            f"the rows for {patches[0][1].name!r} do not require grad, and parameters of the "
             f"{type(model).__name__} do (a LoRA?): backward would train those and leave the rows "
             "as they are. Make the rows with requires_grad=True (init_deltas, load and load_peft "
             "take it), or call model.eval() where nothing is trained.",
