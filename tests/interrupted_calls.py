@@ -1,6 +1,6 @@
 """Calls that a signal interrupts at random moments, and a fork during a call.
 
-python -m tests.interrupts interrupt call 100000
+python -m tests.interrupted_calls 100000
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from ttfunc import functional_call, init_deltas, patch
 X = tokens(7, 3)
 
 
-def interrupt(what: str, count: int) -> Counter[str]:
-    """`count` interrupts of the same thing, each at a random moment of it."""
+def interrupted(count: int) -> Counter[str]:
+    """`count` interrupts of a call, each at a random moment of it.
+
+    The model is its own after each of them, by identity and by bits, and so is what it gives.
+    """
     torch.set_num_threads(1)
-    return {"call": interrupted_calls}[what](count)
-
-
-def interrupted_calls(count: int) -> Counter[str]:
-    """The model is its own after each of them, by identity and by bits, and so is what it gives."""
     rng, outcomes = random.Random(0), Counter()  # noqa: S311
     model = make("tied").requires_grad_(False)
     params = init_deltas(model, [7, 3], init="mean")
@@ -102,4 +100,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "fork":
         fork()
     else:
-        print(json.dumps(interrupt(sys.argv[2], int(sys.argv[3]))))
+        print(json.dumps(interrupted(int(sys.argv[1]))))
