@@ -14,7 +14,7 @@ import pytest
 
 from tests.checkpoints import contents, names_in
 from ttfunc import transfer
-from ttfunc.transfer import copy_file, rename_new, staged
+from ttfunc.transfer import copy_file, rename_new, stage
 
 
 def copy(source: Path, destination: Path) -> None:
@@ -108,22 +108,26 @@ def test_a_rename_never_replaces(kind, old, tmp_path, monkeypatch):
 
 def test_the_temporary_name_is_recognisable_and_short_enough(tmp_path):
     for name in ("merged", "x" * 255, "é" * 127):
-        with staged(tmp_path / name) as partial:
-            partial.mkdir()
-            assert partial.parent == tmp_path
-            assert partial.name.startswith(f".{name[:50]}")
-            assert partial.match(".*.ttfunc-????????.partial")
+        seen: list[Path] = []
+        stage(tmp_path / name, lambda partial, seen=seen: seen.append(partial) or partial.mkdir())
+        (partial,) = seen
+        assert partial.parent == tmp_path
+        assert partial.name.startswith(f".{name[:50]}")
+        assert partial.match(".*.ttfunc-????????.partial")
         assert (tmp_path / name).is_dir()
     assert len(names_in(tmp_path)) == 3
 
 
 def test_two_at_once_do_not_meet(tmp_path):
-    second = staged(tmp_path / "b")
-    second.__enter__().mkdir()
-    with staged(tmp_path / "b") as partial:
+    def first(partial: Path) -> None:
         partial.write_text("the first to end")
+
+    def second(partial: Path) -> None:
+        partial.mkdir()
+        stage(tmp_path / "b", first)
+
     with pytest.raises(FileExistsError, match="b'"):
-        second.__exit__(None, None, None)
+        stage(tmp_path / "b", second)
     assert names_in(tmp_path) == ["b"]
     assert (tmp_path / "b").read_text() == "the first to end"
 

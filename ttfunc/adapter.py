@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, NamedTuple
@@ -16,12 +13,6 @@ from torch import Tensor
 from ttfunc.header import LONGEST
 from ttfunc.indices import token_indices
 from ttfunc.stored import blamed_on, check_rows, opened, tensor_of
-from ttfunc.transfer import replacement, sync_directory
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, DELTA, WRAPPER = "base_model.model.", ".trainable_tokens_delta", ".token_adapter"
@@ -142,69 +133,3 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"it is a {type(found).__name__}, not an object")
     return found
-
-
-def write_adapter(directory: Path, weights: bytes, config: bytes) -> None:
-    """Make the directory, or replace the adapter in it; on failure it is as it was."""
-    _check_replaceable(directory)
-    made = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with (
-            _alone(directory),
-            replacement(directory / WEIGHTS, weights) as new_weights,
-            replacement(directory / CONFIG, config) as new_config,
-            _kept(directory / WEIGHTS),
-            _kept(directory / CONFIG),
-        ):
-            # A kill leaves no config, which is no adapter, rather than one of two halves.
-            (directory / CONFIG).unlink(missing_ok=True)
-            new_weights.replace(directory / WEIGHTS)
-            new_config.replace(directory / CONFIG)
-            sync_directory(directory)
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):  # somebody has put something there
-                directory.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Wait for other processes that write an adapter there; their halves must not mix."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _kept(path: Path) -> Iterator[None]:
-    """Put a file back as it was if the block raises."""
-    before = path.read_bytes() if path.exists() else None
-    try:
-        yield
-    except BaseException:
-        if before is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.write_bytes(before)
-        raise
-
-
-def _check_replaceable(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{str(directory)!r} is a file. Name a directory for the adapter.")
-    if not (directory / CONFIG).exists():
-        return
-    with contextlib.suppress(ValueError, FileNotFoundError):
-        old = read_adapter(directory)
-        if not old.weights and not old.left:
-            return
-    raise FileExistsError(
-        f"{str(directory)!r} has an adapter that is not of token rows alone, and would be lost. "
-        "Choose another directory."
-    )

@@ -15,7 +15,7 @@ from ttfunc.folder import Checkpoint, open_checkpoint, warn_of_copies
 from ttfunc.header import read_header
 from ttfunc.merge import check_originals
 from ttfunc.places import Place, check_finite, find_places, holds, stored_as
-from ttfunc.transfer import copy_file, make_directory, staged, sync_directory
+from ttfunc.transfer import copy_file, make_directory, stage, sync_directory
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[int, int], None]
@@ -160,7 +160,7 @@ def _write_copy(
         if progress is not None:
             progress(done, total)
 
-    with staged(destination) as partial:
+    def make(partial: Path) -> None:
         # The folder itself comes first; a file that is a checkpoint alone has none.
         folders = ["", *checkpoint.folders] if checkpoint.root.is_dir() else []
         for name in folders:
@@ -169,6 +169,8 @@ def _write_copy(
             _copy_one(checkpoint, name, places, partial, advance)
         for name in reversed(folders):
             sync_directory(partial / name)
+
+    stage(destination, make)
 
 
 def _copy_one(

@@ -34,7 +34,7 @@ from ttfunc.stored import (
     tensor_of,
 )
 from ttfunc.targets import Matrix, matrix_of
-from ttfunc.transfer import replacement, sync_directory
+from ttfunc.transfer import write_file
 
 FORMAT = 1
 KEY = "ttfunc"
@@ -84,9 +84,7 @@ def save(
         own = json.dumps({"format": FORMAT, "matrices": described})
         _matrices(own)
     path = Path(os.path.realpath(path))
-    with replacement(path, serialized(tensors, {**_strings(metadata), KEY: own})) as temporary:
-        temporary.replace(path)
-        sync_directory(path.parent)
+    write_file(path, serialized(tensors, {**_strings(metadata), KEY: own}))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> TokenDeltas:

@@ -25,8 +25,8 @@ from ttfunc.adapter import (
     read_adapter,
     read_json,
     warn_of_left,
-    write_adapter,
 )
+from ttfunc.adapter_writer import write_adapter
 from ttfunc.deltas import TokenDeltas, TokenRows, combine
 from ttfunc.files import matrix_named
 from ttfunc.indices import outside_of_modes, token_indices

@@ -9,9 +9,11 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
+
+from ttfunc.whole import to_the_end
 
 Edits: TypeAlias = Iterable[tuple[int, memoryview]]
 
@@ -22,29 +24,40 @@ _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 
 
-@contextlib.contextmanager
-def staged(destination: Path) -> Iterator[Path]:
-    """A temporary path beside `destination`, which takes that name when the block ends well.
+def stage(destination: Path, make: Callable[[Path], None]) -> None:
+    """What `make` puts at the path that it is given appears at `destination` when it has ended.
 
-    It is `.<name>.ttfunc-<random>.partial`: what a killed run leaves there can be deleted. When
-    the block raises, what it made is removed.
+    The path is `.<name>.ttfunc-<random>.partial`, beside it: what a killed run leaves there can be
+    deleted. When `make` raises or is interrupted, what it made is removed.
     """
     name = os.fsdecode(os.fsencode(destination.name)[:200])  # a name has 255 bytes at most
     partial = destination.parent / f".{name}.ttfunc-{secrets.token_hex(4)}.partial"
     try:
-        yield partial
+        make(partial)
         rename_new(partial, destination)
     except BaseException:
-        _remove(partial)
+        to_the_end(lambda: _remove(partial))
         raise
     sync_directory(destination.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A file with this content, in place of what was there: whole or not at all."""
+
+    def write() -> None:
+        with replacement(path, data) as temporary:
+            temporary.replace(path)
+            sync_directory(path.parent)
+
+    to_the_end(write)
 
 
 @contextlib.contextmanager
 def replacement(path: Path, data: bytes) -> Iterator[Path]:
     """A synced file beside `path` with this content, removed at the end if it was not renamed.
 
-    It has the permissions of the file that it is to replace.
+    It has the permissions of the file that it is to replace. Only where nothing interrupts:
+    within `to_the_end`.
     """
     temporary = path.with_name(f".ttfunc-{secrets.token_hex(8)}.partial")
     try:
