@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -516,3 +517,54 @@ def test_an_eight_bit_matrix_with_a_scale_of_its_module_is_refused(tied, tmp_pat
     with pytest.raises(ValueError, match="scale.* beside it: float rows cannot"):
         merge_checkpoint(source, params, tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_arguments_in_another_order(tied, tmp_path):
+    source, params = tied
+    for arguments in ((params, source, tmp_path / "b"), (source, tmp_path / "b", params)):
+        for write in (merge_checkpoint, unmerge_checkpoint):
+            with pytest.raises(TypeError, match=r"TokenDeltas. The order is merge_checkpoint.sour"):
+                write(*arguments)
+    assert names_in(tmp_path) == ["source"]
+
+
+SOURCE = "model.safetensors"
+
+
+def rewritten(path: Path) -> None:
+    """Bytes in its middle change, and neither its size nor its header, nor its time."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"rewrite!")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+@pytest.mark.parametrize("name", [SOURCE, "config.json", "later.json"])
+def test_a_source_that_is_rewritten_meanwhile(name, when, tied, tmp_path):
+    """In place; before, during or after the copy of the file."""
+    source, params = tied
+    (source / "a_first").write_bytes(b"12345678")
+    (source / "z_last").write_bytes(b"12345678")
+    told = []
+
+    def meddle(done: int, total: int) -> None:
+        told.append(done)
+        moment = {"before": len(told) == 1, "during": len(told) == 2, "after": done == total}
+        if moment[when]:
+            (rewritten if (source / name).exists() else Path.touch)(source / name)
+
+    with pytest.raises(ValueError, match=f"source(/{name})?' was changed while it was copied"):
+        merge_checkpoint(source, params, tmp_path / "b", progress=meddle)
+    assert names_in(tmp_path) == ["source"]
+
+
+def test_a_file_alone_that_is_rewritten(tied, tmp_path):
+    source, params = tied
+    match = "model.safetensors' was changed while it was copied"
+    with pytest.raises(ValueError, match=match):
+        merge_checkpoint(
+            source / SOURCE, params, tmp_path / "b", progress=lambda *_: rewritten(source / SOURCE)
+        )
+    assert names_in(tmp_path) == ["source"]

@@ -540,3 +540,77 @@ def test_what_is_read_does_not_depend_on_the_file(saved: Path):
     assert same(loaded, params)
     assert loaded.deltas[NAME].untyped_storage().nbytes() == loaded.deltas[NAME].nbytes
     assert re.match("TokenDeltas", repr(loaded))
+
+
+# --- Places that are no files, and arguments in another order
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    """A terminal of this test's own, and not /dev/null, which root could really replace."""
+    params, ends = rows(make("tied")), os.openpty()
+    terminal = Path(os.ttyname(ends[1]))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to_pipe").symlink_to("pipe")
+    (tmp_path / "to_terminal").symlink_to(terminal)
+    (tmp_path / "loop").symlink_to("loop")
+    before, mode = listed(tmp_path), terminal.stat().st_mode
+    for path in (terminal, *(tmp_path / name for name in before)):
+        with pytest.raises(FileExistsError, match=r"is no place for a file: it is a (device|loop)"):
+            save(params, path)
+    assert listed(tmp_path) == before
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "loop").is_symlink()
+    assert terminal.stat().st_mode == mode
+    for end in ends:
+        os.close(end)
+    for name in before:
+        with pytest.raises((ValueError, FileNotFoundError), match="is no file|there is no file"):
+            read(tmp_path / name)
+
+
+def test_a_symlink_to_what_is_not_there_yet_is_kept(tmp_path):
+    (tmp_path / "link").symlink_to("rows")
+    save(rows(make("tied")), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert listed(tmp_path) == ["link", "rows"]
+    (tmp_path / "far").symlink_to("nowhere/rows")
+    with pytest.raises(FileNotFoundError, match="there is no .*nowhere"):
+        save(rows(make("tied")), tmp_path / "far")
+
+
+def test_arguments_in_another_order(tmp_path):
+    model = make("tied")
+    params, path = rows(model), tmp_path / "rows"
+    for call, order, got in (
+        (lambda: save(path, params), "save(params, path)", "TokenDeltas"),
+        (lambda: load(model, path), "load(path, model)", "Language"),
+        (lambda: read(model), "read(path)", "Language"),
+        (lambda: read(None), "read(path)", "NoneType"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"got {got}. The order is {order}.")):
+            call()
+    with pytest.raises(TypeError, match=r"a model is needed, got PosixPath\. .* load\(path, model"):
+        load(path, path)
+    assert listed(tmp_path) == []
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_rows_that_are_ready_to_be_trained(requires_grad: bool, saved: Path):
+    loaded = load(saved, make("tied"), requires_grad=requires_grad)
+    assert [delta.requires_grad for delta in loaded.deltas.values()] == [requires_grad]
+    assert all(delta.is_leaf for delta in loaded.deltas.values())
+    assert not any(rows.requires_grad for rows in loaded.originals.values())
+    if requires_grad:
+        model = make("tied")
+        loaded = load(saved, model, requires_grad=True)
+        optimizer = torch.optim.SGD(loaded.deltas.values(), lr=1.0)
+        functional_call(model, patch(loaded), (tokens(7),)).sum().backward()
+        optimizer.step()
+        assert not same_bits(loaded.deltas, load(saved, model).deltas)
+
+
+def test_in_inference_mode_too(saved: Path):
+    with torch.inference_mode():
+        loaded = load(saved, make("tied"), requires_grad=True)
+    assert loaded.deltas[NAME].requires_grad
+    assert not loaded.deltas[NAME].is_inference()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from tests.checkpoints import NAME, contents, names_in, rows, tensors_of, written
 from tests.models import D, V, make
+from ttfunc import folder
 from ttfunc.checkpoint import merge_checkpoint
 from ttfunc.folder import INDEX, open_checkpoint
 
@@ -219,3 +220,28 @@ def test_a_file_that_is_a_symlink_out_of_the_folder_is_refused(source, model, tm
     (tmp_path / "secret").write_text("elsewhere")
     (source / "notes.txt").symlink_to(tmp_path / "secret")
     refused(source, rows(model), ValueError, "notes.txt' is a symlink that leaves the folder")
+
+
+def test_a_source_that_is_no_file_and_no_folder(model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, error in (("pipe", ValueError), ("loop", FileNotFoundError)):
+        match = "pipe' is neither a folder nor a file|there is no checkpoint at .*loop'"
+        with pytest.raises(error, match=match):
+            merge_checkpoint(tmp_path / name, rows(model), tmp_path / "b")
+    assert names_in(tmp_path) == ["loop", "pipe"]
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", INDEX])
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(name, source, model, monkeypatch):
+    settled = folder._settled
+
+    def swapped(root: Path):
+        found = settled(root)
+        (source / name).unlink()
+        os.mkfifo(source / name)
+        return found
+
+    monkeypatch.setattr(folder, "_settled", swapped)
+    with pytest.raises(ValueError, match=f"{name}' is no regular file"):
+        open_checkpoint(source)

@@ -702,3 +702,23 @@ def test_a_config_that_changes_meanwhile_is_refused(saved: Path, monkeypatch):
 
     monkeypatch.setattr(adapter, "read_json", meanwhile)
     refused(saved, "was written to while it was read", toy("llama_tied"))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_rows_that_are_ready_to_be_trained(requires_grad: bool, saved: Path):
+    loaded = load_peft(saved, toy("llama_tied"), requires_grad=requires_grad)
+    assert [delta.requires_grad for delta in loaded.deltas.values()] == [requires_grad]
+    assert all(delta.is_leaf for delta in loaded.deltas.values())
+    assert not any(rows.requires_grad for rows in loaded.originals.values())
+
+
+def test_arguments_in_another_order(saved: Path, tmp_path):
+    model = toy("llama_tied")
+    params = learnt(model)
+    with pytest.raises(TypeError, match=r"got TokenDeltas. The order is save_peft.params, direct"):
+        save_peft(tmp_path / "new", params)
+    with pytest.raises(TypeError, match=r"got LlamaFor.*. The order is load_peft.directory, model"):
+        load_peft(model, saved)
+    with pytest.raises(TypeError, match=r"a model is needed, got str. The order is load_peft.dir"):
+        load_peft(saved, "model")
+    assert not (tmp_path / "new").exists()

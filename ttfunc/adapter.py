@@ -13,6 +13,7 @@ from torch import Tensor
 from ttfunc.header import LONGEST
 from ttfunc.indices import token_indices
 from ttfunc.stored import blamed_on, check_rows, opened, tensor_of
+from ttfunc.transfer import open_file
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, DELTA, WRAPPER = "base_model.model.", ".trainable_tokens_delta", ".token_adapter"
@@ -127,7 +128,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if not path.is_file() or path.stat().st_size > LONGEST:
             raise ValueError("it is no file of JSON")
         try:
-            found = json.loads(path.read_bytes())
+            with open_file(path) as file:
+                found = json.loads(file.read())
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
         if not isinstance(found, dict):

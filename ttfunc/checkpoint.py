@@ -12,13 +12,15 @@ from typing import TypeAlias
 from ttfunc import files
 from ttfunc.deltas import TokenDeltas, combine
 from ttfunc.folder import Checkpoint, open_checkpoint, warn_of_copies
-from ttfunc.header import read_header
 from ttfunc.merge import check_originals
 from ttfunc.places import Place, check_finite, find_places, holds, stored_as
+from ttfunc.stored import path_of
 from ttfunc.transfer import copy_file, make_directory, stage, sync_directory
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[int, int], None]
+
+_ORDER = "merge_checkpoint(source, params, destination)"
 
 
 def merge_checkpoint(
@@ -126,7 +128,7 @@ def _file(checkpoint: Checkpoint, place: Place) -> str:
 
 def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
     """The source, when the destination can be made."""
-    root, new = Path(source), Path(destination)
+    root, new = path_of(source, _ORDER), path_of(destination, _ORDER)
     if os.path.lexists(new):
         raise FileExistsError(
             f"the destination {str(new)!r} exists, and nothing is ever written over. Give a new "
@@ -137,8 +139,8 @@ def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
             f"there is no folder {str(new.parent)!r} in which to make {new.name!r}. Create it "
             "first."
         )
-    parent = new.parent.resolve()
-    if root.resolve() in (parent, *parent.parents):
+    parent = Path(os.path.realpath(new.parent))  # Path.resolve raises what it likes for a loop
+    if Path(os.path.realpath(root)) in (parent, *parent.parents):
         raise ValueError(
             f"the destination {str(new)!r} is inside of the source {str(root)!r}, which stays as "
             "it is. Give a place outside of it."
@@ -169,6 +171,7 @@ def _write_copy(
             _copy_one(checkpoint, name, places, partial, advance)
         for name in reversed(folders):
             sync_directory(partial / name)
+        checkpoint.check_unchanged()  # all of it is as it was at one time
 
     stage(destination, make)
 
@@ -185,9 +188,4 @@ def _copy_one(
     with closing(copy_file(checkpoint.root / name, partial / name, edits)) as copying:
         for count in copying:
             advance(count)
-    header = checkpoint.headers.get(name)
-    if header is not None and read_header(partial / name) != header:
-        raise ValueError(
-            f"{str(checkpoint.root / name)!r} was changed while it was copied. Merge again when "
-            "nothing writes to it."
-        )
+    checkpoint.check_unchanged(name)

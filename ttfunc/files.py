@@ -26,10 +26,12 @@ from ttfunc.header import parse_json
 from ttfunc.indices import outside_of_modes, token_indices
 from ttfunc.stored import (
     blamed_on,
+    check_model,
     check_rows,
     differing,
     home_of,
     opened,
+    path_of,
     plain,
     tensor_of,
 )
@@ -66,12 +68,8 @@ def save(
     """
     tensors: dict[str, Tensor] = {}
     described = []
-    together, path = combine(params), Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{str(path)!r} is no place for a file: it is a folder, or there is no "
-            f"{str(path.parent)!r}. Give the name of a file in a folder that exists."
-        )
+    path = _place(path_of(path, "save(params, path)"))
+    together = combine(params)
     with blamed_on(f"{str(path)!r} cannot be written"):
         for name, row in together.rows.items():
             ids = row.indices.on(torch.device("cpu")).ids
@@ -83,18 +81,41 @@ def save(
             described.append({"names": list(row.names), "shape": list(row.shape)})
         own = json.dumps({"format": FORMAT, "matrices": described})
         _matrices(own)
-    path = Path(os.path.realpath(path))
-    write_file(path, serialized(tensors, {**_strings(metadata), KEY: own}))
+    write_file(Path(os.path.realpath(path)), serialized(tensors, {**_strings(metadata), KEY: own}))
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> TokenDeltas:
+def _place(path: Path) -> Path:
+    """`path`, where a file may be put, or one replaced. Raises OSError for any other."""
+    real = Path(os.path.realpath(path))
+    if path.is_dir() or not real.parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} is no place for a file: it is a folder, or there is no "
+            f"{str(real.parent)!r}. Give the name of a file in a folder that exists."
+        )
+    if real.is_symlink() or (path.exists() and not path.is_file()):
+        raise FileExistsError(
+            f"{str(path)!r} is no place for a file: it is a "
+            f"{'loop of symlinks' if real.is_symlink() else 'device, a pipe or a socket'}. "
+            "Give the name of a regular file."
+        )
+    return path
+
+
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, requires_grad: bool = False
+) -> TokenDeltas:
     """The parameters that `save` wrote, put on `model`, which is not changed.
 
+    Args:
+        path: of the file.
+        model: with the matrices that they were trained on.
+        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` needs it not.
+
     Returns:
-        TokenDeltas that do not require grad. Deltas and originals are the file's, bit for bit and
-        in its dtypes, on the device of the matrix; or on the CPU for a model on `meta`, so that
-        they can be merged into real weights. Warns where the model's rows are not the originals of
-        the file: `unmerge` writes those of the file.
+        TokenDeltas whose deltas and originals are the file's, bit for bit and in its dtypes, on the
+        device of the matrix; or on the CPU for a model on `meta`, so that they can be merged into
+        real weights. Warns where the model's rows are not the originals of the file: `unmerge`
+        writes those of the file.
 
     Raises:
         KeyError: the model has no parameter of a name in the file.
@@ -102,14 +123,17 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> TokenDeltas:
             file cannot be `read`.
         FileNotFoundError: there is no file.
     """
-    params, path = read(path), Path(path)
+    path = path_of(path, "load(path, model)")
+    check_model(model, "load(path, model)")
+    params = read(path)
     deltas, rows = {}, {}
     for name, row in params.rows.items():
         matrix = _same_matrix(model, row, path)
         weight, first = matrix.tensor.detach(), matrix.names[0]
         with outside_of_modes():
             originals = row.originals.to(home_of(weight))
-            deltas[first] = params.deltas[name].to(home_of(weight))
+            delta = params.deltas[name].to(home_of(weight))
+            deltas[first] = delta.requires_grad_(requires_grad)
         rows[first] = replace(row, names=matrix.names, originals=originals, matrix=matrix)
         if weight.is_meta:
             continue
@@ -133,7 +157,7 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
         FileNotFoundError: there is no file.
         ValueError: it is damaged, of a newer format or not from `save`; the message names the file.
     """
-    path = Path(path)
+    path = path_of(path, "read(path)")
     deltas, rows = {}, {}
     with opened(path) as file, blamed_on(f"{str(path)!r} cannot be loaded"):
         own = (file.metadata() or {}).get(KEY)
@@ -187,7 +211,10 @@ def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:
         raise TypeError(f"metadata must map strings to strings, got {shown(metadata)}.")
     strings = dict(metadata or {})
     if wrong := [item for item in strings.items() if not all(isinstance(s, str) for s in item)]:
-        raise TypeError(f"metadata must map strings to strings, got {shown(wrong)}: json.dumps.")
+        raise TypeError(
+            f"metadata must map strings to strings, got {shown(wrong)}. "
+            "json.dumps makes a string of most things."
+        )
     if KEY in strings:
         raise ValueError(f"the metadata key {KEY!r} is ttfunc's own. Choose another name.")
     return strings
@@ -212,8 +239,6 @@ def _same_matrix(model: nn.Module, row: TokenRows, path: Path) -> Matrix:
 
 def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
     """The matrix that `model` has under `name`; KeyError, with names like it, if there is none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     held = dict(
         chain(*(f(remove_duplicate=False) for f in (model.named_parameters, model.named_buffers)))
     )

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ttfunc.header import LONGEST, Entry, parse_json, read_header
+from ttfunc.transfer import open_file
 
 INDEX = "model.safetensors.index.json"
+_TICK = 20_000_000  # nanoseconds, above those of the clock by which kernels stamp files
 
 # The same weights in other files: a loader that is asked for them gets the rows as they were.
 _OTHER_COPIES = (
     "*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf", "*.onnx", "*.onnx_data",
     "tf_model*.h5", "flax_model*.msgpack", "rust_model.ot", "*.ckpt",
 )  # fmt: skip
+
+
+class Stamp(NamedTuple):
+    """What a write to a file changes, whatever else it leaves as it was."""
+
+    size: int
+    written: int
+    changed: int
+    place: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -30,13 +42,23 @@ class Checkpoint:
 
     root: Path
     folders: list[str]
-    files: list[str]
+    files: dict[str, Stamp]
     headers: dict[str, dict[str, Entry]]
 
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum((self.root / name).stat().st_size for name in self.files)
+        return sum(stamp.size for stamp in self.files.values())
+
+    def check_unchanged(self, name: str | None = None) -> None:
+        """Raises ValueError where a file, or by default anything, is not as it was found."""
+        now = {name: _stamp(self.root / name)} if name is not None else _walk(self.root)[1]
+        names = [name] if name is not None else sorted(now.keys() | self.files.keys())
+        if changed := [each for each in names if now.get(each) != self.files.get(each)]:
+            raise ValueError(
+                f"{str(self.root / changed[0])!r} was changed while it was copied. Merge again "
+                "when nothing writes to it."
+            )
 
 
 def open_checkpoint(source: Path) -> Checkpoint:
@@ -56,15 +78,15 @@ def open_checkpoint(source: Path) -> Checkpoint:
             f"there is no checkpoint at {str(source)!r}. Give a folder on this machine; for a "
             "model of the hub, what huggingface_hub.snapshot_download returns."
         )
+    folders, files = _settled(source)
     if source.is_file():
-        return Checkpoint(source, [], [""], {"": read_header(source)})
-    folders, files = _walk(source)
-    _check_copies(source, files)
+        return Checkpoint(source, folders, files, {"": read_header(source)})
+    _check_copies(source, list(files))
     shards = [name for name in files if "/" not in name and name.endswith(".safetensors")]
-    shards += sorted(_indexed(source, files) - set(shards))
+    shards += sorted(_indexed(source, list(files)) - set(shards))
     if not shards:
         raise FileNotFoundError(
-            f"the folder {str(source)!r} holds no .safetensors file, only {files[:8]}. Load the "
+            f"the folder {str(source)!r} holds no .safetensors file, only {[*files][:8]}. Load the "
             "model and save it with model.save_pretrained(folder), then merge that folder."
         )
     return Checkpoint(source, folders, files, {name: read_header(source / name) for name in shards})
@@ -87,8 +109,30 @@ def warn_of_copies(checkpoint: Checkpoint) -> None:
         )
 
 
-def _walk(root: Path) -> tuple[list[str], list[str]]:
+def _settled(root: Path) -> tuple[list[str], dict[str, Stamp]]:
+    """As `_walk`, at a moment from which on each write shows in a stamp."""
+    found = _walk(root)
+    if any(time.time_ns() - stamp.changed < _TICK for stamp in found[1].values()):
+        time.sleep(_TICK / 1e9)  # or a write in the same tick of the clock would leave it as it is
+        found = _walk(root)
+    return found
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    place = (found.st_dev, found.st_ino)
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, place)
+
+
+def _walk(root: Path) -> tuple[list[str], dict[str, Stamp]]:
     """Folders (each after the one that holds it) and files below `root`, relative to it."""
+    if root.is_file():
+        return [], _stamps(root, [""])
+    if not root.is_dir():
+        raise ValueError(f"{str(root)!r} is neither a folder nor a file. Give a checkpoint's.")
     folders, files = [], []
     for place, below, names in os.walk(root, onerror=_raise):
         here = Path(place)
@@ -102,7 +146,12 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
         for name in names:
             _check_regular(here / name, root)
             files.append((here / name).relative_to(root).as_posix())
-    return folders, sorted(files)
+    return folders, _stamps(root, sorted(files))
+
+
+def _stamps(root: Path, files: list[str]) -> dict[str, Stamp]:
+    stamps = {name: _stamp(root / name) for name in files}
+    return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
 
 def _raise(error: OSError) -> None:
@@ -154,7 +203,7 @@ def _indexed(source: Path, files: list[str]) -> set[str]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         raw = file.read(LONGEST + 1)
     try:
         if len(raw) > LONGEST:

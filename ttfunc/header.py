@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ttfunc.transfer import open_file
+
 # The format's own limit, and far above what any index of shards needs.
 LONGEST = 100_000_000
 
@@ -53,7 +55,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     Raises ValueError, naming the file and the reason, for anything else.
     """
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return parse_header(file, os.fstat(file.fileno()).st_size, str(path))
 
 

@@ -31,7 +31,17 @@ from ttfunc.deltas import TokenDeltas, TokenRows, combine
 from ttfunc.files import matrix_named
 from ttfunc.indices import outside_of_modes, token_indices
 from ttfunc.peft_rules import check_ends, check_targets, check_ties
-from ttfunc.stored import blamed_on, check_rows, differing, home_of, opened, plain, tensor_of
+from ttfunc.stored import (
+    blamed_on,
+    check_model,
+    check_rows,
+    differing,
+    home_of,
+    opened,
+    path_of,
+    plain,
+    tensor_of,
+)
 
 
 def save_peft(
@@ -61,6 +71,7 @@ def save_peft(
         FileExistsError: the directory has another adapter, or is a file.
         OSError: it cannot be written, or the disk is full. No half adapter is left.
     """
+    directory = path_of(directory, "save_peft(params, directory)")
     tensors: dict[str, Tensor] = {}
     targets: dict[str, list[int]] = {}
     together = combine(params)
@@ -85,13 +96,15 @@ def save_peft(
     keyed = {f"{PREFIX}{module}{SUFFIX[kind]}": rows for module, rows in tensors.items()}
     config = {"peft_type": kind, **_targets_in_config(kind, targets), **_base(base_model)}
     text = json.dumps(config, indent=2, sort_keys=True)
-    write_adapter(Path(directory), serialized(keyed, {"format": "pt"}), text.encode())
+    write_adapter(directory, serialized(keyed, {"format": "pt"}), text.encode())
 
 
 def _module_of(name: str) -> str:
     module, _, attribute = name.rpartition(".")
     if attribute != "weight" or not module:
-        raise ValueError(f"PEFT trains the weight of a named module, and not {name!r}: ttfunc.save")
+        raise ValueError(
+            f"PEFT trains the weight of a named module, and not {name!r}. Use ttfunc.save"
+        )
     return module
 
 
@@ -133,16 +146,23 @@ def _base(base_model: str | os.PathLike[str] | nn.Module | None) -> dict[str, An
     }
 
 
-def load_peft(directory: str | os.PathLike[str], model: nn.Module) -> TokenDeltas:
+def load_peft(
+    directory: str | os.PathLike[str], model: nn.Module, *, requires_grad: bool = False
+) -> TokenDeltas:
     """The token rows of a PEFT adapter, put on `model`, which is not changed.
 
     Takes TRAINABLE_TOKENS adapters, and LORA ones with `trainable_token_indices`; a warning says
     that a LoRA's own weights are left. What is tied is found in the model, by identity, and the
     originals are the rows that it has now.
 
+    Args:
+        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        model: without PEFT around it.
+        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` needs it not.
+
     Returns:
-        TokenDeltas that do not require grad, in the dtype of the file, on the device of each
-        matrix; for a model on `meta` on the CPU, with originals on `meta`.
+        TokenDeltas in the dtype of the file, on the device of each matrix; for a model on `meta` on
+        the CPU, with originals on `meta`.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -151,7 +171,8 @@ def load_peft(directory: str | os.PathLike[str], model: nn.Module) -> TokenDelta
             model; rows of another width; rows of tied modules that disagree; a target without rows
             or rows without a target; whole weights beside the rows that the model does not have.
     """
-    directory = Path(directory)
+    directory = path_of(directory, "load_peft(directory, model)")
+    check_model(model, "load_peft(directory, model)")
     adapter = read_adapter(directory)
     deltas: dict[str, Tensor] = {}
     rows: dict[str, TokenRows] = {}
@@ -164,7 +185,7 @@ def load_peft(directory: str | os.PathLike[str], model: nn.Module) -> TokenDelta
                 raise ValueError(
                     f"it has different rows or token indices for {row.names}, which are tied here"
                 )
-            deltas[name], rows[name] = delta, row
+            deltas[name], rows[name] = delta.requires_grad_(requires_grad), row
         check_targets(adapter.config, model, rows)
         _check_weights(directory / WEIGHTS, adapter.weights, model, rows)
     warn_of_left(adapter.left, directory)

@@ -16,6 +16,7 @@ from ttfunc.deltas import TokenDeltas, TokenRows
 from ttfunc.folder import Checkpoint
 from ttfunc.header import FLOATS, Entry
 from ttfunc.stored import plain
+from ttfunc.transfer import open_file
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def find_places(
 
 def holds(root: Path, place: Place, rows: Tensor) -> bool:
     """Whether the file has these `rows`, cast to its dtype, at the place."""
-    with (root / place.file).open("rb") as file:
+    with open_file(root / place.file) as file:
         for offset, block in place.edits(rows):
             file.seek(offset)
             if file.read(len(block)) != block:

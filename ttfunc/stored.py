@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttfunc.header import FLOATS
 from ttfunc.indices import outside_of_modes
+
+
+def path_of(given: object, order: str) -> Path:
+    """A path that the user gave. Raises TypeError for anything else, with the `order` to give."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"a path is needed, got {type(given).__name__}. The order is {order}.")
+    return Path(given)
+
+
+def check_model(given: object, order: str) -> None:
+    """Raises TypeError for what is no module, with the `order` in which to give it."""
+    if not isinstance(given, nn.Module):
+        raise TypeError(f"a model is needed, got {type(given).__name__}. The order is {order}.")
 
 
 def home_of(weight: Tensor) -> torch.device:

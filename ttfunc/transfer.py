@@ -72,6 +72,18 @@ def replacement(path: Path, data: bytes) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def open_file(path: Path) -> BinaryIO:
+    """A regular file, open to read. Raises ValueError for a pipe: nobody may ever write to it."""
+    at_once = getattr(os, "O_NONBLOCK", 0)
+    file = open(  # noqa: SIM115 (it is returned)
+        path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)
+    )
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise ValueError(f"{str(path)!r} is no regular file. Put the file itself there.")
+
+
 def rename_new(source: Path, destination: Path) -> None:
     """Rename, at once, and only if nothing has the new name: os.rename replaces an empty folder."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -94,7 +106,7 @@ def copy_file(source: Path, destination: Path, edits: Edits) -> Generator[int]:
     that were copied since it last did; the file is whole at the end. Raises OSError that names the
     source.
     """
-    with source.open("rb") as reader:
+    with open_file(source) as reader:
         status = os.fstat(reader.fileno())
         try:
             with destination.open("xb") as writer:
