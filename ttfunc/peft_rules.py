@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 
 from ttfunc.adapter import INDICES
 from ttfunc.deltas import TokenDeltas, TokenRows
+from ttfunc.pattern import matching
+from ttfunc.stored import blamed_on
 from ttfunc.targets import find_targets
 
 
@@ -80,12 +81,8 @@ def _targets(config: Mapping[str, Any], model: nn.Module) -> list[str]:
     standalone = config["peft_type"] == "TRAINABLE_TOKENS"
     wanted = config.get("target_modules") if standalone else config[INDICES["LORA"]]
     if standalone and isinstance(wanted, str):
-        if re.search(r"\)[*+{]", wanted):  # which a hostile file can make take for ever
-            raise ValueError(f"its target_modules {wanted!r} repeats a group: name the modules")
-        try:
-            return [name for name in names if re.fullmatch(wanted, name)]
-        except re.error as error:
-            raise ValueError(f"its target_modules {wanted!r} is no pattern: {error}") from None
+        with blamed_on("its target_modules cannot be followed"):
+            return matching(wanted, names)
     if wanted is None or (not standalone and isinstance(wanted, list)):
         wanted = list(find_targets(model, None))
     if not isinstance(wanted, (list, dict)) or not all(isinstance(end, str) for end in wanted):
