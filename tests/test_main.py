@@ -196,3 +196,32 @@ def test_sigterm_cleans_up(folder, monkeypatch):
         call(folder, "merge", "source", "rows.safetensors", "merged")
     assert names_in(folder) == before
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_name_that_is_given_twice_is_wrong_usage(folder, capsys):
+    before = names_in(folder)
+    for other in ("w1", "w0"):
+        options = ["--name=0.weight=w0", f"--name=0.weight={other}"]
+        with pytest.raises(SystemExit, match="2"):
+            call(folder, "merge", "source", "rows.safetensors", "merged", *options)
+        assert f"'0.weight' is given twice, as 'w0' and '{other}'" in capsys.readouterr().err
+    assert names_in(folder) == before
+
+
+def test_a_loop_of_symlinks_is_an_error_of_one_line(folder, capsys):
+    (folder / "loop").symlink_to("loop")
+    before = names_in(folder)
+    for arguments in (
+        ("merge", "loop", "rows.safetensors", "merged"),
+        ("merge", "source", "loop", "merged"),
+        ("merge", "source", "rows.safetensors", "loop"),
+        ("merge", "source", "rows.safetensors", "loop/merged"),
+        ("unmerge", "loop/deep", "rows.safetensors", "merged"),
+        ("info", "loop"),
+        ("info", "loop/deep"),
+    ):
+        assert call(folder, *arguments) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("ttfunc: error: ")
+        assert "loop" in line
+    assert names_in(folder) == before

@@ -78,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("destination", help="the copy; nothing may have this name yet")
         command.add_argument(
             "--name",
-            action="append",
+            action=_Names,
             type=_pair,
-            default=[],
+            default={},
             metavar="MODEL=CHECKPOINT",
             help="the name of a matrix in the model, and in a checkpoint that has another for it",
         )
@@ -91,6 +91,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("path", help="the file that ttfunc.save wrote, or a folder")
     command.set_defaults(run=_info)
     return parser
+
+
+class _Names(argparse.Action):
+    """Collects pairs; none is dropped because another has the same name."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        name, other = values
+        names = getattr(namespace, self.dest)
+        if name in names:
+            raise argparse.ArgumentError(
+                self, f"{name!r} is given twice, as {names[name]!r} and {other!r}: a name has one"
+            )
+        setattr(namespace, self.dest, {**names, name: other})
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -113,7 +126,7 @@ def _copy(options: argparse.Namespace) -> None:
             options.source,
             options.params,
             options.destination,
-            names=dict(options.name) or None,
+            names=options.name or None,
             progress=progress,
         )
     if not options.quiet:
