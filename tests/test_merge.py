@@ -212,3 +212,69 @@ def edited_state(state, params):
             for row, token in enumerate(params.token_indices[name].tolist()):
                 copied[alias][token] = delta[row].to(copied[alias].dtype)
     return copied
+
+
+# --- Tied names with other rows
+
+
+def apart(model, change: str | None) -> dict[str, torch.Tensor]:
+    """The state dict without identities; the rows under one name are others."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if change:
+        state[change][7] += 1
+    return state
+
+
+@pytest.mark.parametrize("change", [NAME, "lm_head.weight"])
+def test_tied_names_that_hold_other_rows_are_warned_of(change: str):
+    params, state = rows(make("tied")), apart(make("tied"), change)
+    kept = ({NAME, "lm_head.weight"} - {change}).pop()
+    with pytest.warns(UserWarning, match=rf"\['{change}'\] are not .* which \['{kept}'\] has") as w:
+        merged = merge(state, params)
+    assert w[0].filename == __file__
+    assert same_bits({NAME: merged[NAME]}, {NAME: merged["lm_head.weight"]})
+    assert not same_bits(unmerge(merged, params), state)  # which is why
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda model: apart(model, None),
+        lambda model: {n: t.half() for n, t in apart(model, None).items()},
+        lambda model: {**apart(model, None), NAME: model.state_dict()[NAME].bfloat16()},
+        lambda model: {n: t + 1 for n, t in apart(model, None).items()},
+        lambda model: merge(apart(model, None), rows(model)),
+        lambda model: {n: t.to("meta") for n, t in apart(model, None).items()},
+        lambda model: {**apart(model, NAME), NAME: model.state_dict()[NAME].to("meta")},
+        lambda model: apart(model, "body.weight"),
+    ],
+    ids=["same", "half", "one half", "another base", "merged", "meta", "one meta", "another"],
+)
+def test_what_is_no_reason_to_warn(state):
+    model = make("tied")
+    merge(state(model), rows(model))  # a warning would be an error
+
+
+def test_rows_elsewhere_in_a_tied_matrix_may_differ():
+    state = apart(make("tied"), None)
+    state[NAME][8] += 1
+    assert same_bits(unmerge(merge(state, rows(make("tied"))), rows(make("tied"))), state)
+
+
+def test_transforms_and_traces_are_not_warned_in():
+    """Where values can be had, they are compared; a state dict of a transform is not."""
+    params, state = rows(make("tied")), apart(make("tied"), NAME)
+
+    def loss(state):
+        return merge(state, params)[NAME].sum()
+
+    torch.func.grad(loss)(state)
+    torch.func.vmap(loss)({name: torch.stack([t, t]) for name, t in state.items()})
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        loss({name: mode.from_tensor(tensor) for name, tensor in state.items()})
+
+    def of_rows(p):
+        return merge(state, p)[NAME].sum()
+
+    with pytest.warns(UserWarning, match="are not the originals"):
+        torch.func.grad(of_rows)(params)

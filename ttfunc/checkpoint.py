@@ -118,8 +118,7 @@ def _given(
 ) -> TokenDeltas:
     if isinstance(params_or_path, (str, os.PathLike)):
         params_or_path = files.read(params_or_path)
-    params = combine(params_or_path)
-    return params if names is None else stored_as(checkpoint, params, names)
+    return stored_as(checkpoint, combine(params_or_path), names)
 
 
 def _file(checkpoint: Checkpoint, place: Place) -> str:

@@ -5,14 +5,12 @@ The names and the shape of each matrix are in the metadata, as JSON under one ke
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from ttfunc.deltas import TokenDeltas, TokenRows, combine
 from ttfunc.header import parse_json
 from ttfunc.indices import outside_of_modes, token_indices
+from ttfunc.names import advice, matrix_named, names_of, renamed
 from ttfunc.stored import (
     blamed_on,
     check_model,
@@ -35,8 +34,8 @@ from ttfunc.stored import (
     plain,
     tensor_of,
 )
-from ttfunc.targets import Matrix, matrix_of
-from ttfunc.transfer import write_file
+from ttfunc.targets import Matrix
+from ttfunc.transfer import writable, write_file
 
 FORMAT = 1
 KEY = "ttfunc"
@@ -68,7 +67,7 @@ def save(
     """
     tensors: dict[str, Tensor] = {}
     described = []
-    path = _place(path_of(path, "save(params, path)"))
+    path = writable(path_of(path, "save(params, path)"))
     together = combine(params)
     with blamed_on(f"{str(path)!r} cannot be written"):
         for name, row in together.rows.items():
@@ -84,31 +83,20 @@ def save(
     write_file(Path(os.path.realpath(path)), serialized(tensors, {**_strings(metadata), KEY: own}))
 
 
-def _place(path: Path) -> Path:
-    """`path`, where a file may be put, or one replaced. Raises OSError for any other."""
-    real = Path(os.path.realpath(path))
-    if path.is_dir() or not real.parent.is_dir():
-        raise FileNotFoundError(
-            f"{str(path)!r} is no place for a file: it is a folder, or there is no "
-            f"{str(real.parent)!r}. Give the name of a file in a folder that exists."
-        )
-    if real.is_symlink() or (path.exists() and not path.is_file()):
-        raise FileExistsError(
-            f"{str(path)!r} is no place for a file: it is a "
-            f"{'loop of symlinks' if real.is_symlink() else 'device, a pipe or a socket'}. "
-            "Give the name of a regular file."
-        )
-    return path
-
-
 def load(
-    path: str | os.PathLike[str], model: nn.Module, *, requires_grad: bool = False
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    names: Mapping[str, str] | None = None,
+    requires_grad: bool = False,
 ) -> TokenDeltas:
     """The parameters that `save` wrote, put on `model`, which is not changed.
 
     Args:
         path: of the file.
         model: with the matrices that they were trained on.
+        names: where it names a matrix in another way than the model of then (as with a wrapper
+            around it), from the name of then to that of now.
         requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` needs it not.
 
     Returns:
@@ -118,14 +106,14 @@ def load(
         writes those of the file.
 
     Raises:
-        KeyError: the model has no parameter of a name in the file.
+        KeyError: the model has no parameter of a name in the file, or in `names`.
         ValueError: the model has it in another shape, or tied to others than in the file; or the
             file cannot be `read`.
         FileNotFoundError: there is no file.
     """
     path = path_of(path, "load(path, model)")
     check_model(model, "load(path, model)")
-    params = read(path)
+    params = _called(read(path), model, names, path)
     deltas, rows = {}, {}
     for name, row in params.rows.items():
         matrix = _same_matrix(model, row, path)
@@ -220,6 +208,25 @@ def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return strings
 
 
+def _called(
+    params: TokenDeltas, model: nn.Module, names: Mapping[str, str] | None, path: Path
+) -> TokenDeltas:
+    """The parameters by the names of `model`."""
+    held, known = names_of(model), [name for row in params.rows.values() for name in row.names]
+    missing = f"this {type(model).__name__} has no such parameter."
+    params = renamed(
+        params, names, held, f"this {type(model).__name__}", lambda row, other: missing
+    )
+    called = [name for row in params.rows.values() for name in row.names]
+    absent = [name for name in called if name not in held]
+    if absent and names is None and (told := advice(known, held)):
+        raise KeyError(
+            f"{type(model).__name__} has no parameter {absent[0]!r}, for which {str(path)!r} has "
+            f"rows.{told} Or use the model that it was trained on, without a wrapper."
+        )
+    return params
+
+
 def _same_matrix(model: nn.Module, row: TokenRows, path: Path) -> Matrix:
     """The matrix of `model` that has the names, the shape and the ties of the file."""
     matrix, *_ = [matrix_named(model, name, path) for name in row.names]
@@ -235,22 +242,3 @@ def _same_matrix(model: nn.Module, row: TokenRows, path: Path) -> Matrix:
             f"this {type(model).__name__} it is {matrix.names}. Tie the model as it was."
         )
     return matrix
-
-
-def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
-    """The matrix that `model` has under `name`; KeyError, with names like it, if there is none."""
-    held = dict(
-        chain(*(f(remove_duplicate=False) for f in (model.named_parameters, model.named_buffers)))
-    )
-    if name not in held:
-        close = difflib.get_close_matches(name, held, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise KeyError(
-            f"{type(model).__name__} has no parameter {name!r}, for which {str(source)!r} has "
-            f"rows.{hint} Use the model that it was trained on, without a wrapper."
-        )
-    if not held[name].is_floating_point():
-        raise ValueError(
-            f"{name!r} is {held[name].dtype} in this {type(model).__name__}, no float."
-        )
-    return matrix_of(model, held[name])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
+from reprlib import repr as shown
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes, combine
-from ttfunc.targets import same_memory
+from ttfunc.deltas import TokenDeltas, TokenRows, combine
+from ttfunc.indices import outside_of_modes
+from ttfunc.state_dict import Group, called, groups_of
 
 
 def merge(
@@ -17,6 +20,7 @@ def merge(
     params: TokenDeltas,
     *more: TokenDeltas,
     check_finite: bool = False,
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """A state dict with the trained rows in it; `unmerge(merge(sd, p), p)` is `sd` bit for bit.
 
@@ -25,50 +29,57 @@ def merge(
         params: with `(k, D)` deltas; they are cast to the dtype of the matrix.
         more: further rows, of other tokens.
         check_finite: refuse rows that are NaN or infinite in the matrix's dtype.
+        names: where the state dict names a matrix in another way than the model (as with a wrapper
+            around it), from the model's name to the state dict's.
 
     Returns:
         A new dict. Every tensor that is not patched is the one passed in, and names that were one
-        tensor are one tensor still. Differentiable by the deltas: merge `params` that do not
-        require grad, or under `torch.no_grad()`, for a state dict to save.
+        tensor are one tensor still. Differentiable with respect to the deltas: merge `params` that
+        do not require grad, or under `torch.no_grad()`, for a state dict to save.
+
+    Warns:
+        UserWarning: tied names hold different rows in the state dict, so that `unmerge` cannot give
+            all of them back. (Rows that are others under each name, as those of another base, are
+            replaced without a word.)
 
     Raises:
-        KeyError: the state dict has none of a matrix's names.
+        KeyError: the state dict has none of a matrix's names, or not the one in `names`.
         ValueError: a matrix or a delta of another shape, overlapping tokens, or a row that is not
             finite.
         TypeError: no mapping, or a matrix in it that is no float tensor.
     """
-    together = combine(params, *more)
-    check_shapes(together)
-    merged = _written(state_dict, together, together.deltas)
+    together = called(state_dict, combine(params, *more), names)
+    groups = groups_of(state_dict, together)
+    for key in together.rows:
+        _warn_of_others(state_dict, [group for group in groups if group.key == key])
+    merged = _written(state_dict, groups, together.deltas)
     if check_finite:
-        for name, row in together.rows.items():
-            for alias in row.names:
-                if alias in merged:  # each has a dtype of its own
-                    _check_finite(merged[alias], row, name)
+        for name, row, aliases in groups:  # each has a dtype of its own
+            _check_finite(merged[aliases[0]], row, name)
     return merged
 
 
 def unmerge(
-    state_dict: Mapping[str, Tensor], params: TokenDeltas, *more: TokenDeltas
+    state_dict: Mapping[str, Tensor],
+    params: TokenDeltas,
+    *more: TokenDeltas,
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """A state dict with the original rows back in place: the inverse of `merge`.
 
     The originals are those that `params` were made with; whatever has been written to these rows
     since is overwritten. The state dict is not changed; the result shares with it as `merge`'s
-    does.
+    does. `names` as for `merge`.
 
     Raises:
         KeyError, ValueError: as `merge`; ValueError also where the state dict is of a dtype that
             holds more than the originals', so that they may be roundings of what was there.
     """
-    together = combine(params, *more)
-    check_shapes(together)
-    restored = _written(state_dict, together, together.originals)
-    for row in together.rows.values():
-        for alias in row.names:
-            if alias in restored:
-                check_originals(alias, restored[alias].dtype, row.originals.dtype)
-    return restored
+    together = called(state_dict, combine(params, *more), names)
+    groups = groups_of(state_dict, together)
+    for _, row, aliases in groups:
+        check_originals(aliases[0], state_dict[aliases[0]].dtype, row.originals.dtype)
+    return _written(state_dict, groups, together.originals)
 
 
 def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> None:
@@ -82,42 +93,59 @@ def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> No
         )
 
 
+def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group]) -> None:
+    """Warns where some names of a matrix have its original rows, and others have others."""
+    if len(groups) < 2 or torch.compiler.is_dynamo_compiling():
+        return
+    held = [state_dict[group.aliases[0]] for group in groups]
+    if not all(map(_is_plain, [*held, groups[0].row.originals])):
+        return
+    original = [_holds(matrix, group.row) for matrix, group in zip(held, groups, strict=True)]
+    if all(original) or not any(original):
+        return
+    names = {have: [] for have in (True, False)}  # type: dict[bool, list[str]]
+    for have, group in zip(original, groups, strict=True):
+        names[have] += group.aliases
+    warnings.warn(
+        f"the rows of tokens {shown(list(groups[0].row.indices.ids))} in {names[False]} are not "
+        f"the originals of the parameters, which {names[True]} has: the names are one matrix in "
+        "the model, and not in this state dict. The trained rows replace both, and unmerge will "
+        "write the originals to both. Keep this state dict.",
+        stacklevel=3,
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its values can be read here: it is no tensor of a transform, a trace or a mesh."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _holds(matrix: Tensor, row: TokenRows) -> bool:
+    """Whether the matrix has the originals, in its dtype."""
+    with outside_of_modes():
+        ids = row.indices.on(matrix.device).ids
+        originals = row.originals.detach().to(matrix.device, matrix.dtype)
+        found = matrix.detach().index_select(0, ids)
+        return torch.equal(found.view(torch.uint8), originals.contiguous().view(torch.uint8))
+
+
 def _written(
-    state_dict: Mapping[str, Tensor], params: TokenDeltas, values: Mapping[str, Tensor]
+    state_dict: Mapping[str, Tensor], groups: list[Group], values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(
-            f"a state dict is needed, got {type(state_dict).__name__}. The order is "
-            "merge(model.state_dict(), params)."
-        )
     # copy.copy keeps the type and the _metadata of what nn.Module.state_dict returns.
     result: dict[str, Tensor] = (
         copy.copy(state_dict) if isinstance(state_dict, dict) else dict(state_dict)
     )
-    for name, row in params.rows.items():
+    for key, row, aliases in groups:
         # From the result: another adapter may have written to one of these names before.
-        held = {alias: result[alias] for alias in row.names if alias in result}
-        if not held:
-            raise KeyError(
-                f"the state dict has none of the names {row.names} of the token matrix. Is it of "
-                f"the same model, without a prefix? It begins with {list(state_dict)[:3]}."
-            )
-        for alias, matrix in held.items():
-            if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-                what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-                raise TypeError(
-                    f"{alias!r} in the state dict is {what}, which holds no rows to replace: a "
-                    "floating-point tensor is needed. Merge before quantising."
-                )
-            if tuple(matrix.shape) != row.shape:
-                raise ValueError(
-                    f"{alias!r} in the state dict has shape {tuple(matrix.shape)}, and the "
-                    f"parameters were made for {row.shape}. Use the state dict of that model."
-                )
-        for matrix, aliases in _distinct(result, held):
-            rows = values[name].to(matrix.device, matrix.dtype)
-            written = _with_rows(matrix, row.indices.on(matrix.device).ids, rows)
-            result.update(dict.fromkeys(aliases, written))
+        matrix = result[aliases[0]]
+        rows = values[key].to(matrix.device, matrix.dtype)
+        written = _with_rows(matrix, row.indices.on(matrix.device).ids, rows)
+        result.update(dict.fromkeys(aliases, written))
     return result
 
 
@@ -127,25 +155,6 @@ def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
     # torch copies no float of eight bits by index, only their bytes.
     as_bytes = matrix.view(torch.uint8).index_copy(0, ids, rows.view(torch.uint8))
     return as_bytes.view(matrix.dtype)
-
-
-def _distinct(
-    state_dict: Mapping[str, Tensor], held: Mapping[str, Tensor]
-) -> list[tuple[Tensor, list[str]]]:
-    """The distinct tensors of `held`, each with all names that the state dict has for it."""
-    distinct: list[Tensor] = []
-    for matrix in held.values():
-        if not any(same_memory(matrix, other) for other in distinct):
-            distinct.append(matrix)
-    return [
-        (matrix, [n for n, other in state_dict.items() if _is_same(matrix, other)])
-        for matrix in distinct
-    ]
-
-
-def _is_same(matrix: Tensor, other: object) -> bool:
-    # A module's extra state may be anything.
-    return isinstance(other, Tensor) and same_memory(matrix, other)
 
 
 def _check_finite(matrix: Tensor, row: TokenRows, name: str) -> None:

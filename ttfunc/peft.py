@@ -28,8 +28,8 @@ from ttfunc.adapter import (
 )
 from ttfunc.adapter_writer import write_adapter
 from ttfunc.deltas import TokenDeltas, TokenRows, combine
-from ttfunc.files import matrix_named
 from ttfunc.indices import outside_of_modes, token_indices
+from ttfunc.names import matrix_named
 from ttfunc.peft_rules import check_ends, check_targets, check_ties
 from ttfunc.stored import (
     blamed_on,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from ttfunc.deltas import TokenDeltas, TokenRows
 from ttfunc.folder import Checkpoint
 from ttfunc.header import FLOATS, Entry
+from ttfunc.names import renamed
 from ttfunc.stored import plain
 from ttfunc.transfer import open_file
 
@@ -47,35 +47,14 @@ class Place:
             yield self.entry.start + token * stride, memoryview(block)
 
 
-def stored_as(checkpoint: Checkpoint, params: TokenDeltas, names: Mapping[str, str]) -> TokenDeltas:
-    """`params` with the names of the tensors in `checkpoint` in place of the model's.
-
-    Raises TypeError, KeyError or ValueError unless each leads from a name of the one to a tensor of
-    the other that no other name leads to.
-    """
-    if not isinstance(names, Mapping) or not all(isinstance(n, str) for n in names.values()):
-        raise TypeError(f"names must map strings to strings, got {shown(names)}.")
-    known = {name: row for row in params.rows.values() for name in row.names}
+def stored_as(
+    checkpoint: Checkpoint, params: TokenDeltas, names: Mapping[str, str] | None
+) -> TokenDeltas:
+    """`params` with the names of the tensors in `checkpoint`: see `renamed`."""
     stored = _shapes(checkpoint)
-    for name, other in names.items():
-        told = f"names has {other!r} for {name!r}, and "
-        if name not in known:
-            raise KeyError(f"{told}the parameters are for {list(known)}. Map from one of these.")
-        if other not in stored:
-            raise KeyError(f"{told}{_missing(checkpoint, known[name], other)}")
-        if name != other and name in stored:
-            raise ValueError(
-                f"{told}the checkpoint has {name!r} too, which would be left as it is. Is it of "
-                "the same model?"
-            )
-    called = Counter(names.get(name, name) for name in known)
-    if twice := [name for name, times in called.items() if times > 1]:
-        raise ValueError(f"names leads to {twice} more than once: a tensor has one name each.")
-    rows = {
-        key: replace(row, names=tuple(names.get(name, name) for name in row.names))
-        for key, row in params.rows.items()
-    }
-    return TokenDeltas(params.deltas, rows)
+    return renamed(
+        params, names, stored, "the checkpoint", lambda row, other: _missing(checkpoint, row, other)
+    )
 
 
 def find_places(

@@ -41,6 +41,23 @@ def stage(destination: Path, make: Callable[[Path], None]) -> None:
     sync_directory(destination.parent)
 
 
+def writable(path: Path) -> Path:
+    """`path`, where a file may be put, or one replaced. Raises OSError for any other."""
+    real = Path(os.path.realpath(path))
+    if path.is_dir() or not real.parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} is no place for a file: it is a folder, or there is no "
+            f"{str(real.parent)!r}. Give the name of a file in a folder that exists."
+        )
+    if real.is_symlink() or (path.exists() and not path.is_file()):
+        raise FileExistsError(
+            f"{str(path)!r} is no place for a file: it is a "
+            f"{'loop of symlinks' if real.is_symlink() else 'device, a pipe or a socket'}. "
+            "Give the name of a regular file."
+        )
+    return path
+
+
 def write_file(path: Path, data: bytes) -> None:
     """A file with this content, in place of what was there: whole or not at all."""
 

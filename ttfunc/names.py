@@ -1,0 +1,145 @@
+"""What a matrix is called elsewhere: names that the user gives, and those that a wrapper makes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from reprlib import repr as shown
+
+from torch import Tensor, nn
+
+from ttfunc.deltas import TokenDeltas, TokenRows
+from ttfunc.targets import Matrix, matrix_of
+
+# What wrappers put into the names of a model, and who does.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "checkpoint_wrapper",
+    "base_model.model.": "PEFT",
+    "base_layer.": "PEFT",
+    "module.": "DataParallel or DistributedDataParallel",
+}
+_ANYWHERE = re.compile(
+    r"(?<![^.])"
+    r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|token_adapter)\."
+)
+_FIRST = re.compile(r"^(?:(?:module|base_model\.model)\.)+")
+
+
+def renamed(
+    params: TokenDeltas,
+    names: Mapping[str, str] | None,
+    held: Collection[str],
+    where: str,
+    missing: Callable[[TokenRows, str], str],
+) -> TokenDeltas:
+    """`params` by the names that are `held` elsewhere, in place of the model's.
+
+    `where` says where that is, and `missing` what is wrong with a name that is not there. Raises
+    TypeError, KeyError or ValueError unless each of `names` leads from a name of the parameters to
+    one that is held and that no other name leads to.
+    """
+    if names is None:
+        return params
+    if not isinstance(names, Mapping) or not all(isinstance(n, str) for n in names.values()):
+        raise TypeError(f"names must map strings to strings, got {shown(names)}.")
+    known = {name: row for row in params.rows.values() for name in row.names}
+    for name, other in names.items():
+        told = f"names has {other!r} for {name!r}, and "
+        if name not in known:
+            raise KeyError(f"{told}the parameters are for {list(known)}. Map from one of these.")
+        if other not in held:
+            raise KeyError(f"{told}{missing(known[name], other)}")
+        if name != other and name in held:
+            raise ValueError(
+                f"{told}{where} has {name!r} too, which would be left as it is. Is it of "
+                "the same model?"
+            )
+    called = Counter(names.get(name, name) for name in known)
+    if twice := [name for name, times in called.items() if times > 1]:
+        raise ValueError(f"names leads to {twice} more than once: a tensor has one name each.")
+    rows = {
+        key: replace(row, names=tuple(names.get(name, name) for name in row.names))
+        for key, row in params.rows.items()
+    }
+    return TokenDeltas(params.deltas, rows)
+
+
+def advice(names: Sequence[str], held: Collection[str]) -> str:
+    """What `held` may have for `names`, and how to say so; nothing where that cannot be told."""
+    found = through_wrappers(names, held) or _behind_a_prefix(names, held)
+    if not found:
+        return ""
+    who = _who(found)
+    return (
+        f" Did you mean {next(iter(found.values()))!r}{f', with the {who}' if who else ''}? Then "
+        f"say so: names={found!r}."
+    )
+
+
+def through_wrappers(names: Iterable[str], held: Iterable[str]) -> dict[str, str]:
+    """For each of `names`, the one `held` that is the same but for the parts that wrappers add."""
+    bare: dict[str, list[str]] = {}
+    for name in held:
+        bare.setdefault(_bare(name), []).append(name)
+    found = {name: bare.get(_bare(name), []) for name in names}
+    return {name: others[0] for name, others in found.items() if len(others) == 1}
+
+
+def _bare(name: str) -> str:
+    before = ""
+    while before != name:
+        before, name = name, _FIRST.sub("", _ANYWHERE.sub("", name))
+    return name
+
+
+def _behind_a_prefix(names: Sequence[str], held: Collection[str]) -> dict[str, str]:
+    """Where one prefix before all of `names`, or before what is held, makes them the same."""
+    longer = {other.removesuffix(names[0]) for other in held if other.endswith(f".{names[0]}")}
+    shorter = {names[0].removesuffix(other) for other in held if names[0].endswith(f".{other}")}
+    if len(longer) + len(shorter) != 1:
+        return {}
+    (prefix,) = longer or shorter
+    pairs = {n: prefix + n if longer else n.removeprefix(prefix) for n in names}
+    return {name: other for name, other in pairs.items() if other in held}
+
+
+def _who(names: Mapping[str, str]) -> str:
+    """The parts that wrappers have put into one of each pair of names, and who did."""
+    parts = [
+        f"{part!r} of {who}"
+        for part, who in _WRAPPERS.items()
+        if any(name.count(part) != other.count(part) for name, other in names.items())
+    ]
+    return " and the ".join(parts)
+
+
+def names_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a model, under each of its names."""
+    listed = (model.named_parameters, model.named_buffers)
+    return dict(chain(*(f(remove_duplicate=False) for f in listed)))
+
+
+def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
+    """The matrix that `model` has under `name`; KeyError, with names like it, if there is none."""
+    held = names_of(model)
+    if name not in held:
+        close = difflib.get_close_matches(name, held, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        if found := through_wrappers([name], held):
+            hint = f" It has {found[name]!r}, with the {_who(found)}."
+        raise KeyError(
+            f"{type(model).__name__} has no parameter {name!r}, for which {str(source)!r} has "
+            f"rows.{hint} Use the model that it was trained on, without a wrapper."
+        )
+    if not held[name].is_floating_point():
+        raise ValueError(
+            f"{name!r} is {held[name].dtype} in this {type(model).__name__}, no float."
+        )
+    return matrix_of(model, held[name])

@@ -1,0 +1,109 @@
+"""The token matrices in a state dict: under which names, and which of these are one tensor."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from reprlib import repr as shown
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes
+from ttfunc.names import advice, renamed, through_wrappers
+from ttfunc.targets import same_memory
+
+
+class Group(NamedTuple):
+    """Names of one matrix of the parameters that are one tensor in a state dict."""
+
+    key: str
+    row: TokenRows
+    aliases: list[str]
+
+
+def called(
+    state_dict: Mapping[str, Tensor], params: TokenDeltas, names: Mapping[str, str] | None
+) -> TokenDeltas:
+    """The parameters by the names of the state dict."""
+    check_shapes(params)
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"a state dict is needed, got {type(state_dict).__name__}. The order is "
+            "merge(model.state_dict(), params), and the same for unmerge."
+        )
+    begins = f"the state dict has no such tensor. It begins with {list(state_dict)[:3]}."
+    return renamed(params, names, state_dict, "the state dict", lambda row, other: begins)
+
+
+def groups_of(state_dict: Mapping[str, Tensor], params: TokenDeltas) -> list[Group]:
+    """The tensors to write to. Raises KeyError, TypeError or ValueError where that cannot be."""
+    groups = []
+    for key, row in params.rows.items():
+        held = {alias: state_dict[alias] for alias in row.names if alias in state_dict}
+        _check_found(state_dict, row, held)
+        for alias, matrix in held.items():
+            _check_matrix(alias, matrix, row)
+        groups += [Group(key, row, aliases) for _, aliases in _distinct(state_dict, held)]
+    for one, other in itertools.combinations(groups, 2):
+        both = sorted(set(one.row.indices.ids) & set(other.row.indices.ids))
+        if both and one.aliases == other.aliases:
+            raise ValueError(
+                f"{one.key!r} and {other.key!r} are one tensor in the state dict, and both have "
+                f"rows for tokens {shown(both)}. Use the state dict of a model that has them apart."
+            )
+    return groups
+
+
+def _check_found(
+    state_dict: Mapping[str, Tensor], row: TokenRows, held: Mapping[str, Tensor]
+) -> None:
+    if not held:
+        raise KeyError(
+            f"the state dict has none of the names {row.names} of the token matrix."
+            f"{advice(row.names, state_dict) or ' Is it of the same model?'} It begins with "
+            f"{list(state_dict)[:3]}."
+        )
+    absent = [name for name in row.names if name not in held]
+    others = through_wrappers(absent, state_dict) if absent else {}
+    for name, other in others.items():
+        matrix = state_dict[other]
+        if isinstance(matrix, Tensor) and any(_is_same(matrix, known) for known in held.values()):
+            continue
+        raise KeyError(
+            f"the state dict has {list(held)} for the token matrix {row.names}, and for {name!r} "
+            f"not that name, but {other!r}, which would be left as it is. Say so: names={others!r}."
+        )
+
+
+def _check_matrix(alias: str, matrix: object, row: TokenRows) -> None:
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise TypeError(
+            f"{alias!r} in the state dict is {what}, which holds no rows to replace: a "
+            "floating-point tensor is needed. Merge before quantising."
+        )
+    if tuple(matrix.shape) != row.shape:
+        raise ValueError(
+            f"{alias!r} in the state dict has shape {tuple(matrix.shape)}, and the "
+            f"parameters were made for {row.shape}. Use the state dict of that model."
+        )
+
+
+def _distinct(
+    state_dict: Mapping[str, Tensor], held: Mapping[str, Tensor]
+) -> list[tuple[Tensor, list[str]]]:
+    """The distinct tensors of `held`, each with all names that the state dict has for it."""
+    distinct: list[Tensor] = []
+    for matrix in held.values():
+        if not any(same_memory(matrix, other) for other in distinct):
+            distinct.append(matrix)
+    return [
+        (matrix, [n for n, other in state_dict.items() if _is_same(matrix, other)])
+        for matrix in distinct
+    ]
+
+
+def _is_same(matrix: Tensor, other: object) -> bool:
+    # A module's extra state may be anything.
+    return isinstance(other, Tensor) and same_memory(matrix, other)
