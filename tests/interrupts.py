@@ -117,8 +117,13 @@ class SavePeft(Work):
         save_peft(self.params[self.turn % 2], self.folder / "adapter")
 
     def state(self) -> str:
-        found = load_peft(self.folder / "adapter", self.model)
-        return _owner(found, self.turn)
+        return self.owner(load_peft(self.folder / "adapter", self.model))
+
+    def owner(self, params) -> str:
+        ids, values = params.token_indices[NAME].tolist(), params.deltas[NAME]
+        assert ids in (A, B)
+        assert (values == ids[0]).all(), f"mixed: rows {values[0, 0]} for the tokens {ids}"
+        return "new" if ids == (A, B)[self.turn % 2] else "old"
 
     def litter(self) -> list[str]:
         return leftovers(self.folder / "adapter")
@@ -189,13 +194,6 @@ KINDS: dict[str, type[Work]] = {
     "merge_checkpoint": Merge,
     "unmerge_checkpoint": Unmerge,
 }
-
-
-def _owner(params, turn: int) -> str:
-    ids, values = params.token_indices[NAME].tolist(), params.deltas[NAME]
-    assert ids in (A, B)
-    assert (values == ids[0]).all(), f"mixed: rows {values[0, 0]} for the tokens {ids}"
-    return "new" if ids == (A, B)[turn % 2] else "old"
 
 
 def main(count: int, place: str | None) -> None:

@@ -1,6 +1,6 @@
-"""Merges that are killed at random moments, in forks of this process, which has no threads.
+"""What is killed at random moments, in forks of this process, which has no threads.
 
-python -m tests.kills 1000
+python -m tests.kills 1000 [merge_checkpoint | save_peft]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -21,23 +22,25 @@ import torch
 from torch import nn
 
 from tests.checkpoints import contents, leftovers, rows, written
+from tests.interrupts import SavePeft
+from ttfunc import load_peft
 from ttfunc.checkpoint import merge_checkpoint
 
 
-def killed(source: Path, params, destination: Path, delay: float) -> None:
-    """A merge in a fork, killed after `delay` seconds."""
+def killed(act: Callable[[], None], delay: float) -> None:
+    """In a fork, killed after `delay` seconds."""
     child = os.fork()
     if not child:
         code = 1
         try:
-            merge_checkpoint(source, params, destination)
+            act()
             code = 0
         finally:
             os._exit(code)
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)  # a child that has ended waits for its parent to notice
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the merge failed"
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "it failed"
 
 
 def stage(folder: Path, destination: Path, merged: dict[str, bytes]) -> str:
@@ -59,6 +62,34 @@ def stage(folder: Path, destination: Path, merged: dict[str, bytes]) -> str:
     return "writing" if sizes.get(last) == len(merged[last]) else "copying"
 
 
+def adapter_stage(directory: Path, work: SavePeft) -> str:
+    """Which adapter a killed save left: the old one, the new one, or none, and never two halves."""
+    if not (directory / "adapter_config.json").exists():
+        return "none"
+    return work.owner(load_peft(directory, work.model))
+
+
+def adapters(count: int) -> None:
+    torch.set_num_threads(1)
+    rng, outcomes = random.Random(0), collections.Counter()  # noqa: S311
+    with tempfile.TemporaryDirectory() as name:
+        work = SavePeft(Path(name))
+        start = time.perf_counter()
+        for _ in range(10):
+            killed(work.act, 0.1)
+        longest = 1.2 * ((time.perf_counter() - start) / 10 - 0.1) + 0.01
+        for _ in range(count):
+            killed(work.act, rng.uniform(0, longest))
+            outcomes[adapter_stage(work.folder / "adapter", work)] += 1
+            for left in work.litter():
+                (work.folder / "adapter" / left).unlink()
+            if rng.random() < 0.1:  # the next save is not disturbed by what is left
+                work.act()
+                assert work.state() == "new"
+            work.next()
+    print(json.dumps(outcomes))
+
+
 def main(count: int) -> None:
     torch.set_num_threads(1)
     rng, outcomes = random.Random(0), collections.Counter()  # noqa: S311
@@ -77,7 +108,7 @@ def main(count: int) -> None:
         shutil.rmtree(destination)
         for _ in range(count):
             start = time.perf_counter()
-            killed(source, params, destination, rng.uniform(0, longest))
+            killed(lambda: merge_checkpoint(source, params, destination), rng.uniform(0, longest))
             outcomes[stage(folder, destination, merged)] += 1
             assert contents(source) == before, "the source was changed"
             if destination.exists():
@@ -92,4 +123,5 @@ def main(count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    run = adapters if sys.argv[2:] == ["save_peft"] else main
+    run(int(sys.argv[1]))

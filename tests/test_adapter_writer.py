@@ -7,6 +7,8 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,15 @@ def test_a_failure_at_each_step_leaves_the_old_or_the_new(call, there, model, sa
         if there:
             save_peft(init_deltas(model, [1, 2]), directory)
     assert step > (there or call != "rename")  # where nothing was, nothing is set aside
+
+
+def test_a_kill_leaves_one_adapter_or_none():
+    """In a process of its own, which forks: see tests/kills.py."""
+    out = subprocess.run(
+        [sys.executable, "-m", "tests.kills", "150", "save_peft"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stdout + out.stderr
+    outcomes = json.loads(out.stdout.splitlines()[-1])
+    assert sum(outcomes.values()) == 150
+    assert outcomes["old"] >= 10 <= outcomes["new"]

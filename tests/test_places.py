@@ -9,7 +9,7 @@ from tests.architectures import build
 from tests.checkpoints import HEAD, NAME, contents, names_in, raw_of, rows, written
 from tests.lessons import llama
 from tests.oracle import same_bits
-from ttfunc import merge, patch
+from ttfunc import merge, patch, places
 from ttfunc.__main__ import main
 from ttfunc.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.files import save
@@ -130,3 +130,20 @@ def test_the_wrong_one_of_two_warns(tmp_path):
     source = written(tmp_path / "a", state)
     with pytest.warns(UserWarning, match="'text.other'.* are not the originals"):
         merge_checkpoint(source, rows(model), tmp_path / "b", names={NAME: "text.other"})
+
+
+def test_no_number_of_names_makes_an_error_slow(tmp_path, monkeypatch):
+    """Those that are compared with the one that is missing are few, and short."""
+    compared = []
+
+    def compare(word: str, others: list[str], **_: object) -> list[str]:
+        compared.extend(others)
+        return others[:1]
+
+    monkeypatch.setattr(places.difflib, "get_close_matches", compare)
+    tensors = {f"{i}.weight": torch.zeros(1) for i in range(3000)} | {"x" * 1000: torch.zeros(1)}
+    source = written(tmp_path / "a", tensors)
+    with pytest.raises(KeyError, match=r"none of the names .*Nearest: '\d+.weight' \(1,\)"):
+        merge_checkpoint(source, rows(llama()), tmp_path / "b")
+    assert len(compared) == 1000
+    assert max(map(len, compared)) < 300

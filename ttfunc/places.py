@@ -154,8 +154,10 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 def _missing(checkpoint: Checkpoint, row: TokenRows, *names: str) -> str:
     shapes = _shapes(checkpoint)
-    alike = [name for name, shape in shapes.items() if shape == row.shape]
-    close = difflib.get_close_matches(names[0], alike or list(shapes), n=5, cutoff=0.0)
+    alike = [name for name, shape in shapes.items() if shape == row.shape] or list(shapes)
+    # A file may have any number of names, of any length, and to compare them takes time.
+    few = [name for name in alike if len(name) <= 300][:1000]
+    close = difflib.get_close_matches(names[0], few, n=5, cutoff=0.0)
     nearest = ", ".join(f"{name!r} {shapes[name]}" for name in close) or "no tensor at all"
     return (
         f"the checkpoint {str(checkpoint.root)!r} has none of the names {names} for the token "
