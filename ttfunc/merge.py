@@ -103,9 +103,11 @@ def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group]) -> No
     original = [_holds(matrix, group.row) for matrix, group in zip(held, groups, strict=True)]
     if all(original) or not any(original):
         return
-    names = {have: [] for have in (True, False)}  # type: dict[bool, list[str]]
-    for have, group in zip(original, groups, strict=True):
-        names[have] += group.aliases
+    pairs = list(zip(original, groups, strict=True))
+    names = {
+        have: [name for found, group in pairs if found == have for name in group.aliases]
+        for have in (True, False)
+    }
     warnings.warn(
         f"the rows of tokens {shown(list(groups[0].row.indices.ids))} in {names[False]} are not "
         f"the originals of the parameters, which {names[True]} has: the names are one matrix in "

@@ -115,7 +115,7 @@ def _who(names: Mapping[str, str]) -> str:
     parts = [
         f"{part!r} of {who}"
         for part, who in _WRAPPERS.items()
-        if any(name.count(part) != other.count(part) for name, other in names.items())
+        if any(f".{a}".count(f".{part}") != f".{b}".count(f".{part}") for a, b in names.items())
     ]
     return " and the ".join(parts)
 
