@@ -109,7 +109,7 @@ def test_a_head_with_a_lora(tmp_path):
     loaded = load(tmp_path / "rows", in_peft(make("untied")), names=names)
     assert list(loaded.deltas) == list(names.values())
     save_peft(params, tmp_path / "adapter")
-    with pytest.raises(KeyError, match="It has .*, with the 'base_model.model.' of PEFT"):
+    with pytest.raises(KeyError, match="Did you mean .* has the 'base_model.model.' of PEFT"):
         load_peft(tmp_path / "adapter", in_peft(make("untied")))
 
 

@@ -133,7 +133,7 @@ def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
         close = difflib.get_close_matches(name, held, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         if found := through_wrappers([name], held):
-            hint = f" It has {found[name]!r}, with the {_who(found)}."
+            hint = f" Did you mean {found[name]!r}? One of the two has the {_who(found)}."
         raise KeyError(
             f"{type(model).__name__} has no parameter {name!r}, for which {str(source)!r} has "
             f"rows.{hint} Use the model that it was trained on, without a wrapper."
