@@ -685,14 +685,9 @@ def test_names_that_peft_takes_for_one_another_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["(([a-z_.0-9]+)+)+!", ".*" * 30 + "z", "(a|a|.)*" * 30 + "z"])
-def test_a_pattern_that_backtracks_ends(pattern: str, saved: Path):
+def test_a_pattern_that_backtracks_is_refused(pattern: str, saved: Path):
     change_config(saved, target_modules=pattern)
-    refused(saved, r"which is none of its targets \[\]", toy("llama_tied"))
-
-
-def test_a_pattern_that_no_automaton_follows_is_refused(saved: Path):
-    change_config(saved, target_modules=r"(model)\.\1")
-    refused(saved, "may take for ever, or too long a one: name the modules", toy("llama_tied"))
+    refused(saved, "may take for ever: .*Name the modules", toy("llama_tied"))
 
 
 def test_a_config_that_changes_meanwhile_is_refused(saved: Path, monkeypatch):
