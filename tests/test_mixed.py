@@ -232,6 +232,20 @@ def test_it_compiles_to_one_graph():
     torch.testing.assert_close(compiled(each), call(each))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it
+@pytest.mark.parametrize("case", ["tied", "transpose", "einsum"])
+def test_a_compiled_model_takes_a_mixed_patch_made_outside(case: str):
+    torch._dynamo.reset()
+    model, plain = make(case).requires_grad_(False), make(case).requires_grad_(False)
+    model.compile(backend="aot_eager")
+    gradients = []
+    for one in (model, plain):
+        each = [optree.tree_map(lambda t: t.requires_grad_(), p) for p in adapters(one)]
+        logits = functional_call(one, patch_mixed(each, ASSIGNMENT), (X,))
+        gradients.append(torch.autograd.grad(loss_of(logits), optree.tree_leaves(each)))
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_diverged_adapter_does_not_touch_the_other_examples():
     model = make("tied").requires_grad_(False).eval()
     model.body.bias.requires_grad_()

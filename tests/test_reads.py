@@ -188,19 +188,6 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-def test_the_carrier_is_nan_in_no_memory_and_carries_gradients():
-    base, rows, indices = operands([3, 1])
-    carried = Replaced(rows, indices).beneath(base)
-    assert carried.shape == base.shape
-    assert carried.isnan().all()
-    assert carried.untyped_storage().nbytes() == base.element_size()
-    gradient = torch.randn_like(base)
-    (found,) = torch.autograd.grad(carried, rows, gradient)
-    assert torch.equal(found, gradient[[3, 1]])
-    _, tangent = torch.func.jvp(lambda r: Replaced(r, indices).beneath(base), (rows,), (rows,))
-    assert tangent.isnan().all()
-
-
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
 def test_product_under_autocast(hidden_dtype: torch.dtype):
     base, rows, indices = operands([3, 1, 11], dtype=torch.float32)

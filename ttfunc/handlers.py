@@ -116,6 +116,14 @@ def _permute(weight: Any, *dims: Any) -> Any:
     return _transpose(weight) if turned else NotImplemented
 
 
+def _storage(weight: Any) -> Any:
+    """Of a mixed patch, which is no one matrix: torch.compile asks for it."""
+    if not (weight.deferred and weight.source.rows.by_example):
+        return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.untyped_storage()
+
+
 def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
     """A function that acts on each row alone goes to the base and to the rows."""
 
@@ -133,8 +141,8 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
         rows = weight.source.rows.map(
             lambda values: func(like(values, weight.source.base), *args, **kwargs)
         )
-        source = weight.source._replace(base=base, rows=rows, beneath=rows.beneath(base))
-        return weight.like(source)
+        beneath = rows.beneath(base, weight.source.reads)
+        return weight.like(weight.source._replace(base=base, rows=rows, beneath=beneath))
 
     return handler
 
@@ -150,6 +158,8 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.addmm: _addmm,
     torch.einsum: _einsum,
     Tensor.__getitem__: _getitem,
+    Tensor.untyped_storage: _storage,
+    Tensor._is_view: lambda weight: False,  # of nothing that others hold
     Tensor.__rmatmul__: lambda self, other: _matmul(other, self),
 }
 HANDLERS |= dict.fromkeys(

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttfunc.beneath import Carrier, nan_beneath
 from ttfunc.deltas import TokenDeltas
 from ttfunc.indices import TokenIndices, union
 from ttfunc.patch import matrix_of_rows
-from ttfunc.reads import Carrier, autocast, nan_beneath
+from ttfunc.reads import autocast, no_carrier
+from ttfunc.source import Reads
 from ttfunc.stack import aligned, scattered
 from ttfunc.weight import patched
 
@@ -63,14 +65,13 @@ class Mixed(NamedTuple):
 
     def copied(self, base: Tensor) -> Tensor:
         """No one matrix stands for several adapters."""
-        raise RuntimeError(
-            "the model reads its token matrix in a way that cannot be mixed, other than looking up "
-            "tokens and multiplying hidden states by it. Call each adapter's examples on their own."
-        )
+        raise _not_mixed()
 
-    def beneath(self, base: Tensor) -> Tensor:
-        """NaN in the shape of `base`, in no memory, that refuses a gradient."""
-        return nan_beneath(_Refusing, self.values[0], base, self.indices)
+    def beneath(self, base: Tensor, reads: Reads) -> Tensor:
+        """NaN in the shape of `base`, in no memory, that refuses a read and a gradient."""
+        if no_carrier():
+            return self.values.new_full((), torch.nan).expand(base.shape)
+        return nan_beneath(_Refusing, self.values[0], base, self.indices, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> Mixed:
         """The rows with a function applied that acts on each alone."""
@@ -91,11 +92,22 @@ class _Refusing(Carrier):
     """NaN without a gradient: for an autograd.Function of the model's own, given the weight."""
 
     @staticmethod
+    def matrix(rows: Tensor, base: Tensor, ids: Tensor) -> Tensor:
+        raise _not_mixed()
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "the gradient of a mixed patch went through an autograd.Function of the model's own, "
             "which knows of one matrix. Call each adapter's examples on their own."
         )
+
+
+def _not_mixed() -> RuntimeError:
+    return RuntimeError(
+        "the model reads its token matrix in a way that cannot be mixed, other than looking up "
+        "tokens and multiplying hidden states by it. Call each adapter's examples on their own."
+    )
 
 
 def patch_mixed(

@@ -15,12 +15,13 @@ ABOUT = {
     getattr(Tensor, name).__get__
     for name in (
         *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
-        *("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested"),
+        *("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn"),
     )
 } | {
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
     *(Tensor.is_contiguous, Tensor.element_size),
     *(Tensor.get_device, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
+    *(Tensor.is_conj, Tensor.is_neg, torch.is_conj, torch.is_neg),
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed),
 }
 
@@ -29,7 +30,7 @@ ABOUT = {
 BENEATH = {
     getattr(Tensor, name).__get__
     for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")
-} | {Tensor.stride, Tensor.storage_offset}
+} | {Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage}
 
 # torch.compile cannot look up what this leaves out: torch.resize_as_ and a few private ones.
 _IN_PLACE = r"(?!_|resize_as)\w+_|_foreach_\w+_"
@@ -66,6 +67,32 @@ def written_by(
         return tree_leaves([named.get(a.name) for a in arguments if a.is_write])
     in_place = func in WRITERS or kwargs.get("inplace") is True
     return tree_leaves([given[:1] if in_place else (), kwargs.get("out")])
+
+
+def refuse_writes(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_lost: Callable[[Any], bool],
+) -> None:
+    """Raise where the copy would be written to, or outlived by a pointer: both would be lost."""
+    if any(map(is_lost, written_by(func, args, kwargs))):
+        raise RuntimeError(
+            f"{func.__name__} on a patched weight: the weight is made anew for each call, so what "
+            "is written to it (or read through a pointer to it) would be lost. Write to the model "
+            "or to the deltas before the call, or use patch(params, dense=True)."
+        )
+
+
+def refuse_layout(
+    func: Callable[..., Any], args: tuple[Any, ...], is_deferred: Callable[[Any], bool]
+) -> None:
+    """Raise where strides are given that belong to the NaN beneath, not to the copy."""
+    if func is torch.ops.aten.as_strided.default and is_deferred(args[0]):
+        raise RuntimeError(
+            "as_strided on a patched weight, which does not lie in memory: use "
+            "patch(params, dense=True)."
+        )
 
 
 def transposes(*dims: int) -> bool:

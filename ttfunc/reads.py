@@ -15,7 +15,9 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
+from ttfunc.beneath import Carrier, nan_beneath
 from ttfunc.indices import TokenIndices, stretches
+from ttfunc.source import Reads
 
 _TRANSFORM = functorch.TransformType
 
@@ -55,9 +57,11 @@ class Replaced(NamedTuple):
         """The matrix itself, `(V, D)`."""
         return base.index_copy(0, self.indices.on(base.device).ids, like(self.values, base))
 
-    def beneath(self, base: Tensor) -> Tensor:
+    def beneath(self, base: Tensor, reads: Reads) -> Tensor:
         """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
-        return nan_beneath(Carrier, like(self.values, base), base, self.indices)
+        if no_carrier():
+            return self.copied(base)
+        return nan_beneath(Carrier, like(self.values, base), base, self.indices, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> Replaced:
         """The rows with a function applied that acts on each alone."""
@@ -150,46 +154,6 @@ def _product_without(ids: Tensor, parts: tuple[slice, ...], grad: Tensor, base: 
     return total.view(*grad.shape[:-1], base.shape[1])
 
 
-class Carrier(torch.autograd.Function):
-    """NaN with a gradient: for an autograd.Function of the model's own that is given the weight."""
-
-    @staticmethod
-    def forward(rows: Tensor, ids: Tensor, vocabulary: int) -> Tensor:
-        return rows.new_full((), torch.nan).expand(*rows.shape[:-2], vocabulary, rows.shape[-1])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        # Not saved as tensors are: a patch that is made once feeds many backward passes.
-        ctx.ids, ctx.shape = inputs[1], output.shape
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.index_select(-2, ctx.ids), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return tangent.new_full((), torch.nan).expand(ctx.shape)
-
-    @classmethod
-    def vmap(
-        cls, info: Any, in_dims: tuple[int | None, ...], rows: Tensor, ids: Tensor, vocabulary: int
-    ) -> tuple[Tensor, int]:
-        first = rows.movedim(in_dims[0] or 0, 0)
-        carried: Tensor = cls.apply(first, ids, vocabulary)  # type: ignore[no-untyped-call]
-        return carried, 0
-
-
-def nan_beneath(
-    carrier: type[Carrier], rows: Tensor, base: Tensor, indices: TokenIndices
-) -> Tensor:
-    """NaN in the shape of `base`, in no memory, with the gradient that `carrier` gives it."""
-    if torch.compiler.is_dynamo_compiling() or _at_work(_TRANSFORM.Functionalize):
-        return rows.new_full((), torch.nan).expand(base.shape)
-    ids = indices.on(base.device).ids
-    carried: Tensor = carrier.apply(rows, ids, len(base))  # type: ignore[no-untyped-call]
-    return carried
-
-
 def _has_no_rule() -> bool:
     """Whether no autograd.Function is right here.
 
@@ -200,6 +164,17 @@ def _has_no_rule() -> bool:
         return torch._C._are_functorch_transforms_active()
     forward = forward_ad._current_level >= 0
     return forward or _at_work(_TRANSFORM.Functionalize, _TRANSFORM.Jvp)
+
+
+def no_carrier() -> bool:
+    """Whether the NaN beneath cannot carry a gradient, and is the copy itself.
+
+    torch.compile drops what nobody reads; functionalize, and forward mode without a transform
+    (`torch.autograd.forward_ad`), pay for it.
+    """
+    if torch.compiler.is_dynamo_compiling() or _at_work(_TRANSFORM.Functionalize):
+        return True
+    return forward_ad._current_level >= 0 and not torch._C._are_functorch_transforms_active()
 
 
 def _at_work(*transforms: Any) -> bool:

@@ -10,6 +10,15 @@ from torch import Tensor
 from ttfunc.targets import Matrix
 
 
+class Reads:
+    """How a weight was read, each way a flag: compiled code sets one without a look at it before,
+    so that another weight needs no other code.
+    """
+
+    def __init__(self) -> None:
+        self.lookup = self.product = self.dense = False
+
+
 class Rows(Protocol):
     """Replacement rows for a `(V, D)` base, and how to read the two as one matrix.
 
@@ -31,20 +40,14 @@ class Rows(Protocol):
     def copied(self, base: Tensor) -> Tensor:
         """The patched matrix itself. Raises RuntimeError where it is not one."""
 
-    def beneath(self, base: Tensor) -> Tensor:
-        """NaN in the shape of the base, in no memory, for what gets past `__torch_function__`."""
+    def beneath(self, base: Tensor, reads: Reads) -> Tensor:
+        """A NaN in the shape of the base, for what gets past `__torch_function__`.
+
+        Such a read is noted in `reads`.
+        """
 
     def map(self, func: Any) -> Self:
         """The rows with a function applied that acts on each alone."""
-
-
-class Reads:
-    """How a weight was read, each way a flag: compiled code sets one without a look at it before,
-    so that another weight needs no other code.
-    """
-
-    def __init__(self) -> None:
-        self.lookup = self.product = self.dense = False
 
 
 class Source(NamedTuple):

@@ -16,9 +16,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ttfunc.handlers import HANDLERS, frozen
-from ttfunc.overrides import ABOUT, BENEATH, written_by
+from ttfunc.overrides import ABOUT, BENEATH, refuse_layout, refuse_writes
 from ttfunc.source import Reads, Rows, Source, Sourced, versions
 from ttfunc.targets import Matrix, memory_of
+
+
+class _OfEach:
+    """A `__torch_dispatch__` that a class has for its tensors and denies to have itself.
+
+    The dispatcher asks the tensor. torch.compile asks the class, and takes none that has one.
+    """
+
+    def __get__(self, weight: PatchedWeight | None, owner: type[PatchedWeight]) -> Any:
+        return Tensor.__torch_dispatch__ if weight is None else owner._dispatched
 
 
 class PatchedWeight(Sourced):
@@ -33,11 +43,19 @@ class PatchedWeight(Sourced):
 
     def turned(self) -> PatchedWeight:
         """The transpose."""
-        return _wrap(self.source, not self.transposed)
+        source = self.source
+        if torch.compiler.is_dynamo_compiling():  # which makes no subclass of what it was given
+            source = source._replace(beneath=source.rows.beneath(source.base, source.reads))
+        return _wrap(source, not self.transposed)
 
     def unread(self) -> PatchedWeight:
-        """The same, with no use noted yet."""
-        return _wrap(self.source._replace(reads=Reads()), self.transposed)
+        """The same, with no read noted yet."""
+        source = self.source._replace(reads=Reads())
+        # Under a transform the tensor beneath is made with where its own reads are noted.
+        if self.deferred and torch._C._are_functorch_transforms_active():
+            beneath = source.rows.beneath(source.base, source.reads)
+            source = source._replace(beneath=beneath)
+        return _wrap(source, self.transposed)
 
     @classmethod
     def __torch_function__(
@@ -59,24 +77,42 @@ class PatchedWeight(Sourced):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        _refuse(func, args, kwargs)
+        refuse_writes(func, args, kwargs, _is_lost)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+
+    # What gets past __torch_function__ comes to the dispatcher, below autograd: the gradient of the
+    # copy goes to the tensor beneath, which carries it to the rows.
+    __torch_dispatch__ = _OfEach()
+
+    @classmethod
+    def _dispatched(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        refuse_layout(func, args, _is_lost)
+        refuse_writes(func, args, kwargs, _is_lost)
+        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
 
 def patched(base: Tensor, rows: Rows, matrix: Matrix | None, *, dense: bool) -> PatchedWeight:
     """The weight with `rows` in place, copied at once (`dense`) or deferred.
 
-    The memory beneath a deferred weight is one NaN, expanded: whatever gets past
-    `__torch_function__` sees NaN, never the base.
+    The memory beneath a deferred weight is one NaN, expanded: whatever gets past the dispatcher,
+    too, sees an error or NaN, never the base.
     """
+    reads = Reads()
     copy = rows.copied(base) if dense else None
-    beneath = rows.beneath(base) if copy is None else copy
+    beneath = rows.beneath(base, reads) if copy is None else copy
     memory = None
     if matrix is not None and not torch.compiler.is_dynamo_compiling():  # which reads no pointers
         memory = memory_of(matrix.tensor)
     made_from = () if copy is None else versions(base, rows.values)
-    source = Source(base, rows, matrix, beneath, copy, memory, made_from, Reads())
+    source = Source(base, rows, matrix, beneath, copy, memory, made_from, reads)
     return _wrap(source, transposed=False)
 
 
@@ -98,12 +134,5 @@ def _dense(value: Any) -> Any:
     return copy.mT if value.transposed else copy
 
 
-def _refuse(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise where the copy would be written to, or outlived by a pointer: both would be lost."""
-    written = written_by(func, args, kwargs)
-    if any(isinstance(value, PatchedWeight) and value.deferred for value in written):
-        raise RuntimeError(
-            f"{func.__name__} on a patched weight: the weight is made anew for each call, so what "
-            "is written to it (or read through a pointer to it) would be lost. Write to the model "
-            "or to the deltas before the call, or use patch(params, dense=True)."
-        )
+def _is_lost(value: Any) -> bool:
+    return isinstance(value, PatchedWeight) and value.deferred
