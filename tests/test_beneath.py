@@ -131,6 +131,15 @@ def test_what_gets_past_it_is_the_matrix(past: str, transform: str):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_sparse_gradient_of_the_matrix_is_carried_to_the_rows():
+    def loss(rows: Tensor, sparse: bool) -> Tensor:
+        read = unasked(lambda w: F.embedding(TOKENS, w, sparse=sparse))
+        return read(weight(rows)).cos().sum()
+
+    found, expected = (by_backward(lambda r, s=s: loss(r, s), ROWS) for s in (True, False))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     "read",
     [

@@ -246,6 +246,14 @@ def test_a_compiled_model_takes_a_mixed_patch_made_outside(case: str):
     torch.testing.assert_close(*gradients)
 
 
+def test_a_float16_model_mixes_under_bfloat16_autocast():
+    model = make("tied").requires_grad_(False).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = functional_call(model, patch_mixed(adapters(model), [0] * len(X)), (X,))
+        each = functional_call(model, patch(adapters(model)[0]), (X,))
+    torch.testing.assert_close(found, each)
+
+
 def test_a_diverged_adapter_does_not_touch_the_other_examples():
     model = make("tied").requires_grad_(False).eval()
     model.body.bias.requires_grad_()

@@ -96,6 +96,23 @@ def test_product_of_nothing(shape: tuple[int, ...]):
     assert not by_rows.any()
 
 
+@pytest.mark.parametrize("shape", [(10, 0), (1, 3), (1, 1), (1, 0)])
+@pytest.mark.parametrize("hidden", [(4,), (2, 3), ()])
+def test_a_matrix_of_no_columns_or_of_one_row(shape: tuple[int, int], hidden: tuple[int, ...]):
+    base, rows = torch.randn(shape), torch.randn(1, shape[1], requires_grad=True)
+    h = torch.randn(*hidden, shape[1], requires_grad=True)
+    indices = TokenIndices((0,))
+    found = Replaced(rows, indices).product(h, base)
+    expected = F.linear(h, copied(base, rows, indices))
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found.sum(), (h, rows)),
+        torch.autograd.grad(expected.sum(), (h, rows)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("most", [0, 64])
 def test_product_has_all_derivatives(biased: bool, most: int, monkeypatch):

@@ -143,6 +143,14 @@ def test_originals_stacked_inside_a_transform_outlive_it():
     assert kept[0].originals[NAME].equal(model.embed_tokens.weight[[1, 2]])
 
 
+def test_adapters_in_float16_stack_under_bfloat16_autocast():
+    model = make("tied").half()
+    each = [init_deltas(model, [i], dtype=torch.float16) for i in (7, 3)]
+    expected = stack(each)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(stack(each).deltas[NAME], expected.deltas[NAME])
+
+
 @pytest.mark.parametrize("given", [None, 3])
 def test_what_is_no_list_of_adapters_is_refused(given):
     with pytest.raises(TypeError, match="a list of TokenDeltas is needed, got"):

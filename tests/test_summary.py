@@ -46,3 +46,9 @@ def test_parameters_of_another_model_are_refused():
     model = make("tied")
     wrapper = torch.nn.Sequential(model)
     assert summary(wrapper, init_deltas(model, [7, 3])).trainable_parameters == 2 * D
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_model_of_no_parameters_has_no_share():
+    model = torch.nn.Embedding(10, 0)
+    assert summary(model, init_deltas(model, [3])).fraction == 0

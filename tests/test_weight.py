@@ -99,6 +99,7 @@ def test_products_need_no_copy(read):
     check(read, {"product"})
 
 
+@pytest.mark.filterwarnings("ignore:This overload of addmm is deprecated")
 @pytest.mark.parametrize(
     "read",
     [
@@ -118,6 +119,10 @@ def test_products_need_no_copy(read):
         lambda w: torch.einsum("bld,vd->bv", HIDDEN, w),
         lambda w: torch.einsum("vd,vd->v", w, w),
         lambda w: torch.addmm(torch.ones(V), HIDDEN[0], w.t(), beta=2),
+        lambda w: torch.addmm(2, torch.ones(V), HIDDEN[0], w.t()),
+        lambda w: torch.addmm(2, torch.ones(V), 3, HIDDEN[0], w.t()),
+        lambda w: torch.ones(V).addmm(2, HIDDEN[0], w.t()),
+        lambda w: torch.ones(V).addmm(HIDDEN[0], w.t()),
         lambda w: torch.baddbmm(torch.ones(V), HIDDEN, w.T.expand(2, D, V)),
         lambda w: torch.tensordot(HIDDEN, w, dims=([2], [1])),
         lambda w: F.linear(HIDDEN[0], w, torch.ones(4, V)),
@@ -143,6 +148,56 @@ def test_everything_else_gets_the_copy(read):
     check(read, {"dense"})
 
 
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda w, out: torch.addmm(torch.ones(V), HIDDEN[0], w.t(), out=out),
+        lambda w, out: torch.addmm(input=torch.ones(V), mat1=HIDDEN[0], mat2=w.t(), out=out),
+        lambda w, out: torch.mm(HIDDEN[0], w.t(), out=out),
+        lambda w, out: torch.matmul(HIDDEN[0], w.t(), out=out),
+    ],
+)
+def test_a_product_is_written_where_it_is_asked_for(multiply):
+    weight, full, _ = weights()
+    found, expected = torch.empty(2, 4, V)
+    with torch.no_grad():
+        assert multiply(weight, found) is found
+        torch.testing.assert_close(found, multiply(full, expected))
+
+
+@pytest.mark.parametrize(
+    ("multiply", "match"),
+    [
+        (lambda w: torch.mm(HIDDEN, w.t()), "self must be a matrix"),
+        (lambda w: torch.mm(w, VECTOR), "mat2 must be a matrix"),
+        (lambda w: torch.addmm(torch.ones(V), HIDDEN, w.t()), "mat1 must be a matrix"),
+    ],
+)
+def test_what_torch_does_not_multiply_is_refused_as_torch_does(multiply, match: str):
+    weight, full, _ = weights()
+    for one in (full, weight):
+        with pytest.raises(RuntimeError, match=match):
+            multiply(one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    "read",
+    [lambda w: w + 0, lambda w: F.linear(HIDDEN, w), lambda w: torch.vmap(torch.tanh)(w)],
+)
+def test_a_matrix_in_one_half_precision_is_copied_under_autocast_to_the_other(
+    read, dense: bool, autocast: torch.dtype, dtype: torch.dtype
+):
+    weight, full, _ = weights(dtype)
+    with torch.autocast("cpu", autocast):
+        made = patched(weight.source.base, weight.source.rows, None, dense=dense)
+        found, expected = read(made), read(full)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
 def test_a_maximal_norm_rescales_the_copy_and_not_the_base():
     weight, full, _ = weights()
     base = weight.source.base.clone()
@@ -151,11 +206,24 @@ def test_a_maximal_norm_rescales_the_copy_and_not_the_base():
     assert torch.equal(weight.source.base, base)
 
 
-def test_a_sparse_gradient_fails_as_it_does_on_the_copy():
-    weight, full, _ = weights()
-    for one in (weight, full):
-        with pytest.raises(RuntimeError, match="[Ss]parse"):
-            F.embedding(TOKENS, one, sparse=True).sum().backward()
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w, sparse: F.embedding(TOKENS, w, 3, sparse=sparse),
+        lambda w, sparse: F.embedding(TOKENS, w, max_norm=1.0, sparse=sparse),
+        lambda w, sparse: F.embedding_bag(TOKENS, w, mode="sum", sparse=sparse),
+        lambda w, sparse: F.embedding_bag(TOKENS, w, None, None, 2, False, "sum", sparse),
+    ],
+)
+def test_the_gradient_of_the_rows_is_dense_where_a_matrix_would_get_a_sparse_one(read, dense: bool):
+    weight, full, rows = weights()
+    weight = patched(weight.source.base, weight.source.rows, None, dense=dense)
+    found, expected = (
+        torch.autograd.grad(read(w, sparse).cos().sum(), rows, retain_graph=True)
+        for w, sparse in ((weight, True), (full * 1, False))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

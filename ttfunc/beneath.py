@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ttfunc.indices import TokenIndices
+from ttfunc.indices import TokenIndices, with_rows
 from ttfunc.overrides import refuse_layout, refuse_writes
 from ttfunc.source import Reads
 
@@ -100,7 +100,7 @@ class Carrier(torch.autograd.Function):
     @staticmethod
     def matrix(rows: Tensor, base: Tensor, ids: Tensor) -> Tensor:
         """What the NaN stands for; rows and base may have a batch in front."""
-        return base.expand(*rows.shape[:-2], *base.shape[-2:]).index_copy(-2, ids, rows)
+        return with_rows(base.expand(*rows.shape[:-2], *base.shape[-2:]), ids, rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -111,6 +111,7 @@ class Carrier(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.to_dense() if grad.is_sparse else grad  # of an embedding that makes it so
         return grad.index_select(-2, ctx.ids), None, None, None, None
 
     @classmethod

@@ -40,14 +40,23 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    # max_norm rescales the matrix itself, and the last two say how its V×D gradient is made.
-    if max_norm is not None or scale_grad_by_freq or sparse or not is_deferred(weight):
-        return NotImplemented
     if isinstance(input, Sourced):
         return NotImplemented
+    # max_norm rescales the matrix itself, and scale_grad_by_freq says how its V×D gradient is made.
+    if max_norm is not None or scale_grad_by_freq or not is_deferred(weight):
+        if not sparse:
+            return NotImplemented
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
     source = weight.source
     source.note("lookup")
     return source.rows.lookup(input, source.base, padding_idx)
+
+
+def _embedding_bag(*args: Any, sparse: bool = False, **kwargs: Any) -> Any:
+    # The gradient of the rows is dense, and the copy takes no sparse one on its way to them.
+    if len(args) > 7:
+        sparse, args = args[7], (*args[:7], False, *args[8:])
+    return F.embedding_bag(*args, **kwargs) if sparse else NotImplemented
 
 
 def _getitem(weight: Any, tokens: Any) -> Any:
@@ -69,6 +78,10 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return source.rows.product(input, source.base, bias)
 
 
+def _mm(input: Any, mat2: Any) -> Any:
+    return _matmul(input, mat2) if input.ndim == mat2.ndim == 2 else NotImplemented
+
+
 def _matmul(input: Any, other: Any) -> Any:
     if is_deferred(other, transposed=True):
         return _linear(input, other.turned())
@@ -77,8 +90,13 @@ def _matmul(input: Any, other: Any) -> Any:
     return NotImplemented
 
 
-def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    if beta != 1 or alpha != 1 or not is_deferred(mat2, transposed=True):
+def _addmm(
+    input: Any, mat1: Any, mat2: Any, *old: Any, beta: Any = 1, alpha: Any = 1, out: Any = None
+) -> Any:
+    # Of old, beta and alpha came first.
+    if old or out is not None or beta != 1 or alpha != 1 or mat1.ndim != 2:
+        return NotImplemented
+    if not is_deferred(mat2, transposed=True):
         return NotImplemented
     return _linear(mat1, mat2.turned(), input)
 
@@ -154,6 +172,7 @@ def _positional(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
     F.linear: _linear,
     torch.addmm: _addmm,
     torch.einsum: _einsum,
@@ -162,9 +181,8 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor._is_view: lambda weight: False,  # of nothing that others hold
     Tensor.__rmatmul__: lambda self, other: _matmul(other, self),
 }
-HANDLERS |= dict.fromkeys(
-    (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _positional(_matmul)
-)
+HANDLERS |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _positional(_matmul))
+HANDLERS |= dict.fromkeys((torch.mm, Tensor.mm), _positional(_mm))
 HANDLERS |= dict.fromkeys(
     (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t),  # type: ignore[attr-defined]
     _positional(_transpose),

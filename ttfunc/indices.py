@@ -103,6 +103,22 @@ def _union(each: tuple[TokenIndices, ...]) -> TokenIndices:
 _known_union = functools.lru_cache(maxsize=64)(_union)
 
 
+def with_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    """A copy of `(..., V, D)` with the `(..., k, D)` rows at `ids`; or of `(V,)` with `(k,)`."""
+    with outside_of_autocast(matrix.device):
+        return matrix.index_copy(max(matrix.ndim - 2, 0), ids, rows)
+
+
+@contextlib.contextmanager
+def outside_of_autocast(device: torch.device) -> Iterator[None]:
+    """For copying tensors of the half precision that is not autocast's, which takes none."""
+    if torch.amp.is_autocast_available(device.type):  # not on meta
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
 @contextlib.contextmanager
 def outside_of_modes() -> Iterator[None]:
     """For tensors that outlive the inference mode or the transform that they are made in."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttfunc.beneath import Carrier, nan_beneath
 from ttfunc.deltas import TokenDeltas
-from ttfunc.indices import TokenIndices, union
+from ttfunc.indices import TokenIndices, outside_of_autocast, union
 from ttfunc.patch import matrix_of_rows
 from ttfunc.reads import autocast, no_carrier
 from ttfunc.source import Reads
@@ -145,7 +145,8 @@ def patch_mixed(
                 "each adapter's examples on their own."
             )
         base = matrix.tensor.detach()
-        rows = _mixed(name, adapters, base, torch.tensor(numbers, device=base.device))
+        with outside_of_autocast(base.device):
+            rows = _mixed(name, adapters, base, torch.tensor(numbers, device=base.device))
         weight = patched(base, rows, matrix, dense=False)
         weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights

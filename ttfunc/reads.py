@@ -16,7 +16,7 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from ttfunc.beneath import Carrier, nan_beneath
-from ttfunc.indices import TokenIndices, stretches
+from ttfunc.indices import TokenIndices, stretches, with_rows
 from ttfunc.source import Reads
 
 _TRANSFORM = functorch.TransformType
@@ -55,7 +55,7 @@ class Replaced(NamedTuple):
 
     def copied(self, base: Tensor) -> Tensor:
         """The matrix itself, `(V, D)`."""
-        return base.index_copy(0, self.indices.on(base.device).ids, like(self.values, base))
+        return with_rows(base, self.indices.on(base.device).ids, like(self.values, base))
 
     def beneath(self, base: Tensor, reads: Reads) -> Tensor:
         """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
@@ -110,10 +110,15 @@ class _TracedProduct(torch.autograd.Function):
         if needs_hidden:
             to_hidden = _product_without(ids, ctx.parts, grad, base) + some @ rows
         if needs_rows:
-            to_rows = some.reshape(-1, rows.shape[0]).mT @ hidden.reshape(-1, rows.shape[1])
+            to_rows = _flat(some).mT @ _flat(hidden)
         if needs_bias:
-            to_bias = grad.reshape(-1, base.shape[0]).sum(0)
+            to_bias = _flat(grad).sum(0)
         return to_hidden, None, to_rows, to_bias, None, None
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    # With -1 torch cannot tell how many rows of nothing there are.
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 class _Product(_TracedProduct):
@@ -139,14 +144,14 @@ def _parts(indices: TokenIndices, base: Tensor) -> tuple[slice, ...]:
 
 def _most_parts(base: Tensor) -> int:
     # For each token a part costs D sums, and the copy V moves. Sums of a narrow dtype are rounded.
-    return len(base) // base.shape[1] if base.dtype.itemsize >= 4 else 1
+    return len(base) // max(base.shape[1], 1) if base.dtype.itemsize >= 4 else 1
 
 
 def _product_without(ids: Tensor, parts: tuple[slice, ...], grad: Tensor, base: Tensor) -> Tensor:
     """`grad @ base` as if the columns `ids` of `grad` were 0; `parts` are the others, if given."""
     if not parts:
         return grad.index_fill(-1, ids, 0) @ base
-    flat = grad.reshape(-1, len(base))
+    flat = _flat(grad)
     first, *others = parts
     total = flat[:, first] @ base[first]
     for part in others:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from ttfunc.deltas import TokenDeltas, TokenRows, check_one_model, check_shapes, combine, same_bits
-from ttfunc.indices import TokenIndices, outside_of_modes, union
+from ttfunc.indices import (
+    TokenIndices,
+    outside_of_autocast,
+    outside_of_modes,
+    union,
+    with_rows,
+)
 
 
 def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
@@ -38,7 +44,9 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
     for name in names:
         row = _common([adapter.rows[name] for adapter in adapters if name in adapter.rows])
         rows[name] = row
-        deltas[name] = torch.stack([_filled(adapter, name, row) for adapter in adapters])
+        filled = [_filled(adapter, name, row) for adapter in adapters]
+        with outside_of_autocast(filled[0].device):
+            deltas[name] = torch.stack(filled)
     return TokenDeltas(deltas, rows)
 
 
@@ -61,7 +69,7 @@ def aligned(params_list: Iterable[TokenDeltas]) -> list[TokenDeltas]:
 def scattered(delta: Tensor, indices: TokenIndices, into: Tensor, among: TokenIndices) -> Tensor:
     """A copy of `into`, the rows of `among`, with `delta` at the places of `indices`."""
     _, places = among.find(indices.on(into.device).ids, into.device)
-    return into.index_copy(0, places, delta.to(into.device, into.dtype))
+    return with_rows(into, places, delta.to(into.device, into.dtype))
 
 
 def _common(rows: list[TokenRows]) -> TokenRows:

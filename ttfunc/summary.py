@@ -22,7 +22,7 @@ class Summary:
     @property
     def fraction(self) -> float:
         """Trainable parameters of all: the model's and the deltas'."""
-        return self.trainable_parameters / self.total_parameters
+        return self.trainable_parameters / max(self.total_parameters, 1)
 
     def __str__(self) -> str:
         lines = [f"{name}: {what}" for name, what in self.matrices.items()]
