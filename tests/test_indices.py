@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import hypothesis.strategies as st
 import numpy as np
@@ -12,7 +14,9 @@ import torch
 from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ttfunc.indices import TokenIndices, stretches, token_indices
+from tests.models import loss_of, make, tokens
+from ttfunc import functional_call, init_deltas, patch, patch_mixed, stack
+from ttfunc.indices import TokenIndices, stretches, token_indices, union
 
 CPU = torch.device("cpu")
 distinct = st.lists(st.integers(0, 99), min_size=1, unique=True)
@@ -143,3 +147,44 @@ def test_tokens_that_lie_apart_are_found_without_a_warning():
     hit, row = TokenIndices((3, 1)).find(torch.tensor([[1, 2], [3, 1]]).T, torch.device("cpu"))
     assert hit.tolist() == [[True, True], [False, True]]
     assert row[hit].tolist() == [1, 0, 1]
+
+
+def test_what_is_known_of_ids_is_found_once_and_lives_as_long_as_they_do():
+    a, b, c = (TokenIndices(ids) for ids in ((5, 2), (3,), (7, 2)))
+    assert union((a, b, c)).ids == (5, 2, 3, 7)
+    assert union((a, b, c)) is union((a, TokenIndices((3,)), c))
+    assert union((a,)) is a
+    assert stretches(a, 9, 4) is stretches(a, 9, 4)
+    whole, other = weakref.ref(union((a, b, c))), weakref.ref(union((a, c)))
+    del b
+    assert whole() is None
+    assert other() is union((a, c))
+    first = weakref.ref(a)
+    del a
+    assert first() is None
+    assert other() is None
+
+
+def test_ids_that_come_and_go_leave_nothing():
+    kept = TokenIndices((0,))
+    for token in range(1, 100):
+        union((kept, TokenIndices((token,))))
+        union((TokenIndices((token,)), kept))
+    assert not kept._unions
+
+
+def test_no_module_keeps_what_a_step_was_given():
+    model = make("tied").requires_grad_(False)
+
+    def step() -> list[weakref.ref]:
+        a, b = (init_deltas(model, ids, requires_grad=True) for ids in ([7, 3], [20]))
+        for _ in range(2):
+            loss_of(functional_call(model, patch(a, b), (tokens(7, 20),))).backward()
+        stack([a, b])
+        functional_call(model, patch_mixed([a, b], [0, 1, -1]), (tokens(7, 20),))
+        indices = [row.indices for p in (a, b) for row in p.rows.values()]
+        return [weakref.ref(one) for one in [*indices, *(t for i in indices for t in i.on(CPU))]]
+
+    left = step()
+    gc.collect()
+    assert [ref() for ref in left] == [None] * len(left)

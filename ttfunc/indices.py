@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import operator
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class TokenIndices:
     """Distinct token ids in the order given: row i of every `(k, D)` array belongs to id i.
 
     Compares and hashes by content. The tables of a device are made at its first use and kept, so
-    that a training step moves nothing between devices.
+    that a training step moves nothing between devices. All that is known of them lives with them.
     """
 
     def __init__(self, ids: tuple[int, ...]) -> None:
@@ -35,6 +36,8 @@ class TokenIndices:
         self._hash = hash(ids)
         self._rows = {token: row for row, token in enumerate(ids)}
         self._tables: dict[torch.device, Table] = {}
+        self._stretches: dict[tuple[int, int], tuple[slice, ...]] = {}
+        self._unions: dict[tuple[weakref.ref[TokenIndices], ...], TokenIndices] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,27 +83,43 @@ class TokenIndices:
         return union((self, other))
 
 
-@functools.lru_cache(maxsize=64)
 def stretches(indices: TokenIndices, size: int, most: int) -> tuple[slice, ...]:
     """What is left of `range(size)` without these ids, in order; empty if in more than `most`."""
-    bounds = (-1, *sorted(indices.ids), size)
-    found = (slice(a + 1, b) for a, b in itertools.pairwise(bounds) if b - a > 1)
-    first = tuple(itertools.islice(found, most + 1))
-    return first if len(first) <= most else ()
+    known = indices._stretches
+    if (size, most) not in known:
+        bounds = (-1, *sorted(indices.ids), size)
+        found = (slice(a + 1, b) for a, b in itertools.pairwise(bounds) if b - a > 1)
+        first = tuple(itertools.islice(found, most + 1))
+        known[size, most] = first if len(first) <= most else ()
+    return known[size, most]
 
 
 def union(each: tuple[TokenIndices, ...]) -> TokenIndices:
     """The ids of all, each once, in the order in which they first come."""
-    # torch.compile sees through no cache, and warns of it.
-    return _union(each) if torch.compiler.is_dynamo_compiling() else _known_union(each)
+    first, others = each[0], each[1:]
+    if not others:
+        return first
+    if torch.compiler.is_dynamo_compiling():  # which knows no weak references
+        return _union(each)
+    # Joining at each training step must not sort, nor move the ids to the device, again. Kept with
+    # the first, for as long as the others live.
+    forget = functools.partial(_forget_dead, weakref.ref(first))
+    key = tuple(weakref.ref(other, forget) for other in others)
+    found = first._unions.get(key)
+    if found is None:
+        found = first._unions[key] = _union(each)
+    return found
 
 
 def _union(each: tuple[TokenIndices, ...]) -> TokenIndices:
     return TokenIndices(tuple(dict.fromkeys(token for one in each for token in one.ids)))
 
 
-# Joining at each training step must not sort, nor move the ids to the device, again.
-_known_union = functools.lru_cache(maxsize=64)(_union)
+def _forget_dead(first: weakref.ref[TokenIndices], _: object) -> None:
+    if (indices := first()) is not None:
+        for key in list(indices._unions):  # at once, for other threads
+            if any(ref() is None for ref in key):
+                indices._unions.pop(key, None)
 
 
 def with_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
