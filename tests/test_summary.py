@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
+from torch import Tensor
 
 from tests.models import D, V, make
+from tests.test_memory import UNUSUAL
 from ttfunc import init_deltas, summary
 
 BODY = D * D + D
@@ -52,3 +56,61 @@ def test_parameters_of_another_model_are_refused():
 def test_a_model_of_no_parameters_has_no_share():
     model = torch.nn.Embedding(10, 0)
     assert summary(model, init_deltas(model, [3])).fraction == 0
+
+
+class Quantised(Tensor):
+    """A weight that says it is float32 and stores bytes and scales, as torchao makes them."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scales: Tensor) -> Quantised:
+        made = Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+        made.values, made.scales, made.zeros = values, scales, None
+        return made
+
+    def __tensor_flatten__(self):
+        return ["values", "scales"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, shape, stride):
+        return cls(**inner)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scales)
+        raise NotImplementedError(func)
+
+
+def body(weight: Tensor) -> torch.nn.Module:
+    model = torch.nn.Sequential(torch.nn.Embedding(V, D))
+    model.register_parameter("body", torch.nn.Parameter(weight, requires_grad=False))
+    return model
+
+
+def test_a_quantised_weight_weighs_what_it_stores():
+    model = body(Quantised(torch.zeros(64, D, dtype=torch.int8), torch.zeros(64, 1)))
+    counted = summary(model, init_deltas(model, [3]))
+    assert counted.total_parameters == V * D + 64 * D + D
+    assert counted.total_bytes == 4 * V * D + (64 * D + 4 * 64) + 4 * D
+
+
+def test_packed_bytes_count_as_the_numbers_in_them():
+    model = body(torch.zeros(64 * D // 2, 1, dtype=torch.uint8))
+    model.body.quant_state = types.SimpleNamespace(shape=torch.Size((64, D)))
+    counted = summary(model, init_deltas(model, [3]))
+    assert counted.total_parameters == V * D + 64 * D + D
+    assert counted.total_bytes == 4 * V * D + 64 * D // 2 + 4 * D
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [("coo", 8 * (16 + 4)), ("csr", 8 * (V + 1 + 8) + 4 * 8), ("csc", 8 * (D + 1 + 8) + 4 * 8)],
+)
+def test_a_sparse_weight_weighs_what_it_stores(kind: str, stored: int):
+    model = body(UNUSUAL[kind]())
+    assert summary(model, init_deltas(model, [3])).total_bytes == 4 * (V * D + D) + stored
+
+
+def test_a_weight_that_is_not_made_yet_counts_nothing():
+    model = torch.nn.Sequential(torch.nn.Embedding(V, D), torch.nn.LazyLinear(3))
+    assert summary(model, init_deltas(model, [3])).total_parameters == V * D + D

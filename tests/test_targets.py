@@ -6,11 +6,15 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tests.models import CORPUS, D, V, make
-from ttfunc.targets import count_slots, find_targets, matrix_of, same_memory
+from tests.models import CORPUS, D, V, make, tokens
+from tests.test_memory import UNUSUAL
+from tests.test_mixed import llama
+from ttfunc import functional_call, init_deltas, merge, patch, unmerge
+from ttfunc.targets import count_slots, find_targets, matrix_of
 
 
 class Towers(nn.Module):
@@ -62,6 +66,9 @@ def test_targets_are_found_by_name_suffix_list_and_pattern(targets, names: list[
         ([None], TypeError, "must be module names, got NoneType"),
         ("image.norm", TypeError, "'image.norm' is a LayerNorm: only Embedding and Linear"),
         ("text", TypeError, "'text' is a ModuleDict"),
+        ("text.emb.weight", ValueError, "'text.emb.weight' is a parameter.*targets='text.emb'"),
+        ("emb.weight", ValueError, "is a parameter, .*: targets='emb'"),
+        ("nothing.weight", ValueError, "'nothing.weight' matches no module"),
         (None, ValueError, "cannot tell which module is the input embedding of Towers.*targets="),
     ],
 )
@@ -154,7 +161,6 @@ def test_neighbours_in_one_flat_storage_are_not_tied():
     model.embed_tokens.weight = nn.Parameter(flat[: V * D].view(V, D))
     model.lm_head.weight = nn.Parameter(flat[V * D :].view(V, D))
     assert matrix_of(model, model.embed_tokens.weight).names == ("embed_tokens.weight",)
-    assert not same_memory(model.embed_tokens.weight, model.lm_head.weight)
 
 
 def test_the_model_itself_is_a_target():
@@ -172,3 +178,31 @@ def test_a_buffer_over_the_same_memory_is_a_place_too():
     assert sorted(matrix.names) == ["embed_tokens.weight", "kept"]
     assert {name for name, _ in matrix.slots} == {"embed_tokens.weight", "kept", "unkept"}
     assert count_slots(model, matrix.distinct.values()) == 3
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft's
+def test_a_layer_within_an_adapter_is_named():
+    model = get_peft_model(llama(), LoraConfig(target_modules=["lm_head", "embed_tokens"], r=2))
+    for target in ("lm_head", "embed_tokens"):
+        with pytest.raises(TypeError, match=rf"within an adapter.*: name .*{target}\.base_layer'"):
+            find_targets(model, target)
+        assert len(find_targets(model, f"{target}.base_layer")) == 1
+    with pytest.raises(TypeError, match="targets='base_layer'"):
+        find_targets(model.get_submodule("base_model.model.lm_head"), "")
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_what_has_no_strided_memory_may_be_anywhere_in_the_model(kind: str):
+    model = make("tied")
+    model.unusual = nn.Module()
+    model.unusual.register_buffer("kept", UNUSUAL[kind]())
+    matrix = matrix_of(model, model.embed_tokens.weight)
+    assert matrix.names == ("embed_tokens.weight", "lm_head.weight")
+    params = init_deltas(model, [7], init="mean")
+    before = {**model.state_dict(), "unusual.kept": model.unusual.kept}
+    merged = merge(before, params)
+    assert merged["unusual.kept"] is model.unusual.kept
+    assert torch.equal(unmerge(merged, params)["lm_head.weight"], model.lm_head.weight)
+    assert type(functional_call(model, patch(params), (tokens(7),))) is torch.Tensor

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes, combine
+from ttfunc.memory import same_memory
 from ttfunc.reads import Replaced
-from ttfunc.targets import Matrix, same_memory
+from ttfunc.targets import Matrix
 from ttfunc.weight import patched
 
 

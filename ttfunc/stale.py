@@ -6,8 +6,9 @@ from itertools import chain
 
 from torch import Tensor, nn
 
+from ttfunc.memory import memory_of
 from ttfunc.source import Source, Sourced
-from ttfunc.targets import Matrix, held_under, memory_of
+from ttfunc.targets import Matrix, held_under
 
 
 def check_fresh(model: nn.Module, name: str, tensor: Tensor, source: Source) -> None:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes
+from ttfunc.memory import same_memory
 from ttfunc.names import advice, renamed, through_wrappers
-from ttfunc.targets import same_memory
 
 
 class Group(NamedTuple):

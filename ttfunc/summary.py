@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ttfunc.deltas import TokenDeltas, combine
+from ttfunc.memory import memory_of
 
 
 @dataclass(frozen=True)
@@ -61,16 +66,42 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
             f"{str(delta.dtype).removeprefix('torch.')}{tied}"
         )
     # Parameters over the same memory (a tie that torch does not know of) are one.
-    distinct = {
-        (p.untyped_storage()._cdata, p.storage_offset(), p.shape): p for p in model.parameters()
-    }.values()
+    distinct = {memory_of(p): p for p in model.parameters()}.values()
     return Summary(
         trainable_parameters=trainable,
         trainable_bytes=stored,
-        total_parameters=trainable + sum(p.numel() for p in distinct),
-        total_bytes=stored + sum(p.nbytes for p in distinct),
+        total_parameters=trainable + sum(map(_numel, distinct)),
+        total_bytes=stored + sum(map(_nbytes, distinct)),
         matrices=matrices,
     )
+
+
+def _numel(parameter: Tensor) -> int:
+    if is_lazy(parameter):
+        return 0
+    # bitsandbytes packs two numbers into a byte, and keeps the shape that they have apart.
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else math.prod(shape)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    if is_lazy(tensor):
+        return 0
+    if is_traceable_wrapper_subclass(tensor):  # says one dtype, and stores others
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return sum(_nbytes(part) for part in inner if isinstance(part, Tensor))
+    if tensor.layout in _PARTS:
+        return sum(getattr(tensor, part)().nbytes for part in _PARTS[tensor.layout])
+    return tensor.nbytes
+
+
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
 
 
 def size(count: float) -> str:

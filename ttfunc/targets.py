@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 
+from ttfunc.memory import overlaps, same_memory
 from ttfunc.path import Path, find_path
 
 Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
@@ -73,6 +73,11 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
     modules = dict(_named_modules(model))
     found = {name: modules[name] for name in _matching(list(modules), targets)}
     if not found:
+        if isinstance(targets, str) and _matching(list(modules), targets.removesuffix(".weight")):
+            raise ValueError(
+                f"target {targets!r} is a parameter, and a target is the module that holds it: "
+                f"targets={targets.removesuffix('.weight')!r}."
+            )
         raise ValueError(
             f"target {targets!r} matches no module. {_candidates(model)} A string is a full module "
             "name or its end at a dot; for a regular expression give re.compile(...)."
@@ -101,7 +106,7 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
                     names.append(name)
                 slots.setdefault((id(module), attribute), (name, other))
                 renormed |= getattr(module, "max_norm", None) is not None
-            elif _overlaps(other, tensor):
+            elif overlaps(other, tensor):
                 raise ValueError(
                     f"{name!r} {tuple(other.shape)} is another view of the matrix "
                     f"{tuple(tensor.shape)}: the two cannot be patched together. Give it "
@@ -140,35 +145,6 @@ def held_under(model: nn.Module, name: str) -> Tensor | None:
     return module._buffers.get(attribute) if parameter is None else parameter
 
 
-def memory_of(tensor: Tensor) -> tuple[object, ...]:
-    """Where a tensor lies and how it is read; equal for two tensors that are one."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return (id(tensor),)  # it has no memory of its own
-    storage = tensor.untyped_storage()._cdata
-    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one: the same storage, offset, shape, strides and dtype."""
-    return memory_of(a) == memory_of(b)
-
-
-def _overlaps(a: Tensor, b: Tensor) -> bool:
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
-        return False
-    # Flat storages hold many parameters side by side, which is no overlap.
-    (start_a, end_a), (start_b, end_b) = _extent(a), _extent(b)
-    return start_a < end_b and start_b < end_a
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    if not tensor.numel():
-        return start, start
-    last = sum((n - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
-
-
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from model.named_modules(remove_duplicate=False)
 
@@ -197,6 +173,14 @@ def _matching(names: list[str], target: str | re.Pattern[str]) -> list[str]:
 def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
     known = isinstance(module, (nn.Embedding, nn.Linear)) or module is _named_by_model(model)
     weight = module._parameters.get("weight")
+    inner = module._modules.get("base_layer")
+    if weight is None and isinstance(inner, (nn.Embedding, nn.Linear)):  # as peft wraps it
+        path = f"{name}.base_layer" if name else "base_layer"
+        raise TypeError(
+            f"target {name!r} is a {type(inner).__name__} within an adapter "
+            f"({type(module).__module__}.{type(module).__name__}): name the layer itself, "
+            f"targets={path!r}."
+        )
     if not known or (weight is not None and weight.ndim != 2):
         raise TypeError(
             f"target {name!r} is a {type(module).__name__}: only Embedding and Linear modules have "

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ttfunc.handlers import HANDLERS, frozen
+from ttfunc.memory import memory_of
 from ttfunc.overrides import ABOUT, BENEATH, refuse_layout, refuse_writes
 from ttfunc.source import Reads, Rows, Source, Sourced, versions
-from ttfunc.targets import Matrix, memory_of
+from ttfunc.targets import Matrix
 
 
 class _OfEach:

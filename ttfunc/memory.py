@@ -1,0 +1,52 @@
+"""Where tensors lie: whether two are one, or share a part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+
+def memory_of(tensor: Tensor) -> tuple[object, ...]:
+    """Where a tensor lies and how it is read; equal for two tensors that are one."""
+    if not _is_strided(tensor):
+        return (id(tensor),)
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    """Whether it lies in one memory of its own, where another may lie too.
+
+    What is sparse, nested, wrapped by a transform or not yet made (LazyLinear) is itself alone.
+    """
+    return not (
+        is_lazy(tensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or tensor.is_nested
+        or not torch._C._has_storage(tensor)
+    )
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one: the same storage, offset, shape, strides and dtype."""
+    return memory_of(a) == memory_of(b)
+
+
+def overlaps(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share bytes."""
+    if not (_is_strided(a) and _is_strided(b)):
+        return False
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    # Flat storages hold many parameters side by side, which is no overlap.
+    (start_a, end_a), (start_b, end_b) = _extent(a), _extent(b)
+    return start_a < end_b and start_b < end_a
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    if not tensor.numel():
+        return start, start
+    last = sum((n - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
