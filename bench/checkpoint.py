@@ -28,8 +28,8 @@ from torch import Tensor
 import ttfunc
 from bench.memory import resident
 from bench.report import print_table
-from ttfunc.checkpoint import merge_checkpoint
-from ttfunc.files import save
+from ttfunc.disk.checkpoint import merge_checkpoint
+from ttfunc.disk.rows_file import save
 
 SHARD = 2**30
 PARAMS = "rows.safetensors"

@@ -30,7 +30,7 @@ A, B = [1, 2], [5, 6]  # the ids of two adapters, whose rows are full of the fir
 
 
 # Where something may be half done: what only reads, or makes bytes, can be interrupted anywhere.
-WRITERS = ("contextlib.py", "adapter.py", "adapter_writer.py", "transfer.py", "whole.py")
+WRITERS = ("contextlib.py", "adapter.py", "writer.py", "atomic.py", "uninterrupted.py")
 
 
 def at_each_bytecode(act: Callable[[], object]) -> Iterator[int]:

@@ -24,7 +24,7 @@ from torch import nn
 from tests.checkpoints import contents, leftovers, rows, written
 from tests.interrupts import SavePeft
 from ttfunc import load_peft
-from ttfunc.checkpoint import merge_checkpoint
+from ttfunc.disk.checkpoint import merge_checkpoint
 
 
 def killed(act: Callable[[], None], delay: float) -> None:

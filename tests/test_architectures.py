@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.architectures import ARCHITECTURES, EXCLUDED, build, logits_of, perturb
 from tests.oracle import same_bits, snapshot
 from ttfunc import TokenDeltas, functional_call, init_deltas, merge, patch, unmerge
-from ttfunc.targets import find_targets
+from ttfunc.model.targets import find_targets
 
 IDS = [11, 5, 7]
 

@@ -18,7 +18,7 @@ from tests.lessons import llama
 from tests.models import make
 from ttfunc import __main__, init_deltas
 from ttfunc.__main__ import main
-from ttfunc.files import save
+from ttfunc.disk.rows_file import save
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_sigterm_cleans_up(folder, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     before, handler = names_in(folder), signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("ttfunc.checkpoint.copy_file", terminated)
+    monkeypatch.setattr("ttfunc.disk.checkpoint.copy_file", terminated)
     with pytest.raises(SystemExit, match="143"):
         call(folder, "merge", "source", "rows.safetensors", "merged")
     assert names_in(folder) == before

@@ -1,18 +1,18 @@
 """Train a few token rows of a frozen model, functionally."""
 
 from ttfunc.call import functional_call
-from ttfunc.checkpoint import merge_checkpoint, unmerge_checkpoint
+from ttfunc.counts import Summary, summary
 from ttfunc.deltas import TokenDeltas, combine
-from ttfunc.files import load, save
+from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
+from ttfunc.disk.rows_file import load, save
 from ttfunc.init import init_deltas
-from ttfunc.merge import merge, unmerge
-from ttfunc.mixed import patch_mixed
+from ttfunc.merging import merge, unmerge
 from ttfunc.module import TokenModule
-from ttfunc.patch import patch
-from ttfunc.peft import load_peft, save_peft
-from ttfunc.stack import stack
-from ttfunc.summary import Summary, summary
-from ttfunc.weight import PatchedWeight
+from ttfunc.patching import patch
+from ttfunc.peft.convert import load_peft, save_peft
+from ttfunc.stacking import stack
+from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.mixed import patch_mixed
 
 __version__ = "0.1.0"
 

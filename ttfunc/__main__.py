@@ -16,13 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ttfunc import files
-from ttfunc.adapter import CONFIG, read_adapter
-from ttfunc.checkpoint import merge_checkpoint, unmerge_checkpoint
+from ttfunc.counts import size
 from ttfunc.deltas import TokenDeltas
-from ttfunc.folder import open_checkpoint
-from ttfunc.stored import opened
-from ttfunc.summary import size
+from ttfunc.disk import rows_file
+from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
+from ttfunc.disk.folder import open_checkpoint
+from ttfunc.disk.tensors import opened
+from ttfunc.peft.adapter import CONFIG, read_adapter
 
 COMMANDS = {"merge": merge_checkpoint, "unmerge": unmerge_checkpoint}
 
@@ -131,7 +131,7 @@ def _copy(options: argparse.Namespace) -> None:
         )
     if not options.quiet:
         print(f"{options.command}d into {options.destination}, {size(copied)}:")
-        print("\n".join(_matrices(files.read(options.params))))
+        print("\n".join(_matrices(rows_file.read(options.params))))
 
 
 def _bar(quiet: bool) -> Any:
@@ -160,11 +160,11 @@ def _is_params(path: Path) -> bool:
     if not path.is_file():
         return False
     with opened(path) as file:
-        return files.KEY in (file.metadata() or {})
+        return rows_file.KEY in (file.metadata() or {})
 
 
 def _params_info(path: Path) -> list[str]:
-    params = files.read(path)
+    params = rows_file.read(path)
     rows = sum(len(row.indices) for row in params.rows.values())
     head = f"{path}: {rows} trained rows ({size(path.stat().st_size)})"
     return [head, *_matrices(params)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ttfunc.path import Copies, Path, find_path, joined
+from ttfunc.model.path import Copies, Path, find_path, joined
 from ttfunc.slots import Slot, find_slots, is_patch
 
 # Results whose reads come after the call.

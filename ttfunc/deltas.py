@@ -14,7 +14,7 @@ from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor
 
 from ttfunc.indices import TokenIndices, outside_of_modes
-from ttfunc.targets import Matrix
+from ttfunc.model.targets import Matrix
 
 
 @dataclass(frozen=True, eq=False)

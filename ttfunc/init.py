@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ttfunc.deltas import TokenDeltas, TokenRows
 from ttfunc.indices import TokenIndices, token_indices
-from ttfunc.targets import Matrix, Targets, find_targets, matrix_of
+from ttfunc.model.targets import Matrix, Targets, find_targets, matrix_of
 
 Init: TypeAlias = "str | Tensor | Callable[[Tensor, Tensor], Tensor]"
 

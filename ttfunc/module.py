@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ttfunc.call import call_copy, functional_call
 from ttfunc.deltas import TokenDeltas, TokenRows
-from ttfunc.patch import patch
+from ttfunc.patching import patch
 
 CHECKPOINTING = {
     f"{what}_checkpointing_{do}"

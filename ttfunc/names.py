@@ -14,7 +14,7 @@ from reprlib import repr as shown
 from torch import Tensor, nn
 
 from ttfunc.deltas import TokenDeltas, TokenRows
-from ttfunc.targets import Matrix, matrix_of
+from ttfunc.model.targets import Matrix, matrix_of
 
 # What wrappers put into the names of a model, and who does.
 _WRAPPERS = {

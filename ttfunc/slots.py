@@ -10,9 +10,9 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ttfunc.model.targets import Matrix, count_slots, held_under, matrix_of
 from ttfunc.stale import check_fresh
-from ttfunc.targets import Matrix, count_slots, held_under, matrix_of
-from ttfunc.weight import PatchedWeight
+from ttfunc.weight.deferred import PatchedWeight
 
 
 class Slot(NamedTuple):

@@ -6,9 +6,9 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from ttfunc.memory import memory_of
-from ttfunc.source import Source, Sourced
-from ttfunc.targets import Matrix, held_under
+from ttfunc.model.memory import memory_of
+from ttfunc.model.targets import Matrix, held_under
+from ttfunc.weight.source import Source, Sourced
 
 
 def check_fresh(model: nn.Module, name: str, tensor: Tensor, source: Source) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes
-from ttfunc.memory import same_memory
+from ttfunc.model.memory import same_memory
 from ttfunc.names import advice, renamed, through_wrappers
 
 

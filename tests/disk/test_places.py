@@ -1,0 +1,150 @@
+"""Checkpoints that name a token matrix in another way than the model does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.architectures import build
+from tests.checkpoints import HEAD, NAME, contents, names_in, raw_of, rows, written
+from tests.lessons import llama
+from tests.oracle import same_bits
+from ttfunc import merge, patch
+from ttfunc.__main__ import main
+from ttfunc.disk import places
+from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
+from ttfunc.disk.rows_file import save
+
+OTHER = {NAME: "text.wte", HEAD: "text.output"}
+
+# Some that transformers itself saves under other names than those in the model.
+RENAMED = {
+    "Gemma3ForConditionalGeneration": {
+        "model.language_model.embed_tokens.weight": "language_model.model.embed_tokens.weight"
+    },
+    "NemotronHForCausalLM": {"model.embeddings.weight": "backbone.embeddings.weight"},
+    "VoxtralForConditionalGeneration": {
+        "model.language_model.embed_tokens.weight": "language_model.model.embed_tokens.weight"
+    },
+}
+
+
+@pytest.fixture(params=["both halves", "one"])
+def given(request, tmp_path):
+    """A tied model's rows, its checkpoint under other names, and the names."""
+    model = llama()
+    state = {OTHER.get(n, n): t.clone() for n, t in model.state_dict().items()}
+    names = dict(OTHER)
+    if request.param == "one":
+        del state[names.pop(HEAD)]
+    return rows(model), written(tmp_path / "a", state), names
+
+
+def test_rows_go_to_the_names_that_are_given(given, tmp_path):
+    params, source, names = given
+    before = contents(source)
+    merge_checkpoint(source, params, tmp_path / "b", names=names)
+    raw = before["model.safetensors"]
+    old = raw_of(llama().state_dict()[NAME])
+    new = raw_of(merge(llama().state_dict(), params)[NAME])
+    assert raw.count(old) == len(names)
+    assert contents(tmp_path / "b") == {**before, "model.safetensors": raw.replace(old, new)}
+    unmerge_checkpoint(tmp_path / "b", params, tmp_path / "c", names=names)
+    assert contents(tmp_path / "c") == contents(source) == before
+
+
+def test_the_parameters_are_not_renamed(given, tmp_path):
+    params, source, names = given
+    tied = params.tied
+    merge_checkpoint(source, params, tmp_path / "b", names=names)
+    assert params.tied == tied
+    assert isinstance(patch(params), dict)
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_what_transformers_renames(name: str, tmp_path):
+    model, _ = build(name)
+    params, names = rows(model), RENAMED[name]
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(
+        KeyError, match=f"none of the names.*Nearest: '{next(iter(names.values()))}'"
+    ):
+        merge_checkpoint(tmp_path / "a", params, tmp_path / "b")
+    merge_checkpoint(tmp_path / "a", params, tmp_path / "b", names=names)
+    loaded, info = type(model).from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not info["missing_keys"]
+    plain = type(model).from_pretrained(tmp_path / "a")
+    assert same_bits(loaded.state_dict(), merge(plain.state_dict(), params))
+    unmerge_checkpoint(tmp_path / "b", params, tmp_path / "c", names=names)
+    assert contents(tmp_path / "c") == contents(tmp_path / "a")
+
+
+def test_from_the_command_line(given, tmp_path, capsys):
+    params, source, names = given
+    save(params, tmp_path / "rows")
+    paths = [str(source), str(tmp_path / "rows"), str(tmp_path / "b")]
+    options = [f"--name={name}={other}" for name, other in names.items()]
+    assert main(["merge", *paths]) == 1
+    assert "--name" in capsys.readouterr().err
+    assert main(["merge", *paths, *options]) == 0
+    merge_checkpoint(source, params, tmp_path / "c", names=names)
+    assert contents(tmp_path / "b") == contents(tmp_path / "c")
+    with pytest.raises(SystemExit, match="2"):
+        main(["merge", *paths, "--name", "text.wte"])
+    assert "'text.wte' is not MODEL=CHECKPOINT" in capsys.readouterr().err
+
+
+WRONG = {
+    "no mapping": ([(NAME, "text.wte")], TypeError, "must map strings to strings, got \\["),
+    "no string": ({NAME: None}, TypeError, "must map strings to strings, got {"),
+    "not of the parameters": ({"wte": "text.wte"}, KeyError, "parameters are for .*embed_tokens"),
+    "not of the checkpoint": ({NAME: "wte"}, KeyError, r"none of the names .*wte.*Nearest: 'text"),
+    "one for two": (dict.fromkeys(OTHER, "text.wte"), ValueError, "more than once"),
+    "another shape": ({NAME: "model.norm.weight"}, ValueError, r"has shape \(16,\) in the check"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_names_that_lead_astray(case, given, tmp_path):
+    params, source, _ = given
+    names, error, match = WRONG[case]
+    for write in (merge_checkpoint, unmerge_checkpoint):
+        with pytest.raises(error, match=match):
+            write(source, params, tmp_path / "b", names=names)
+    assert names_in(tmp_path) == ["a"]
+
+
+def test_a_matrix_that_would_stay_as_it_is(tmp_path):
+    model = llama()
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    source = written(tmp_path / "a", {**state, "ema.wte": state[NAME].clone()})
+    with pytest.raises(ValueError, match=f"has '{NAME}' too, which would be left"):
+        merge_checkpoint(source, rows(model), tmp_path / "b", names={NAME: "ema.wte"})
+    merge_checkpoint(source, rows(model), tmp_path / "b", names={NAME: NAME})
+    assert names_in(tmp_path) == ["a", "b"]
+
+
+def test_the_wrong_one_of_two_warns(tmp_path):
+    model = llama()
+    state = {f"text.{n}": t.clone() for n, t in model.state_dict().items()}
+    state["text.other"] = torch.randn_like(state[f"text.{NAME}"])
+    source = written(tmp_path / "a", state)
+    with pytest.warns(UserWarning, match="'text.other'.* are not the originals"):
+        merge_checkpoint(source, rows(model), tmp_path / "b", names={NAME: "text.other"})
+
+
+def test_no_number_of_names_makes_an_error_slow(tmp_path, monkeypatch):
+    """Those that are compared with the one that is missing are few, and short."""
+    compared = []
+
+    def compare(word: str, others: list[str], **_: object) -> list[str]:
+        compared.extend(others)
+        return others[:1]
+
+    monkeypatch.setattr(places.difflib, "get_close_matches", compare)
+    tensors = {f"{i}.weight": torch.zeros(1) for i in range(3000)} | {"x" * 1000: torch.zeros(1)}
+    source = written(tmp_path / "a", tensors)
+    with pytest.raises(KeyError, match=r"none of the names .*Nearest: '\d+.weight' \(1,\)"):
+        merge_checkpoint(source, rows(llama()), tmp_path / "b")
+    assert len(compared) == 1000
+    assert max(map(len, compared)) < 300

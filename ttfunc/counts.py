@@ -1,0 +1,113 @@
+"""How much is trained, and how much it weighs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ttfunc.deltas import TokenDeltas, combine
+from ttfunc.model.memory import memory_of
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` counted. Tied and shared tensors count once; bytes are of what is stored."""
+
+    trainable_parameters: int
+    trainable_bytes: int
+    total_parameters: int
+    total_bytes: int
+    matrices: dict[str, str]
+
+    @property
+    def fraction(self) -> float:
+        """Trainable parameters of all: the model's and the deltas'."""
+        return self.trainable_parameters / max(self.total_parameters, 1)
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {what}" for name, what in self.matrices.items()]
+        lines.append(
+            f"trainable: {self.trainable_parameters:,} parameters ({size(self.trainable_bytes)}) "
+            f"of {self.total_parameters:,} ({size(self.total_bytes)}), {self.fraction:.4%}"
+        )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module, params: TokenDeltas) -> Summary:
+    """Counts of the frozen model and of the trained rows; neither is changed.
+
+    Returns:
+        Summary, with the deltas counted in the total as well, and what each matrix trains.
+
+    Raises:
+        ValueError: the model has no matrix of that name and shape.
+    """
+    deltas = combine(params).deltas.values()
+    trainable = sum(delta.numel() for delta in deltas)
+    stored = sum(delta.nbytes for delta in deltas)
+    held = dict(model.named_parameters(remove_duplicate=False))
+    matrices = {}
+    for name, row in params.rows.items():
+        wrapped = row.matrix is not None and any(p is row.matrix.tensor for p in held.values())
+        if not wrapped and (name not in held or tuple(held[name].shape) != row.shape):
+            raise ValueError(
+                f"{type(model).__name__} has no matrix {name!r} of shape {row.shape}, which the "
+                "parameters were made for. Give their model."
+            )
+        tied = f", tied with {', '.join(row.names[1:])}" if len(row.names) > 1 else ""
+        delta = params.deltas[name]
+        matrices[name] = (
+            f"{len(row.indices):,} of {row.shape[0]:,} rows × {row.shape[1]:,}, "
+            f"{str(delta.dtype).removeprefix('torch.')}{tied}"
+        )
+    # Parameters over the same memory (a tie that torch does not know of) are one.
+    distinct = {memory_of(p): p for p in model.parameters()}.values()
+    return Summary(
+        trainable_parameters=trainable,
+        trainable_bytes=stored,
+        total_parameters=trainable + sum(map(_numel, distinct)),
+        total_bytes=stored + sum(map(_nbytes, distinct)),
+        matrices=matrices,
+    )
+
+
+def _numel(parameter: Tensor) -> int:
+    if is_lazy(parameter):
+        return 0
+    # bitsandbytes packs two numbers into a byte, and keeps the shape that they have apart.
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else math.prod(shape)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    if is_lazy(tensor):
+        return 0
+    if is_traceable_wrapper_subclass(tensor):  # says one dtype, and stores others
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return sum(_nbytes(part) for part in inner if isinstance(part, Tensor))
+    if tensor.layout in _PARTS:
+        return sum(getattr(tensor, part)().nbytes for part in _PARTS[tensor.layout])
+    return tensor.nbytes
+
+
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
+
+
+def size(count: float) -> str:
+    """Bytes, for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

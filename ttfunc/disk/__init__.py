@@ -1,0 +1,1 @@
+"""Rows and checkpoints on disk: what appears there appears whole or not at all."""

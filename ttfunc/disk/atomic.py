@@ -1,0 +1,197 @@
+"""Files that appear whole or not at all: copied to a temporary name, synced, renamed once."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+from ttfunc.disk.uninterrupted import to_the_end
+
+Edits: TypeAlias = Iterable[tuple[int, memoryview]]
+
+_BLOCK = 1 << 20  # what is held in memory
+_SPAN = 1 << 24  # what the kernel copies between two signs of progress
+# What says that this pair of files cannot be copied in the kernel, rather than that copying failed.
+_UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+
+
+def stage(destination: Path, make: Callable[[Path], None]) -> None:
+    """What `make` puts at the path that it is given appears at `destination` when it has ended.
+
+    The path is `.<name>.ttfunc-<random>.partial`, beside it: what a killed run leaves there can be
+    deleted. When `make` raises or is interrupted, what it made is removed.
+    """
+    name = os.fsdecode(os.fsencode(destination.name)[:200])  # a name has 255 bytes at most
+    partial = destination.parent / f".{name}.ttfunc-{secrets.token_hex(4)}.partial"
+    try:
+        make(partial)
+        rename_new(partial, destination)
+    except BaseException:
+        to_the_end(lambda: _remove(partial))
+        raise
+    sync_directory(destination.parent)
+
+
+def writable(path: Path) -> Path:
+    """`path`, where a file may be put, or one replaced. Raises OSError for any other."""
+    real = Path(os.path.realpath(path))
+    if path.is_dir() or not real.parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} is no place for a file: it is a folder, or there is no "
+            f"{str(real.parent)!r}. Give the name of a file in a folder that exists."
+        )
+    if real.is_symlink() or (path.exists() and not path.is_file()):
+        raise FileExistsError(
+            f"{str(path)!r} is no place for a file: it is a "
+            f"{'loop of symlinks' if real.is_symlink() else 'device, a pipe or a socket'}. "
+            "Give the name of a regular file."
+        )
+    return path
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A file with this content, in place of what was there: whole or not at all."""
+
+    def write() -> None:
+        with replacement(path, data) as temporary:
+            temporary.replace(path)
+            sync_directory(path.parent)
+
+    to_the_end(write)
+
+
+@contextlib.contextmanager
+def replacement(path: Path, data: bytes) -> Iterator[Path]:
+    """A synced file beside `path` with this content, removed at the end if it was not renamed.
+
+    It has the permissions of the file that it is to replace. Only where nothing interrupts:
+    within `to_the_end`.
+    """
+    temporary = path.with_name(f".ttfunc-{secrets.token_hex(8)}.partial")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            if path.exists():
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A regular file, open to read. Raises ValueError for a pipe: nobody may ever write to it."""
+    at_once = getattr(os, "O_NONBLOCK", 0)
+    file = open(  # noqa: SIM115 (it is returned)
+        path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)
+    )
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise ValueError(f"{str(path)!r} is no regular file. Put the file itself there.")
+
+
+def rename_new(source: Path, destination: Path) -> None:
+    """Rename, at once, and only if nothing has the new name: os.rename replaces an empty folder."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        old, new = os.fsencode(source), os.fsencode(destination)
+        if renameat2(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL):  # not this kernel, or not this file system
+            raise OSError(code, os.strerror(code), str(destination))
+    if os.path.lexists(destination):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination))
+    source.rename(destination)
+
+
+def copy_file(source: Path, destination: Path, edits: Edits) -> Generator[int]:
+    """A new file with the bytes and permissions of `source`, then `edits` at their offsets; synced.
+
+    The kernel copies, and shares the blocks where the file system can. Yields the number of bytes
+    that were copied since it last did; the file is whole at the end. Raises OSError that names the
+    source.
+    """
+    with open_file(source) as reader:
+        status = os.fstat(reader.fileno())
+        try:
+            with destination.open("xb") as writer:
+                yield from _copy_bytes(reader, writer, status.st_size)
+                for offset, block in edits:
+                    writer.seek(offset)
+                    writer.write(block)
+                writer.flush()
+                destination.chmod(status.st_mode & 0o777)
+                os.fsync(writer.fileno())
+        except OSError as error:
+            reason = f"{error.strerror}, while copying (nothing of the destination was kept)"
+            raise OSError(error.errno, reason, str(source)) from error
+
+
+def _copy_bytes(reader: BinaryIO, writer: BinaryIO, size: int) -> Iterator[int]:
+    done, in_kernel = 0, hasattr(os, "copy_file_range")
+    while done < size:
+        moved = 0
+        if in_kernel:
+            moved = _kernel_copy(reader.fileno(), writer.fileno(), done, min(size - done, _SPAN))
+            in_kernel = moved > 0  # some file systems copy nothing and say so
+        if not in_kernel:
+            reader.seek(done)
+            writer.seek(done)
+            moved = writer.write(reader.read(min(size - done, _BLOCK)))
+            if not moved:
+                raise OSError(errno.EIO, f"the file ends at {done} of {size} bytes")
+        _begin_writing(writer.fileno(), done, moved)
+        done += moved
+        yield moved
+
+
+def _begin_writing(descriptor: int, offset: int, count: int) -> None:
+    # Or the disk would be idle until the sync: for dirty pages this advice starts the write.
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # only advice
+            os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+
+
+def _kernel_copy(source: int, destination: int, offset: int, count: int) -> int:
+    try:
+        return os.copy_file_range(source, destination, count, offset, offset)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return 0
+
+
+def make_directory(source: Path, destination: Path) -> None:
+    """A new folder with the permissions of `source`, and its owner's to write there."""
+    destination.mkdir()
+    destination.chmod(stat.S_IMODE(source.stat().st_mode) | stat.S_IRWXU)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a folder outlast a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    # A failure here must not hide the one that led here.
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

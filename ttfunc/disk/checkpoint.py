@@ -1,0 +1,190 @@
+"""Merging into a checkpoint on disk: copy its files, and write k rows at their places in them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TypeAlias
+
+from ttfunc.deltas import TokenDeltas, combine
+from ttfunc.disk import rows_file
+from ttfunc.disk.atomic import copy_file, make_directory, stage, sync_directory
+from ttfunc.disk.folder import Checkpoint, open_checkpoint, warn_of_copies
+from ttfunc.disk.places import Place, check_finite, find_places, holds, stored_as
+from ttfunc.disk.tensors import path_of
+from ttfunc.merging import check_originals
+
+AnyPath: TypeAlias = "str | os.PathLike[str]"
+Progress: TypeAlias = Callable[[int, int], None]
+
+_ORDER = "merge_checkpoint(source, params, destination)"
+
+
+def merge_checkpoint(
+    source: AnyPath,
+    params_or_path: TokenDeltas | AnyPath,
+    destination: AnyPath,
+    *,
+    names: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """A copy of a checkpoint with the trained rows in it, made without building the model.
+
+    The bytes are those of `ttfunc.merge` on the loaded tensors. Memory does not grow with the
+    checkpoint, and all but the rows is copied byte for byte. The source is only read; the
+    destination appears whole or not at all. Permissions are kept, times are those of the copy.
+
+    Args:
+        source: a Hugging Face folder with `.safetensors` files, sharded or not, or one such file.
+        params_or_path: with `(k, D)` deltas, which are cast to the dtype of each matrix; or the
+            path of a file that `ttfunc.save` wrote. (A PEFT adapter does not say what is tied: give
+            what `load_peft` returns for the model.)
+        destination: what is to be made; nothing has this name yet.
+        names: where the checkpoint names a matrix in another way than the model (as some of
+            transformers' do), from the model's name to the checkpoint's.
+        progress: called with the bytes copied so far, and those of the whole checkpoint.
+
+    Warns:
+        UserWarning: the rows in the checkpoint are not the originals, so that `unmerge_checkpoint`
+            will not give them back; or other files seem to hold the same weights.
+
+    Raises:
+        KeyError: the checkpoint has none of a matrix's names, or not the one in `names`.
+        ValueError: a matrix of another shape, or quantised; rows that are not finite in its dtype;
+            a broken file; a destination inside of the source.
+        FileExistsError, FileNotFoundError, OSError: the destination exists, the source does not,
+            or the copy fails, as on a full disk.
+    """
+    checkpoint = _opened(source, destination)
+    params = _given(params_or_path, checkpoint, names)
+    places = find_places(checkpoint, params, params.deltas)
+    for place in places:
+        check_finite(place)
+        originals = params.originals[place.key]
+        if not originals.is_meta and not holds(checkpoint.root, place, originals.cpu()):
+            warnings.warn(
+                f"the rows of {place.name!r} in {_file(checkpoint, place)} ({place.dtype}) are not "
+                f"the originals ({originals.dtype}) of the parameters, and unmerge_checkpoint will "
+                "not give them back. Is it another model, or was it merged into before? Keep it.",
+                stacklevel=2,
+            )
+    warn_of_copies(checkpoint)
+    _write_copy(checkpoint, places, Path(destination), progress)
+
+
+def unmerge_checkpoint(
+    source: AnyPath,
+    params_or_path: TokenDeltas | AnyPath,
+    destination: AnyPath,
+    *,
+    names: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """A copy of a merged checkpoint with the original bytes: the inverse of `merge_checkpoint`.
+
+    Writes the originals that the parameters were made with. The source is only read.
+
+    Warns:
+        UserWarning: the rows in the checkpoint are not those that a merge writes; or other files
+            seem to hold the same weights.
+
+    Raises:
+        ValueError: the originals are of a dtype that cannot give back the checkpoint's bytes, or
+            have no values; and as `merge_checkpoint`.
+        KeyError, FileExistsError, FileNotFoundError, OSError: as `merge_checkpoint`.
+    """
+    checkpoint = _opened(source, destination)
+    params = _given(params_or_path, checkpoint, names)
+    places = find_places(checkpoint, params, params.originals)
+    for place in places:
+        check_originals(place.name, place.dtype, place.rows.dtype)
+        deltas = params.deltas[place.key].detach()
+        if not deltas.is_meta and not holds(checkpoint.root, place, deltas.cpu()):
+            warnings.warn(
+                f"the rows of {place.name!r} in {_file(checkpoint, place)} are not those that "
+                "merging these parameters writes: was it merged with others? The originals "
+                "replace them all the same.",
+                stacklevel=2,
+            )
+    warn_of_copies(checkpoint)
+    _write_copy(checkpoint, places, Path(destination), progress)
+
+
+def _given(
+    params_or_path: TokenDeltas | AnyPath, checkpoint: Checkpoint, names: Mapping[str, str] | None
+) -> TokenDeltas:
+    if isinstance(params_or_path, (str, os.PathLike)):
+        params_or_path = rows_file.read(params_or_path)
+    return stored_as(checkpoint, combine(params_or_path), names)
+
+
+def _file(checkpoint: Checkpoint, place: Place) -> str:
+    return repr(str(checkpoint.root / place.file))
+
+
+def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
+    """The source, when the destination can be made."""
+    root, new = path_of(source, _ORDER), path_of(destination, _ORDER)
+    if os.path.lexists(new):
+        raise FileExistsError(
+            f"the destination {str(new)!r} exists, and nothing is ever written over. Give a new "
+            "name, or remove it first."
+        )
+    if not new.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {str(new.parent)!r} in which to make {new.name!r}. Create it "
+            "first."
+        )
+    parent = Path(os.path.realpath(new.parent))  # Path.resolve raises what it likes for a loop
+    if Path(os.path.realpath(root)) in (parent, *parent.parents):
+        raise ValueError(
+            f"the destination {str(new)!r} is inside of the source {str(root)!r}, which stays as "
+            "it is. Give a place outside of it."
+        )
+    return open_checkpoint(root)
+
+
+def _write_copy(
+    checkpoint: Checkpoint,
+    places: Sequence[Place],
+    destination: Path,
+    progress: Progress | None,
+) -> None:
+    done, total = 0, checkpoint.size
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    def make(partial: Path) -> None:
+        # The folder itself comes first; a file that is a checkpoint alone has none.
+        folders = ["", *checkpoint.folders] if checkpoint.root.is_dir() else []
+        for name in folders:
+            make_directory(checkpoint.root / name, partial / name)
+        for name in checkpoint.files:
+            _copy_one(checkpoint, name, places, partial, advance)
+        for name in reversed(folders):
+            sync_directory(partial / name)
+        checkpoint.check_unchanged()  # all of it is as it was at one time
+
+    stage(destination, make)
+
+
+def _copy_one(
+    checkpoint: Checkpoint,
+    name: str,
+    places: Sequence[Place],
+    partial: Path,
+    advance: Callable[[int], None],
+) -> None:
+    edits = (edit for place in places if place.file == name for edit in place.edits(place.rows))
+    # An error of what is told of the progress is not the file's.
+    with closing(copy_file(checkpoint.root / name, partial / name, edits)) as copying:
+        for count in copying:
+            advance(count)
+    checkpoint.check_unchanged(name)

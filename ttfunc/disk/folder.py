@@ -1,0 +1,221 @@
+"""What is in a checkpoint: its files, which of them hold the model, and what they hold of it."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ttfunc.disk.atomic import open_file
+from ttfunc.disk.header import LONGEST, Entry, parse_json, read_header
+
+INDEX = "model.safetensors.index.json"
+_TICK = 20_000_000  # nanoseconds, above those of the clock by which kernels stamp files
+
+# The same weights in other files: a loader that is asked for them gets the rows as they were.
+_OTHER_COPIES = (
+    "*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf", "*.onnx", "*.onnx_data",
+    "tf_model*.h5", "flax_model*.msgpack", "rust_model.ot", "*.ckpt",
+)  # fmt: skip
+
+
+class Stamp(NamedTuple):
+    """What a write to a file changes, whatever else it leaves as it was."""
+
+    size: int
+    written: int
+    changed: int
+    place: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, as it was found; nothing of it is open.
+
+    root: the folder, or the file where it is one alone. folders, files: everything below it,
+    relative to it (the file alone is `""`). headers: the tensors of each file that holds the model.
+    """
+
+    root: Path
+    folders: list[str]
+    files: dict[str, Stamp]
+    headers: dict[str, dict[str, Entry]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(stamp.size for stamp in self.files.values())
+
+    def check_unchanged(self, name: str | None = None) -> None:
+        """Raises ValueError where a file, or by default anything, is not as it was found."""
+        now = {name: _stamp(self.root / name)} if name is not None else _walk(self.root)[1]
+        names = [name] if name is not None else sorted(now.keys() | self.files.keys())
+        if changed := [each for each in names if now.get(each) != self.files.get(each)]:
+            raise ValueError(
+                f"{str(self.root / changed[0])!r} was changed while it was copied. Merge again "
+                "when nothing writes to it."
+            )
+
+
+def open_checkpoint(source: Path) -> Checkpoint:
+    """The checkpoint in a Hugging Face folder, sharded or not, or in one .safetensors file.
+
+    All `.safetensors` files directly in the folder are of it, and those that its index names. A
+    symlink to a file counts as that file, as in a hub's cache.
+
+    Raises:
+        FileNotFoundError: nothing is there, the folder holds no .safetensors file, or its index
+            names one that is missing.
+        ValueError: a broken header or index, a shard outside of the folder, something in the
+            folder that is no file, or another copy of the model that loaders prefer.
+    """
+    if not source.exists():
+        raise FileNotFoundError(
+            f"there is no checkpoint at {str(source)!r}. Give a folder on this machine; for a "
+            "model of the hub, what huggingface_hub.snapshot_download returns."
+        )
+    folders, files = _settled(source)
+    if source.is_file():
+        return Checkpoint(source, folders, files, {"": read_header(source)})
+    _check_copies(source, list(files))
+    shards = [name for name in files if "/" not in name and name.endswith(".safetensors")]
+    shards += sorted(_indexed(source, list(files)) - set(shards))
+    if not shards:
+        raise FileNotFoundError(
+            f"the folder {str(source)!r} holds no .safetensors file, only {[*files][:8]}. Load the "
+            "model and save it with model.save_pretrained(folder), then merge that folder."
+        )
+    return Checkpoint(source, folders, files, {name: read_header(source / name) for name in shards})
+
+
+def warn_of_copies(checkpoint: Checkpoint) -> None:
+    """Warns of files that seem to hold the weights once more, and are carried over unmerged."""
+    others = [name for name in checkpoint.files if name not in checkpoint.headers]
+    copies = [
+        name
+        for name in others
+        if any(fnmatch(name.rpartition("/")[2], pattern) for pattern in _OTHER_COPIES)
+    ]
+    if copies:
+        warnings.warn(
+            f"{copies} in {str(checkpoint.root)!r} may hold the same weights and are copied as "
+            "they are: only the .safetensors files of the model are written to. Delete these "
+            "copies from the new folder, unless you need the model as it was.",
+            stacklevel=3,
+        )
+
+
+def _settled(root: Path) -> tuple[list[str], dict[str, Stamp]]:
+    """As `_walk`, at a moment from which on each write shows in a stamp."""
+    found = _walk(root)
+    if any(time.time_ns() - stamp.changed < _TICK for stamp in found[1].values()):
+        time.sleep(_TICK / 1e9)  # or a write in the same tick of the clock would leave it as it is
+        found = _walk(root)
+    return found
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    place = (found.st_dev, found.st_ino)
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, place)
+
+
+def _walk(root: Path) -> tuple[list[str], dict[str, Stamp]]:
+    """Folders (each after the one that holds it) and files below `root`, relative to it."""
+    if root.is_file():
+        return [], _stamps(root, [""])
+    if not root.is_dir():
+        raise ValueError(f"{str(root)!r} is neither a folder nor a file. Give a checkpoint's.")
+    folders, files = [], []
+    for place, below, names in os.walk(root, onerror=_raise):
+        here = Path(place)
+        for name in below:
+            if (here / name).is_symlink():
+                raise ValueError(
+                    f"{str(here / name)!r} is a symlink to a folder, which may lead anywhere. Put "
+                    "the folder itself there, or merge a copy without it."
+                )
+            folders.append((here / name).relative_to(root).as_posix())
+        for name in names:
+            _check_regular(here / name, root)
+            files.append((here / name).relative_to(root).as_posix())
+    return folders, _stamps(root, sorted(files))
+
+
+def _stamps(root: Path, files: list[str]) -> dict[str, Stamp]:
+    stamps = {name: _stamp(root / name) for name in files}
+    return {name: stamp for name, stamp in stamps.items() if stamp is not None}
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _check_regular(path: Path, root: Path) -> None:
+    # A hub's cache has snapshots/<revision>/<file>, a symlink into blobs/ beside snapshots/.
+    home, there = Path(os.path.realpath(root)), Path(os.path.realpath(path))
+    homes = {home, home.parent.parent / "blobs"}
+    if path.is_file() and path.is_symlink() and not homes & set(there.parents):
+        raise ValueError(
+            f"{str(path)!r} is a symlink that leaves the folder, to {str(there)!r}. Put the file "
+            "itself there, or merge a copy of the folder (cp -rL)."
+        )
+    if not path.is_file():
+        raise ValueError(
+            f"{str(path)!r} is neither a file nor a symlink to one, and cannot be carried over. "
+            "Remove it, or merge a copy without it."
+        )
+
+
+def _check_copies(source: Path, files: list[str]) -> None:
+    # Servers that find Mistral's own files read them in place of the model's.
+    top = [name for name in files if "/" not in name]
+    if preferred := [name for name in top if fnmatch(name, "consolidated*.safetensors")]:
+        raise ValueError(
+            f"the folder {str(source)!r} holds the model twice: {preferred} name its tensors in "
+            "another way, and some servers prefer them to the merged files. Merge a copy of the "
+            "folder without them (snapshot_download takes ignore_patterns='consolidated*')."
+        )
+
+
+def _indexed(source: Path, files: list[str]) -> set[str]:
+    """The files that the folder's index names, each of which is one of `files`."""
+    if INDEX not in files:
+        return set()
+    shards = set(_weight_map(source / INDEX).values())
+    for shard in sorted(shards - set(files)):
+        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise ValueError(
+                f"{INDEX} in {str(source)!r} names {shard!r}, which is outside of the folder. An "
+                "index names files of its own folder: do not trust this checkpoint."
+            )
+        raise FileNotFoundError(
+            f"{INDEX} names {shard!r}, and {str(source)!r} has no such file. Complete the download."
+        )
+    return shards
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    with open_file(path) as file:
+        raw = file.read(LONGEST + 1)
+    try:
+        if len(raw) > LONGEST:
+            raise ValueError(f"it is longer than {LONGEST} bytes")
+        index: Any = parse_json(raw)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("it has no weight_map")
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError("its weight_map names a file that is no string")
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is no index of shards: {error}. Download or save it again."
+        ) from None
+    return weight_map

@@ -1,0 +1,165 @@
+"""The header of a safetensors file: which tensor lies at which bytes. No tensor is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as shown
+from typing import Any, BinaryIO
+
+import torch
+
+from ttfunc.disk.atomic import open_file
+
+# The format's own limit, and far above what any index of shards needs.
+LONGEST = 100_000_000
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+_OTHERS = {
+    **dict.fromkeys(["F4"], 4),
+    **dict.fromkeys(["F6_E2M3", "F6_E3M2"], 6),
+    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E8M0"], 8),
+    **dict.fromkeys(["U16", "I16"], 16),
+    **dict.fromkeys(["U32", "I32"], 32),
+    **dict.fromkeys(["U64", "I64", "C64"], 64),
+}
+BITS = {name: 8 * dtype.itemsize for name, dtype in FLOATS.items()} | _OTHERS
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its dtype as the file names it, and its bytes `[start, end)` there."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file by name, in the order of the file.
+
+    What is accepted here the safetensors library accepts, with the same bytes for each tensor; but
+    for dtypes that it does not know, whose tensors are only carried along.
+
+    Raises ValueError, naming the file and the reason, for anything else.
+    """
+    with open_file(path) as file:
+        return parse_header(file, os.fstat(file.fileno()).st_size, str(path))
+
+
+def parse_header(file: BinaryIO, size: int, label: str) -> dict[str, Entry]:
+    """`read_header` of an open file of `size` bytes; errors call it `label`."""
+    first = file.read(8)
+    if first == b"version ":
+        raise ValueError(f"{label!r} is a pointer of Git LFS, not the file itself: git lfs pull.")
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(LONGEST, size - 8):
+        raise ValueError(
+            f"{label!r} is no safetensors file, or a truncated one: its {size} bytes cannot hold a "
+            f"header of {length} (at most {LONGEST}). Download or save it again."
+        )
+    try:
+        entries = _entries(parse_json(file.read(length)), 8 + length)
+        _check_coverage(entries, 8 + length, size)
+    except ValueError as error:
+        raise ValueError(
+            f"{label!r} has a broken safetensors header: {error}. Download or save it again."
+        ) from None
+    return entries
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON that has one meaning: UTF-8, no repeated keys. Raises ValueError with the reason."""
+    try:
+        return json.loads(
+            raw.decode(), object_pairs_hook=_object, parse_int=_integer, parse_constant=_refuse
+        )
+    except UnicodeError:
+        raise ValueError("it is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is in it more than once")
+    for text in (*found, *(value for value in found.values() if isinstance(value, str))):
+        text.encode()  # half of a surrogate pair is no character
+    return found
+
+
+def _integer(digits: str) -> int | float:
+    # A minus makes it no size or offset; "-0" must not pass for one.
+    return float(digits) if digits.startswith("-") else int(digits)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _entries(header: Any, base: int) -> dict[str, Entry]:
+    if not isinstance(header, dict):
+        raise ValueError(f"it is a {type(header).__name__}, not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its __metadata__ is not a mapping of strings")
+    return {name: _entry(name, fields, base) for name, fields in header.items()}
+
+
+def _entry(name: str, fields: Any, base: int) -> Entry:
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r} needs dtype, shape and data_offsets, and nothing else")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"the dtype of {name!r} is {shown(dtype)}, not a string")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(
+            f"{name!r} has shape {shown(shape)} and data_offsets {shown(offsets)}: a list of "
+            "sizes and a pair of offsets are needed"
+        )
+    start, end = offsets
+    if dtype in BITS and (end - start) * 8 != _numel(name, shape) * BITS[dtype]:
+        raise ValueError(
+            f"{name!r} has {end - start} bytes, which are not those of shape {shown(shape)} "
+            f"in {dtype}"
+        )
+    return Entry(dtype, tuple(shape), base + start, base + end)
+
+
+def _numel(name: str, shape: list[int]) -> int:
+    # An overflow is an error even where another dimension is 0; and no number grows for long.
+    count = 1
+    for size in shape:
+        count *= size or 1
+        if count >= 2**57:  # in bits it must fit an int64
+            raise ValueError(f"{name!r} has the impossible shape {shown(shape)}")
+    return 0 if 0 in shape else count
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _check_coverage(entries: dict[str, Entry], position: int, size: int) -> None:
+    """Each byte after the header belongs to exactly one tensor."""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != position or entry.end < position:
+            raise ValueError(f"{name!r} does not begin where the tensor before it ends")
+        position = entry.end
+    if position != size:
+        raise ValueError(f"its tensors end at byte {position}, and the file at {size}")

@@ -1,0 +1,244 @@
+"""The trained rows in one safetensors file: `deltas/…`, `token_indices/…`, `originals/…` of each.
+
+The names and the shape of each matrix are in the metadata, as JSON under one key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from reprlib import repr as shown
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialized
+from torch import Tensor, nn
+
+from ttfunc.deltas import TokenDeltas, TokenRows, combine
+from ttfunc.disk.atomic import writable, write_file
+from ttfunc.disk.header import parse_json
+from ttfunc.disk.tensors import (
+    blamed_on,
+    check_model,
+    check_rows,
+    differing,
+    home_of,
+    opened,
+    path_of,
+    plain,
+    tensor_of,
+)
+from ttfunc.indices import outside_of_modes, token_indices
+from ttfunc.model.targets import Matrix
+from ttfunc.names import advice, matrix_named, names_of, renamed
+
+FORMAT = 1
+KEY = "ttfunc"
+PARTS = ("deltas", "token_indices", "originals")
+
+
+def save(
+    params: TokenDeltas,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `params` to one `.safetensors` file; `load` and `read` give back the same bits.
+
+    The file appears whole or not at all: what was at `path` before is replaced at the very end, and
+    kept where anything fails. Its permissions stay, and a symlink to it. `params` are not changed.
+
+    Args:
+        params: with `(k, D)` deltas of any float dtype, on any device.
+        path: of the file; its folder exists.
+        metadata: strings of your own. `safetensors.safe_open(path, "pt").metadata()` has them,
+            beside what ttfunc keeps under `"ttfunc"`.
+
+    Raises:
+        ValueError: deltas of another shape (stacked ones, too), no float dtype of safetensors, no
+            values (`meta`, or traced by a transform); one name for two matrices.
+        TypeError, ValueError: no TokenDeltas; metadata that are no strings, or under `"ttfunc"`.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    tensors: dict[str, Tensor] = {}
+    described = []
+    path = writable(path_of(path, "save(params, path)"))
+    together = combine(params)
+    with blamed_on(f"{str(path)!r} cannot be written"):
+        for name, row in together.rows.items():
+            ids = row.indices.on(torch.device("cpu")).ids
+            values = (together.deltas[name], ids, row.originals)
+            for part, tensor in zip(PARTS, values, strict=True):
+                if part != "token_indices":
+                    check_rows(tensor, len(row.indices), row.shape[1], f"the {part} of {name!r}")
+                tensors[f"{part}/{row.names[0]}"] = plain(tensor, f"the {part} of {name!r}")
+            described.append({"names": list(row.names), "shape": list(row.shape)})
+        own = json.dumps({"format": FORMAT, "matrices": described})
+        _matrices(own)
+    write_file(Path(os.path.realpath(path)), serialized(tensors, {**_strings(metadata), KEY: own}))
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    names: Mapping[str, str] | None = None,
+    requires_grad: bool = False,
+) -> TokenDeltas:
+    """The parameters that `save` wrote, put on `model`, which is not changed.
+
+    Args:
+        path: of the file.
+        model: with the matrices that they were trained on.
+        names: where it names a matrix in another way than the model of then (as with a wrapper
+            around it), from the name of then to that of now.
+        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` needs it not.
+
+    Returns:
+        TokenDeltas whose deltas and originals are the file's, bit for bit and in its dtypes, on the
+        device of the matrix; or on the CPU for a model on `meta`, so that they can be merged into
+        real weights. Warns where the model's rows are not the originals of the file: `unmerge`
+        writes those of the file.
+
+    Raises:
+        KeyError: the model has no parameter of a name in the file, or in `names`.
+        ValueError: the model has it in another shape, or tied to others than in the file; or the
+            file cannot be `read`.
+        FileNotFoundError: there is no file.
+    """
+    path = path_of(path, "load(path, model)")
+    check_model(model, "load(path, model)")
+    params = _called(read(path), model, names, path)
+    deltas, rows = {}, {}
+    for name, row in params.rows.items():
+        matrix = _same_matrix(model, row, path)
+        weight, first = matrix.tensor.detach(), matrix.names[0]
+        with outside_of_modes():
+            originals = row.originals.to(home_of(weight))
+            delta = params.deltas[name].to(home_of(weight))
+            deltas[first] = delta.requires_grad_(requires_grad)
+        rows[first] = replace(row, names=matrix.names, originals=originals, matrix=matrix)
+        if weight.is_meta:
+            continue
+        found = weight.index_select(0, row.indices.on(weight.device).ids)
+        if other := [row.indices.ids[i] for i in differing(found, originals)]:
+            warnings.warn(
+                f"the rows of tokens {shown(other)} in {first!r} are not those that {str(path)!r} "
+                "was trained from: this is another model, or one resized and initialised anew. The "
+                "trained rows replace them all the same; unmerge writes the file's originals.",
+                stacklevel=2,
+            )
+    return TokenDeltas(deltas, rows)
+
+
+def read(path: str | os.PathLike[str]) -> TokenDeltas:
+    """The parameters that `save` wrote, on the CPU and without a model, as after unpickling.
+
+    They can be merged into a state dict or a checkpoint; `patch` needs what `load` gives.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: it is damaged, of a newer format or not from `save`; the message names the file.
+    """
+    path = path_of(path, "read(path)")
+    deltas, rows = {}, {}
+    with opened(path) as file, blamed_on(f"{str(path)!r} cannot be loaded"):
+        own = (file.metadata() or {}).get(KEY)
+        if own is None:
+            raise ValueError("it has no metadata of ttfunc's. For a PEFT adapter use load_peft")
+        matrices = _matrices(own)
+        expected = {f"{part}/{names[0]}" for names, _ in matrices for part in PARTS}
+        if wrong := expected ^ set(file.keys()):
+            raise ValueError(f"tensors are missing, or unknown: {sorted(wrong)[:4]}")
+        for names, shape in matrices:
+            delta, ids, originals = (tensor_of(file, f"{part}/{names[0]}") for part in PARTS)
+            if ids.dtype != torch.int64:
+                raise ValueError(f"the token indices of {names[0]!r} are {ids.dtype}, not int64")
+            indices = token_indices(ids, shape[0], names[0])
+            check_rows(delta, len(indices), shape[1], f"the deltas of {names[0]!r}")
+            check_rows(originals, len(indices), shape[1], f"the originals of {names[0]!r}")
+            deltas[names[0]] = delta
+            rows[names[0]] = TokenRows(names, shape, indices, originals, None)
+    return TokenDeltas(deltas, rows)
+
+
+def _matrices(own: str) -> list[tuple[tuple[str, ...], tuple[int, int]]]:
+    """Names and shape of each matrix, from ttfunc's own JSON."""
+    described = parse_json(own.encode())
+    version = described.get("format") if isinstance(described, dict) else None
+    if type(version) is not int or version < 1:
+        raise ValueError(f"its metadata have no format version: {shown(own)}")
+    if version > FORMAT:
+        raise ValueError(f"it has format {version}, and this ttfunc knows {FORMAT}. Upgrade ttfunc")
+    entries = described.get("matrices")
+    if not isinstance(entries, list) or not all(map(_is_matrix, entries)) or not entries:
+        raise ValueError(f"its metadata must give names and a shape for each matrix: {shown(own)}")
+    names = Counter(name for entry in entries for name in entry["names"])
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise ValueError(f"{twice[:4]} are given twice: a name belongs to one matrix")
+    return [(tuple(e["names"]), (e["shape"][0], e["shape"][1])) for e in entries]
+
+
+def _is_matrix(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"names", "shape"}:
+        return False
+    names, shape = entry["names"], entry["shape"]
+    if not isinstance(names, list) or not isinstance(shape, list):
+        return False
+    named = len(names) > 0 and all(isinstance(name, str) and name for name in names)
+    return named and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+
+
+def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must map strings to strings, got {shown(metadata)}.")
+    strings = dict(metadata or {})
+    if wrong := [item for item in strings.items() if not all(isinstance(s, str) for s in item)]:
+        raise TypeError(
+            f"metadata must map strings to strings, got {shown(wrong)}. "
+            "json.dumps makes a string of most things."
+        )
+    if KEY in strings:
+        raise ValueError(f"the metadata key {KEY!r} is ttfunc's own. Choose another name.")
+    return strings
+
+
+def _called(
+    params: TokenDeltas, model: nn.Module, names: Mapping[str, str] | None, path: Path
+) -> TokenDeltas:
+    """The parameters by the names of `model`."""
+    held, known = names_of(model), [name for row in params.rows.values() for name in row.names]
+    missing = f"this {type(model).__name__} has no such parameter."
+    params = renamed(
+        params, names, held, f"this {type(model).__name__}", lambda row, other: missing
+    )
+    called = [name for row in params.rows.values() for name in row.names]
+    absent = [name for name in called if name not in held]
+    if absent and names is None and (told := advice(known, held)):
+        raise KeyError(
+            f"{type(model).__name__} has no parameter {absent[0]!r}, for which {str(path)!r} has "
+            f"rows.{told} Or use the model that it was trained on, without a wrapper."
+        )
+    return params
+
+
+def _same_matrix(model: nn.Module, row: TokenRows, path: Path) -> Matrix:
+    """The matrix of `model` that has the names, the shape and the ties of the file."""
+    matrix, *_ = [matrix_named(model, name, path) for name in row.names]
+    shape = tuple(matrix.tensor.shape)
+    if shape != row.shape:
+        raise ValueError(
+            f"{str(path)!r} has rows of a matrix {row.names[0]!r} of shape {row.shape}, and this "
+            f"{type(model).__name__} has it in {shape}. Resize the model as it was, or use that one"
+        )
+    if set(matrix.names) != set(row.names):
+        raise ValueError(
+            f"{str(path)!r} was trained where {row.names} were one matrix and no others, and in "
+            f"this {type(model).__name__} it is {matrix.names}. Tie the model as it was."
+        )
+    return matrix

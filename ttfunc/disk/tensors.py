@@ -1,0 +1,95 @@
+"""Rows in safetensors files: what may be written, and what can be read back safely."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ttfunc.disk.header import FLOATS
+from ttfunc.indices import outside_of_modes
+
+
+def path_of(given: object, order: str) -> Path:
+    """A path that the user gave. Raises TypeError for anything else, with the `order` to give."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"a path is needed, got {type(given).__name__}. The order is {order}.")
+    return Path(given)
+
+
+def check_model(given: object, order: str) -> None:
+    """Raises TypeError for what is no module, with the `order` in which to give it."""
+    if not isinstance(given, nn.Module):
+        raise TypeError(f"a model is needed, got {type(given).__name__}. The order is {order}.")
+
+
+def home_of(weight: Tensor) -> torch.device:
+    """Where the rows of a matrix live: beside it, or on the CPU where it has no values."""
+    return torch.device("cpu") if weight.is_meta else weight.device
+
+
+def differing(a: Tensor, b: Tensor) -> list[int]:
+    """The rows in which two `(n, D)` tensors differ, in the coarser of their dtypes."""
+    # A checkpoint that was loaded in half precision has the same rows.
+    coarse = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    a, b = (rows.to(coarse).contiguous().view(torch.uint8) for rows in (a, b))
+    return (a != b).any(1).nonzero().ravel().tolist()
+
+
+def check_rows(tensor: Tensor, k: int, width: int, what: str) -> None:
+    """Raises ValueError unless these are `(k, D)` rows of a float dtype."""
+    if tuple(tensor.shape) != (k, width):
+        raise ValueError(
+            f"{what} have shape {tuple(tensor.shape)}, and {(k, width)} is needed: a row for each "
+            "token index. Stacked adapters are saved one at a time"
+        )
+    if tensor.dtype not in FLOATS.values():
+        raise ValueError(f"{what} are {tensor.dtype}, and a float dtype of safetensors is needed")
+
+
+def plain(tensor: Tensor, what: str) -> Tensor:
+    """A contiguous copy on the CPU. Raises ValueError where there are no values to write."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise ValueError(f"{what} are traced by a transform. Save what it returns, after it has")
+    if tensor.is_meta:
+        raise ValueError(f"{what} are on the meta device, without values. Load those first")
+    with outside_of_modes():
+        return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def tensor_of(file: Any, key: str) -> Tensor:
+    """A tensor of an open safetensors file, in memory of its own."""
+    dtype = file.get_slice(key).get_dtype()
+    if dtype not in FLOATS and dtype != "I64":
+        raise ValueError(f"{key!r} has dtype {dtype}")
+    with outside_of_modes():
+        return file.get_tensor(key).clone()  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file whose header is sound. Raises ValueError where it is not."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {str(path)!r}.")
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is no file. The folder of a PEFT adapter is for load_peft")
+    try:
+        file = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is no safetensors file, or damaged: {error}.") from None
+    with file:
+        yield file
+
+
+@contextlib.contextmanager
+def blamed_on(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"{what}: {str(error).rstrip('.')}.") from None

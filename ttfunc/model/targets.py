@@ -1,0 +1,241 @@
+"""Where the token matrices of a model are, and what is tied to what.
+
+Identity decides: two names are tied when their parameters are one object, or two objects over the
+same memory. No config is read for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from ttfunc.model.memory import overlaps, same_memory
+from ttfunc.model.path import Path, find_path
+
+Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
+
+
+@dataclass(eq=False)
+class Matrix:
+    """One distinct token matrix of a model.
+
+    names: every name that `state_dict` gives it, the first one first.
+    slots: one name for each distinct (module, attribute) that holds it, with its tensor. A module
+        reached by two paths is one slot.
+    renormed: an Embedding with max_norm holds it, which rescales it in place as it reads.
+    path: the modules that a call copies; found anew where a call finds them changed.
+    """
+
+    names: tuple[str, ...]
+    slots: tuple[tuple[str, Tensor], ...]
+    renormed: bool
+    path: Path
+
+    @property
+    def tensor(self) -> Tensor:
+        """The `(V, D)` parameter under the first name."""
+        return self.slots[0][1]
+
+    @property
+    def distinct(self) -> dict[str, Tensor]:
+        """One name for each distinct tensor object: what torch's own functional_call needs."""
+        first: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in self.slots:
+            first.setdefault(id(tensor), (name, tensor))
+        return dict(first.values())
+
+
+def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]:
+    """The modules that `targets` names, by their full names; by default the input embedding.
+
+    A string is a full module name (`""` is the model itself), or else the end of one at a dot
+    (`"embed_tokens"` finds `model.embed_tokens`); a compiled pattern must match the whole name; of
+    a list, each must match. Raises ValueError where nothing matches, TypeError for a module that is
+    neither an Embedding nor a Linear.
+    """
+    if targets is None:
+        return dict([_input_embedding(model)])
+    if not isinstance(targets, (str, re.Pattern)):
+        if not isinstance(targets, Iterable):
+            raise _not_a_name(targets)
+        if not targets:
+            raise ValueError(f"targets is empty: {targets!r}. Name a module, or leave it out.")
+        return {
+            name: module
+            for target in targets
+            for name, module in find_targets(model, _checked(target)).items()
+        }
+    modules = dict(_named_modules(model))
+    found = {name: modules[name] for name in _matching(list(modules), targets)}
+    if not found:
+        if isinstance(targets, str) and _matching(list(modules), targets.removesuffix(".weight")):
+            raise ValueError(
+                f"target {targets!r} is a parameter, and a target is the module that holds it: "
+                f"targets={targets.removesuffix('.weight')!r}."
+            )
+        raise ValueError(
+            f"target {targets!r} matches no module. {_candidates(model)} A string is a full module "
+            "name or its end at a dot; for a regular expression give re.compile(...)."
+        )
+    for name, module in found.items():
+        _check_module(model, name, module)
+    return found
+
+
+def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
+    """Every place of `model` that holds `tensor`: by identity, or by the same memory and shape.
+
+    A place is a parameter or a buffer. Raises ValueError where another one covers a part of the
+    same memory, or all of it in another shape: it cannot be patched together with this one.
+    """
+    names: list[str] = []
+    slots: dict[tuple[int, str], tuple[str, Tensor]] = {}
+    renormed = False
+    for path, module in _named_modules(model):
+        for attribute, other in chain(module._parameters.items(), module._buffers.items()):
+            if other is None:
+                continue
+            name = f"{path}.{attribute}" if path else attribute
+            if other is tensor or same_memory(other, tensor):
+                if attribute not in module._non_persistent_buffers_set:
+                    names.append(name)
+                slots.setdefault((id(module), attribute), (name, other))
+                renormed |= getattr(module, "max_norm", None) is not None
+            elif overlaps(other, tensor):
+                raise ValueError(
+                    f"{name!r} {tuple(other.shape)} is another view of the matrix "
+                    f"{tuple(tensor.shape)}: the two cannot be patched together. Give it "
+                    "memory of its own, or make it the same parameter."
+                )
+    held = [tensor for _, tensor in slots.values()]
+    return Matrix(tuple(names), tuple(slots.values()), renormed, find_path(model, held))
+
+
+def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
+    """How many (module, attribute) of `model` hold one of these very tensors."""
+    wanted = {id(tensor) for tensor in tensors}
+    # model.modules() does the same at twice the time, and this runs at every call.
+    pending, seen, count = [model], {id(model)}, 0
+    while pending:
+        module = pending.pop()
+        for held in (module._parameters, module._buffers):
+            if held:  # most modules have neither
+                count += sum(map(wanted.__contains__, map(id, held.values())))
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                pending.append(child)
+    return count
+
+
+def held_under(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer that the model has under `name` now."""
+    *path, attribute = name.split(".")
+    module: nn.Module | None = model
+    for part in path:
+        module = None if module is None else module._modules.get(part)
+    if module is None:
+        return None
+    parameter = module._parameters.get(attribute)
+    return module._buffers.get(attribute) if parameter is None else parameter
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield from model.named_modules(remove_duplicate=False)
+
+
+def _checked(target: object) -> str | re.Pattern[str]:
+    if not isinstance(target, (str, re.Pattern)):
+        raise _not_a_name(target)
+    return target
+
+
+def _not_a_name(target: object) -> TypeError:
+    return TypeError(
+        f"targets must be module names, got {type(target).__name__}: {target!r}. Give a "
+        "string, a compiled pattern, or a list of them."
+    )
+
+
+def _matching(names: list[str], target: str | re.Pattern[str]) -> list[str]:
+    if isinstance(target, re.Pattern):
+        return [name for name in names if target.fullmatch(name)]
+    if target in names:
+        return [target]
+    return [name for name in names if target and name.endswith(f".{target}")]
+
+
+def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    known = isinstance(module, (nn.Embedding, nn.Linear)) or module is _named_by_model(model)
+    weight = module._parameters.get("weight")
+    inner = module._modules.get("base_layer")
+    if weight is None and isinstance(inner, (nn.Embedding, nn.Linear)):  # as peft wraps it
+        path = f"{name}.base_layer" if name else "base_layer"
+        raise TypeError(
+            f"target {name!r} is a {type(inner).__name__} within an adapter "
+            f"({type(module).__module__}.{type(module).__name__}): name the layer itself, "
+            f"targets={path!r}."
+        )
+    if not known or (weight is not None and weight.ndim != 2):
+        raise TypeError(
+            f"target {name!r} is a {type(module).__name__}: only Embedding and Linear modules have "
+            f"rows to train. {_candidates(model)}"
+        )
+    if weight is not None and not isinstance(weight, nn.Parameter):
+        raise TypeError(
+            f"the weight of {name!r} stands for another in a functional call now, and is not the "
+            "model's own. Call this before or after it, or on the model itself."
+        )
+    if weight is None:
+        raise TypeError(
+            f"target {name!r} has no parameter named weight (it is computed, or managed by an "
+            "engine), so there are no rows to patch. Remove the parametrization first."
+        )
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"target {name!r} has a weight of dtype {weight.dtype}: only floating-point rows can "
+            "be trained. Leave the token matrices out of the quantisation."
+        )
+
+
+def _named_by_model(model: nn.Module) -> object:
+    """What the model itself names as its input embedding, where it can."""
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # not a transformers model, or a composite one
+        return None
+
+
+def _input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
+    """The embedding that the model names, else the only one, else the one named embed_tokens."""
+    named = _named_by_model(model)
+    modules: list[tuple[str, nn.Module]] = list(model.named_modules())
+    embeddings = [(n, m) for n, m in modules if isinstance(m, nn.Embedding)]
+    for choice in (
+        # Some models have an embedding class of their own.
+        [(n, m) for n, m in modules if m is named and "weight" in m._parameters],
+        embeddings,
+        [(n, m) for n, m in embeddings if n.rpartition(".")[2] == "embed_tokens"],
+    ):
+        if len(choice) == 1:
+            _check_module(model, *choice[0])
+            return choice[0]
+    raise ValueError(
+        f"cannot tell which module is the input embedding of {type(model).__name__}. "
+        f"{_candidates(model)} Name one: init_deltas(model, idx, targets=...)."
+    )
+
+
+def _candidates(model: nn.Module, most: int = 8) -> str:
+    embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n]
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n]
+    if not embeddings + linears:
+        return 'The model has no named Embedding or Linear module; it is itself targets="".'
+    # Heads come last in a model, so the last Linear modules are the likely ones.
+    shown = embeddings[:most] + linears[-max(2, most - len(embeddings)) :]
+    return f"Candidates: {', '.join(map(repr, shown))}."

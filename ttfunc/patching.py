@@ -1,0 +1,78 @@
+"""From trained rows to the weights that a functional call runs with."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes, combine
+from ttfunc.model.memory import same_memory
+from ttfunc.model.targets import Matrix
+from ttfunc.weight.deferred import patched
+from ttfunc.weight.reads import Replaced
+
+
+def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[str, Tensor]:
+    """The patched weights of the model that `params` were made from, by parameter name.
+
+    Give the result to `torch.func.functional_call` or to `ttfunc.functional_call`; it is
+    differentiable by the deltas alone. `patch(a, b)` is `patch(combine(a, b))`. Neither the model
+    nor `params` is changed.
+
+    Args:
+        params: with `(k, D)` deltas; they are cast to the dtype and moved to the device that the
+            model has now.
+        more: further rows of the same model, of other tokens.
+        dense: copy the matrices at once, which costs V×D memory for the weight and for each of its
+            gradients. By default they are deferred: the frozen matrix is read in place and the k
+            rows are put into what it gives (see `PatchedWeight`). A matrix of an Embedding with
+            `max_norm` is always copied.
+
+    Returns:
+        A `(V, D)` weight for each distinct matrix, under one name of each Parameter that holds it.
+
+    Raises:
+        ValueError: deltas of another shape, a matrix that was resized or untied since they were
+            made, or a token in more than one of the parameters.
+        TypeError: deltas that are no float tensors.
+        RuntimeError: `params` were unpickled and belong to no model.
+    """
+    weights: dict[str, Tensor] = {}
+    together = combine(params, *more)
+    check_shapes(together)
+    for name, delta in together.deltas.items():
+        row = together.rows[name]
+        matrix = matrix_of_rows(row)
+        base = matrix.tensor.detach()
+        # A matrix that rescales itself when it is read must be one tensor for the whole call.
+        copied = dense or matrix.renormed
+        weight = patched(base, Replaced(delta, row.indices), matrix, dense=copied)
+        weights.update(dict.fromkeys(matrix.distinct, weight))
+    return weights
+
+
+def matrix_of_rows(row: TokenRows) -> Matrix:
+    """Where the rows belong. Raises RuntimeError if nowhere, ValueError if it is not as it was."""
+    name, matrix = row.names[0], row.matrix
+    if matrix is None:
+        raise RuntimeError(
+            f"the parameters for {name!r} belong to no model: pickling leaves the base behind. "
+            "Put them on one: optree.tree_map(lambda new, old: old, "
+            "init_deltas(model, idx), params)."
+        )
+    held = matrix.tensor
+    if tuple(held.shape) != row.shape:
+        raise ValueError(
+            f"stale parameters: {name!r} had shape {row.shape} when they were made, and has "
+            f"{tuple(held.shape)} now. Make them anew with init_deltas on the model as it is."
+        )
+    if apart := [n for n, other in matrix.slots if not _is_tied(other, held)]:
+        raise ValueError(
+            f"stale parameters: {apart} lay in the memory of {name!r} when they were made, and "
+            "do not now (moving or casting a model parts what is not one Parameter). Tie them "
+            "again, or make the parameters anew with init_deltas."
+        )
+    return matrix
+
+
+def _is_tied(a: Tensor, b: Tensor) -> bool:
+    return a is b or same_memory(a, b)

@@ -1,0 +1,1 @@
+"""The adapter directories of PEFT, read and written without it."""

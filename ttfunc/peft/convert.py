@@ -1,0 +1,239 @@
+"""PEFT's adapter directories, both ways: what ttfunc trained and what PEFT trained."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialized
+from torch import Tensor, nn
+
+from ttfunc.deltas import TokenDeltas, TokenRows, combine
+from ttfunc.disk.tensors import (
+    blamed_on,
+    check_model,
+    check_rows,
+    differing,
+    home_of,
+    opened,
+    path_of,
+    plain,
+    tensor_of,
+)
+from ttfunc.indices import outside_of_modes, token_indices
+from ttfunc.names import matrix_named
+from ttfunc.peft.adapter import (
+    INDICES,
+    NO_LAYERS,
+    PREFIX,
+    SUFFIX,
+    WEIGHTS,
+    AdapterRows,
+    read_adapter,
+    read_json,
+    warn_of_left,
+)
+from ttfunc.peft.rules import check_ends, check_targets, check_ties
+from ttfunc.peft.writer import write_adapter
+
+
+def save_peft(
+    params: TokenDeltas,
+    directory: str | os.PathLike[str],
+    *,
+    base_model: str | os.PathLike[str] | nn.Module | None = None,
+) -> None:
+    """Write the directory that `peft.PeftModel.from_pretrained` loads, and `load_peft` too.
+
+    Matrices with the same token indices become a TRAINABLE_TOKENS adapter; others a LORA adapter
+    without layers, which has indices for each module. The rows are `(k, D)` float32 in the order
+    of the indices. `params` are not changed.
+
+    Args:
+        params: with deltas whose numbers float32 has.
+        directory: is made if need be. An adapter of nothing but token rows is replaced there, and
+            other files stay.
+        base_model: the folder or hub name of the model, or the model itself. For PEFT's
+            AutoPeftModel… it must be a local folder, or the model, which tell the class.
+
+    Raises:
+        ValueError: deltas of another shape, without values, or not exact in float32; a matrix that
+            is not the `weight` of a module, which PEFT cannot train; one name for two matrices;
+            a `base_model` given as a module that ties otherwise than its config says, by which
+            PEFT goes; names of which one is the end of another, with different indices.
+        FileExistsError: the directory has another adapter, or is a file.
+        OSError: it cannot be written, or the disk is full. No half adapter is left.
+    """
+    directory = path_of(directory, "save_peft(params, directory)")
+    tensors: dict[str, Tensor] = {}
+    targets: dict[str, list[int]] = {}
+    together = combine(params)
+    with blamed_on("these parameters cannot be saved for PEFT"):
+        for name, row in together.rows.items():
+            rows = _float32(together.deltas[name], row, name)
+            modules = [_module_of(alias) for alias in row.names]
+            if tensors.keys() & modules:
+                raise ValueError(f"a name belongs to two matrices in {together}")
+            tensors.update({module: rows.clone() for module in modules})
+            targets[modules[0]] = list(row.indices.ids)
+        if not targets:
+            raise ValueError(f"there are no rows in {together}")
+
+    first, *others = targets.values()
+    kind = "TRAINABLE_TOKENS" if all(ids == first for ids in others) else "LORA"
+    if kind == "LORA":  # which keeps the rows of tied modules once
+        tensors = {module: tensors[module] for module in targets}
+        check_ends(targets)
+    if isinstance(base_model, nn.Module):
+        check_ties(together, base_model)
+    keyed = {f"{PREFIX}{module}{SUFFIX[kind]}": rows for module, rows in tensors.items()}
+    config = {"peft_type": kind, **_targets_in_config(kind, targets), **_base(base_model)}
+    text = json.dumps(config, indent=2, sort_keys=True)
+    write_adapter(directory, serialized(keyed, {"format": "pt"}), text.encode())
+
+
+def _module_of(name: str) -> str:
+    module, _, attribute = name.rpartition(".")
+    if attribute != "weight" or not module:
+        raise ValueError(
+            f"PEFT trains the weight of a named module, and not {name!r}. Use ttfunc.save"
+        )
+    return module
+
+
+def _float32(delta: Tensor, row: TokenRows, name: str) -> Tensor:
+    what = f"the deltas of {name!r}"
+    check_rows(delta, len(row.indices), row.shape[1], what)
+    rows = plain(delta, what)
+    if rows.dtype == torch.float64 and differing(rows, rows.float().double()):
+        raise ValueError(
+            f"{what} are float64, with more digits than the float32 of PEFT. Round them first: "
+            "optree.tree_map(lambda rows: rows.float(), params)"
+        )
+    return rows.float()
+
+
+def _targets_in_config(kind: str, targets: dict[str, list[int]]) -> dict[str, Any]:
+    if kind == "LORA":
+        return {INDICES[kind]: targets, "target_modules": NO_LAYERS}
+    # A pattern: the entries of a list would be ends of names, and PEFT warns of them when tied.
+    pattern = "|".join(map(re.escape, targets))
+    ids = next(iter(targets.values()))
+    return {INDICES[kind]: ids, "target_modules": pattern, "init_weights": True}
+
+
+def _base(base_model: str | os.PathLike[str] | nn.Module | None) -> dict[str, Any]:
+    """Which model the adapter is for, and the class that AutoPeftModel… builds it with."""
+    name, kind, library = None, None, "transformers"
+    if isinstance(base_model, nn.Module):
+        name = getattr(base_model, "name_or_path", None) or None
+        kind, library = type(base_model).__name__, type(base_model).__module__
+    elif base_model is not None:
+        name = os.fspath(base_model)
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+            kind = read_json(Path(name, "config.json"))["architectures"][0]
+    return {
+        "auto_mapping": kind and {"base_model_class": kind, "parent_library": library},
+        "base_model_name_or_path": name,
+        **{"inference_mode": True, "revision": None, "task_type": None},
+    }
+
+
+def load_peft(
+    directory: str | os.PathLike[str], model: nn.Module, *, requires_grad: bool = False
+) -> TokenDeltas:
+    """The token rows of a PEFT adapter, put on `model`, which is not changed.
+
+    Takes TRAINABLE_TOKENS adapters, and LORA ones with `trainable_token_indices`; a warning says
+    that a LoRA's own weights are left. What is tied is found in the model, by identity, and the
+    originals are the rows that it has now.
+
+    Args:
+        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        model: without PEFT around it.
+        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` needs it not.
+
+    Returns:
+        TokenDeltas in the dtype of the file, on the device of each matrix; for a model on `meta` on
+        the CPU, with originals on `meta`.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        KeyError: it has rows for a module that the model does not have.
+        ValueError: another kind of adapter; a damaged one; indices that are no token ids of the
+            model; rows of another width; rows of tied modules that disagree; a target without rows
+            or rows without a target; whole weights beside the rows that the model does not have.
+    """
+    directory = path_of(directory, "load_peft(directory, model)")
+    check_model(model, "load_peft(directory, model)")
+    adapter = read_adapter(directory)
+    deltas: dict[str, Tensor] = {}
+    rows: dict[str, TokenRows] = {}
+    with blamed_on(f"{str(directory)!r} does not fit this {type(model).__name__}"):
+        for found in adapter.rows:
+            name, row, delta = _placed(found, model, directory)
+            if name in rows and (
+                rows[name].indices != row.indices or differing(deltas[name], delta)
+            ):
+                raise ValueError(
+                    f"it has different rows or token indices for {row.names}, which are tied here"
+                )
+            deltas[name], rows[name] = delta.requires_grad_(requires_grad), row
+        check_targets(adapter.config, model, rows)
+        _check_weights(directory / WEIGHTS, adapter.weights, model, rows)
+    warn_of_left(adapter.left, directory)
+    return TokenDeltas(deltas, rows)
+
+
+def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, TokenRows, Tensor]:
+    """The name of the matrix that the rows belong to, the rows as they are there, the new ones."""
+    matrix = matrix_named(model, f"{found.module}.weight", source)
+    weight, name = matrix.tensor.detach(), matrix.names[0]
+    if weight.ndim != 2 or weight.shape[1] != found.rows.shape[1]:
+        raise ValueError(
+            f"its rows for {found.module!r} are {tuple(found.rows.shape)}, and the weight is "
+            f"{tuple(weight.shape)}"
+        )
+    indices = token_indices(found.indices, weight.shape[0], name)
+    with outside_of_modes():
+        originals = weight.index_select(0, indices.on(weight.device).ids)
+        delta = found.rows.to(home_of(weight))
+    shape = (weight.shape[0], weight.shape[1])
+    return name, TokenRows(matrix.names, shape, indices, originals, matrix), delta
+
+
+def _check_weights(
+    path: Path, keys: Mapping[str, str], model: nn.Module, rows: Mapping[str, TokenRows]
+) -> None:
+    """Raises ValueError where PEFT would write other base weights into the model than it has."""
+    replaced = {name: list(row.indices.ids) for row in rows.values() for name in row.names}
+    for name, key in keys.items():
+        held = matrix_named(model, name, path).tensor.detach()
+        with opened(path) as file:
+            saved = tensor_of(file, key)
+        if saved.shape != held.shape or not saved.is_floating_point():
+            raise ValueError(
+                f"it also has {name!r} whole, {tuple(saved.shape)} in {saved.dtype}, and the model "
+                f"has {tuple(held.shape)}. Resize the model first, and copy it there"
+            )
+        if held.is_meta:
+            warnings.warn(
+                f"{str(path)!r} also has {name!r} whole, which is not loaded: see that the base "
+                "has the same values.",
+                stacklevel=3,
+            )
+            continue
+        pair = (torch.atleast_2d(t).flatten(1) for t in (saved, held.to(saved.device)))
+        if other := sorted(set(differing(*pair)) - set(replaced.get(name, []))):
+            raise ValueError(
+                f"it also has {name!r} whole, and {len(other)} rows that are not trained, from "
+                f"{other[0]} on, have other values than in the model. Copy them there first, "
+                f"from {key!r} in {str(path)!r}"
+            )

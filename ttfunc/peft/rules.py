@@ -1,0 +1,92 @@
+"""What PEFT would do with an adapter's config on a model: which modules, and what is tied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ttfunc.deltas import TokenDeltas, TokenRows
+from ttfunc.disk.tensors import blamed_on
+from ttfunc.model.targets import find_targets
+from ttfunc.peft.adapter import INDICES
+from ttfunc.peft.pattern import matching
+
+
+def check_ends(targets: Mapping[str, list[int]]) -> None:
+    """Raises ValueError for module names that PEFT's LoRA would take for one another."""
+    for name in targets:
+        if longer := [other for other in targets if other != name and other.endswith(name)]:
+            raise ValueError(
+                f"PEFT would give {longer[0]!r} the token indices of {name!r}, whose name is its "
+                "end, and these differ. Save them one at a time, or with ttfunc.save."
+            )
+
+
+def check_ties(params: TokenDeltas, model: nn.Module) -> None:
+    """Raises ValueError where PEFT, which reads the config, ties otherwise than the model does."""
+    says_so = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    headed = getattr(head, "weight", None)
+    for name, row in params.rows.items():
+        embedding = row.matrix is not None and row.matrix.tensor is _input_weight(model)
+        apart = embedding and isinstance(headed, Tensor) and headed is not _input_weight(model)
+        if (len(row.names) > 1 and not says_so) or (apart and says_so and len(row.names) == 1):
+            raise ValueError(
+                f"tie_word_embeddings is {says_so} in the config of {type(model).__name__}, and "
+                f"{name!r} is {row.names}: PEFT reads the config, and would not do the same. Set "
+                "it as the model is."
+            )
+
+
+def _input_weight(model: nn.Module) -> object:
+    return next(iter(find_targets(model, None).values())).weight
+
+
+def check_targets(
+    config: Mapping[str, Any], model: nn.Module, rows: Mapping[str, TokenRows]
+) -> None:
+    """Raises ValueError unless the matrices with rows are those that the config is for."""
+    targeted = {f"{module}.weight" for module in _targets(config, model)}
+    if missing := sorted(targeted - {name for row in rows.values() for name in row.names}):
+        raise ValueError(
+            f"it has no rows for its targets {missing}. It was trained on a model that ties them "
+            "to others, or is damaged"
+        )
+    if others := [row.names for row in rows.values() if not targeted & set(row.names)]:
+        raise ValueError(
+            f"it has rows for {others}, which is none of its targets {sorted(targeted)}. It was "
+            "trained on a model that ties them: tie this one"
+        )
+    for row in rows.values():
+        apart = set(row.names) - targeted
+        if apart and row.names and not _ties(model, targeted):
+            raise ValueError(
+                f"PEFT trained {sorted(targeted & set(row.names))} without {sorted(apart)}, and in "
+                "this model they are one matrix: the rows would be in both. Untie the model"
+            )
+
+
+def _ties(model: nn.Module, targeted: set[str]) -> bool:
+    """Whether PEFT would tie others to a target: to the input embedding, if the config says so."""
+    says_so = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    return bool(says_so) and f"{next(iter(find_targets(model, None)))}.weight" in targeted
+
+
+def _targets(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """The modules with a weight that PEFT would give rows, by its rules."""
+    weights = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+    standalone = config["peft_type"] == "TRAINABLE_TOKENS"
+    wanted = config.get("target_modules") if standalone else config[INDICES["LORA"]]
+    if standalone and isinstance(wanted, str):
+        with blamed_on("its target_modules cannot be followed"):
+            return matching(wanted, names)
+    if wanted is None or (not standalone and isinstance(wanted, list)):
+        wanted = list(find_targets(model, None))
+    if not isinstance(wanted, (list, dict)) or not all(isinstance(end, str) for end in wanted):
+        raise ValueError(f"its targets are {wanted!r}, and names of modules are needed")
+    # A LoRA's may end in the middle of a name.
+    ends = tuple(f".{end}" if standalone else end for end in wanted)
+    return [name for name in names if name in wanted or name.endswith(ends)]

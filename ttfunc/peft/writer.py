@@ -1,0 +1,142 @@
+"""Putting a PEFT adapter into a directory, in place of the one that was there.
+
+An adapter is two files, and no file system exchanges two at once. So the config, without which the
+directory holds no adapter, goes first and comes last: whoever is killed in between leaves none,
+rather than one of two halves. An interrupt or an error leaves the old or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from pathlib import Path
+
+from ttfunc.disk.atomic import replacement, sync_directory
+from ttfunc.disk.tensors import opened
+from ttfunc.disk.uninterrupted import to_the_end
+from ttfunc.peft.adapter import CONFIG, INDICES, PICKLE, SUFFIX, WEIGHTS, read_json
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_PAUSE = 0.01  # seconds between two looks at a directory in which another one writes
+
+
+def write_adapter(directory: Path, weights: bytes, config: bytes) -> None:
+    """Make the directory, or replace the adapter in it; on failure it is as it was.
+
+    Waits while another thread or process saves there.
+
+    Raises:
+        FileExistsError: it has what would be lost, or is no directory.
+        OSError: it cannot be written.
+    """
+    while not to_the_end(lambda: _written(directory, weights, config)):
+        time.sleep(_PAUSE)  # here, where it can be interrupted
+
+
+def _written(directory: Path, weights: bytes, config: bytes) -> bool:
+    """Whether it was; not where another one is at it."""
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{str(directory)!r} is a file. Name a directory for the adapter.")
+    made = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            alone = _locked(descriptor, directory)
+            if alone:
+                _check_replaceable(directory)
+                _replace(directory, weights, config)
+        finally:
+            os.close(descriptor)  # and so the lock
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):  # somebody has put something there
+                directory.rmdir()
+        raise
+    return alone
+
+
+def _locked(descriptor: int, directory: Path) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    # Another one, who failed, may have removed the directory that it had made.
+    there = directory.stat() if directory.exists() else None
+    return there is not None and os.path.samestat(os.fstat(descriptor), there)
+
+
+def _replace(directory: Path, weights: bytes, config: bytes) -> None:
+    old_config, old_weights = directory / CONFIG, directory / WEIGHTS
+    with (
+        replacement(old_weights, weights) as new_weights,
+        replacement(old_config, config) as new_config,
+    ):
+        aside: dict[Path, Path | None] = {}  # where the old files are meanwhile
+        try:
+            for path in (old_config, old_weights):
+                aside[path] = _set_aside(path)
+            sync_directory(directory)  # so that no loss of power brings an old half beside a new
+            new_weights.replace(old_weights)
+            new_config.replace(old_config)
+            sync_directory(directory)
+        except BaseException:
+            for path in aside:
+                path.unlink(missing_ok=True)
+            for path, old in reversed(aside.items()):
+                if old is not None:
+                    old.rename(path)
+            raise
+        for old in filter(None, aside.values()):
+            old.unlink()
+
+
+def _set_aside(path: Path) -> Path | None:
+    if not os.path.lexists(path):
+        return None
+    return path.rename(path.with_name(f".ttfunc-{secrets.token_hex(8)}.old"))
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Raises FileExistsError where more than token rows would be lost.
+
+    A half that an interrupted save has left is token rows, too, or nothing.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if (directory / name).exists() and not (directory / name).is_file():
+            raise FileExistsError(
+                f"{str(directory / name)!r} is no regular file, and is not replaced. Remove it, or "
+                "choose another directory."
+            )
+    try:
+        alone = _is_of_rows(directory)
+    except ValueError as error:
+        raise FileExistsError(
+            f"{str(directory)!r} has an adapter that cannot be read, and would be lost: {error} "
+            "Remove it, or choose another directory."
+        ) from None
+    if not alone:
+        raise FileExistsError(
+            f"{str(directory)!r} has an adapter that is not of token rows alone, and would be "
+            "lost. Choose another directory."
+        )
+
+
+def _is_of_rows(directory: Path) -> bool:
+    if (directory / CONFIG).exists():
+        config = read_json(directory / CONFIG)
+        kind = config.get("peft_type")
+        if not isinstance(kind, str) or config.get(INDICES.get(kind, "")) is None:
+            return False
+    if not (directory / WEIGHTS).exists():
+        return not (directory / PICKLE).exists()
+    with opened(directory / WEIGHTS) as file:
+        return all(key.endswith(tuple(SUFFIX.values())) for key in file.keys())  # noqa: SIM118

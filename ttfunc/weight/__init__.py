@@ -1,0 +1,1 @@
+"""The patched weight: an `index_copy` that has not happened yet."""

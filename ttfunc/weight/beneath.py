@@ -1,0 +1,142 @@
+"""What a deferred weight is to code that gets past its `__torch_function__`.
+
+Nested tensors, scripted functions, transforms over the weight and the like never ask it. They get
+the tensor beneath: a NaN in the shape of the matrix, in no memory, whose gradient goes to the rows.
+The dispatcher puts the matrix in its place where an operation reads it; who reads the memory
+itself gets an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ttfunc.indices import TokenIndices, with_rows
+from ttfunc.weight.overrides import refuse_layout, refuse_writes
+from ttfunc.weight.source import Reads
+
+# Forward mode compares a tangent with its primal.
+_COMPARE = {
+    torch.ops.aten.is_same_size.default,
+    torch.ops.aten._has_same_storage_numel.default,
+}
+
+
+class Beneath(Tensor):
+    """A NaN that is a matrix to the dispatcher: `made` copies it for whatever reads it.
+
+    For transforms, which work on what is within their wrappers; else the weight does it itself.
+    """
+
+    made: Callable[[], Tensor]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        refuse_layout(func, args, _is_beneath)
+        if func in _COMPARE or (getattr(func, "is_view", False) and _is_beneath(args[0])):
+            with torch._C._DisableTorchDispatch():
+                seen = func(*args, **kwargs)
+            if func in _COMPARE:
+                return seen
+            if isinstance(seen, Tensor):  # a transform turns and aliases it before any read
+                made = args[0].made
+                return _beneath(seen, lambda: _viewed(func, made(), *args[1:], **kwargs))
+        refuse_writes(func, args, kwargs, _is_beneath)
+        return func(*tree_map(_made, args), **tree_map(_made, kwargs))
+
+
+def _beneath(nan: Tensor, made: Callable[[], Any]) -> Beneath:
+    beneath = nan.as_subclass(Beneath)
+    beneath.made = made
+    return beneath
+
+
+def _viewed(func: Any, matrix: Tensor, *args: Any, **kwargs: Any) -> Any:
+    # The matrix lies otherwise in memory than the NaN, and its view may need a copy.
+    func = torch.ops.aten.reshape if func is torch.ops.aten.view.default else func
+    return func(matrix, *args, **kwargs)
+
+
+def _is_beneath(value: Any) -> bool:
+    return isinstance(value, Beneath)
+
+
+def _made(value: Any) -> Any:
+    return value.made() if isinstance(value, Beneath) else value
+
+
+class Carrier(torch.autograd.Function):
+    """The NaN, with the gradient of the matrix `base.index_copy(0, ids, rows)`."""
+
+    @classmethod
+    def forward(
+        cls, rows: Tensor, base: Tensor, ids: Tensor, transformed: bool, reads: Reads
+    ) -> Tensor:
+        nan = rows.new_full((), torch.nan)
+        torch._C._set_throw_on_mutable_data_ptr(nan)
+        nan = nan.expand(*rows.shape[:-2], *base.shape[-2:])
+        if not transformed:  # the weight itself is what the dispatcher finds
+            return nan
+
+        def made() -> Tensor:
+            reads.dense = True
+            return cls.matrix(rows, base, ids)
+
+        return _beneath(nan, made)
+
+    @staticmethod
+    def matrix(rows: Tensor, base: Tensor, ids: Tensor) -> Tensor:
+        """What the NaN stands for; rows and base may have a batch in front."""
+        return with_rows(base.expand(*rows.shape[:-2], *base.shape[-2:]), ids, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, base, ids, _, ctx.reads = inputs
+        ctx.set_materialize_grads(False)  # zeros of the size of the base, for its tangent
+        # Not saved as tensors are: a patch that is made once feeds many backward passes.
+        ctx.ids, ctx.shape = ids, base.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.to_dense() if grad.is_sparse else grad  # of an embedding that makes it so
+        return grad.index_select(-2, ctx.ids), None, None, None, None
+
+    @classmethod
+    def jvp(cls, ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        nothing = tangent.new_zeros(()).expand(ctx.shape)
+        result: Tensor = cls.apply(tangent, nothing, ctx.ids, True, ctx.reads)  # type: ignore[no-untyped-call]
+        return result
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+        rows, base, *others = operands
+        dim = in_dims[0]
+        rows = rows.expand(info.batch_size, *rows.shape) if dim is None else rows.movedim(dim, 0)
+        carried: Tensor = cls.apply(rows, base, *others)  # type: ignore[no-untyped-call]
+        return carried, 0
+
+
+def nan_beneath(
+    carrier: type[Carrier], rows: Tensor, base: Tensor, indices: TokenIndices, reads: Reads
+) -> Tensor:
+    """NaN in the shape of `base`, in no memory, with the gradient that `carrier` gives it.
+
+    Where a transform is at work, what reads it past the weight is noted in `reads`.
+    """
+    ids = indices.on(base.device).ids
+    transformed = torch._C._are_functorch_transforms_active()
+    carried: Tensor = carrier.apply(rows, base, ids, transformed, reads)  # type: ignore[no-untyped-call]
+    return carried

@@ -1,0 +1,139 @@
+"""The patched weight: an `index_copy` that has not happened yet.
+
+`base.index_copy(0, ids, rows)` copies a V×D matrix at each call, and its backward builds V×D
+gradients to keep k rows of them. A deferred weight keeps `(base, ids, rows)` and gives the same
+results where a model looks tokens up or multiplies by the matrix; for anything else it becomes
+the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ttfunc.model.memory import memory_of
+from ttfunc.model.targets import Matrix
+from ttfunc.weight.handlers import HANDLERS, frozen
+from ttfunc.weight.overrides import ABOUT, BENEATH, refuse_layout, refuse_writes
+from ttfunc.weight.source import Reads, Rows, Source, Sourced, versions
+
+
+class _OfEach:
+    """A `__torch_dispatch__` that a class has for its tensors and denies to have itself.
+
+    The dispatcher asks the tensor. torch.compile asks the class, and takes none that has one.
+    """
+
+    def __get__(self, weight: PatchedWeight | None, owner: type[PatchedWeight]) -> Any:
+        return Tensor.__torch_dispatch__ if weight is None else owner._dispatched
+
+
+class PatchedWeight(Sourced):
+    """A `(V, D)` weight with k of its rows replaced, or the `(D, V)` transpose of one.
+
+    Made by `patch`. `source.uses` tells how it was read: `"lookup"`, `"product"`, `"dense"`.
+    """
+
+    def like(self, source: Source) -> PatchedWeight:
+        """The same for another source, turned as this one is."""
+        return _wrap(source, self.transposed)
+
+    def turned(self) -> PatchedWeight:
+        """The transpose."""
+        source = self.source
+        if torch.compiler.is_dynamo_compiling():  # which makes no subclass of what it was given
+            source = source._replace(beneath=source.rows.beneath(source.base, source.reads))
+        return _wrap(source, not self.transposed)
+
+    def unread(self) -> PatchedWeight:
+        """The same, with no read noted yet."""
+        source = self.source._replace(reads=Reads())
+        # Under a transform the tensor beneath is made with where its own reads are noted.
+        if self.deferred and torch._C._are_functorch_transforms_active():
+            beneath = source.rows.beneath(source.base, source.reads)
+            source = source._replace(beneath=beneath)
+        return _wrap(source, self.transposed)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in ABOUT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*tree_map(frozen, args), **tree_map(frozen, kwargs))
+        if func in BENEATH:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        refuse_writes(func, args, kwargs, _is_lost)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+
+    # What gets past __torch_function__ comes to the dispatcher, below autograd: the gradient of the
+    # copy goes to the tensor beneath, which carries it to the rows.
+    __torch_dispatch__ = _OfEach()
+
+    @classmethod
+    def _dispatched(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        refuse_layout(func, args, _is_lost)
+        refuse_writes(func, args, kwargs, _is_lost)
+        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+
+
+def patched(base: Tensor, rows: Rows, matrix: Matrix | None, *, dense: bool) -> PatchedWeight:
+    """The weight with `rows` in place, copied at once (`dense`) or deferred.
+
+    The memory beneath a deferred weight is one NaN, expanded: whatever gets past the dispatcher,
+    too, sees an error or NaN, never the base.
+    """
+    reads = Reads()
+    copy = rows.copied(base) if dense else None
+    beneath = rows.beneath(base, reads) if copy is None else copy
+    memory = None
+    if matrix is not None and not torch.compiler.is_dynamo_compiling():  # which reads no pointers
+        memory = memory_of(matrix.tensor)
+    made_from = () if copy is None else versions(base, rows.values)
+    source = Source(base, rows, matrix, beneath, copy, memory, made_from, reads)
+    return _wrap(source, transposed=False)
+
+
+def _wrap(source: Source, transposed: bool) -> PatchedWeight:
+    # By its name: torch.compile cannot trace this for a class that it is handed.
+    weight = (source.beneath.mT if transposed else source.beneath).as_subclass(PatchedWeight)
+    weight.source, weight.transposed = source, transposed
+    return weight
+
+
+def _dense(value: Any) -> Any:
+    """In place of a patched weight the matrix itself."""
+    if not isinstance(value, PatchedWeight):
+        return value
+    source = value.source
+    source.note("dense")
+    # The copy is not kept for the next read, which may be under another grad mode or transform.
+    copy = source.rows.copied(source.base) if source.copy is None else source.copy
+    return copy.mT if value.transposed else copy
+
+
+def _is_lost(value: Any) -> bool:
+    return isinstance(value, PatchedWeight) and value.deferred

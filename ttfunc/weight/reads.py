@@ -1,0 +1,203 @@
+"""The two reads of a matrix with replaced rows: looking rows up, and multiplying by all of them.
+
+Both give what they would on `base.index_copy(0, ids, rows)`, without that copy and without a
+gradient of its size. `base` is `(V, D)`, `rows` is `(k, D)` of the same dtype and device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
+
+from ttfunc.indices import TokenIndices, stretches, with_rows
+from ttfunc.weight.beneath import Carrier, nan_beneath
+from ttfunc.weight.source import Reads
+
+_TRANSFORM = functorch.TransformType
+
+
+class Replaced(NamedTuple):
+    """`(k, D)` rows in place of the `indices` of a base, cast to its dtype whenever they are read.
+
+    So a patch that is made once follows its rows through training.
+    """
+
+    values: Tensor
+    indices: TokenIndices
+    by_example: bool = False
+
+    def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
+        """`F.embedding` of `(...)` integer tokens: `(..., D)`, differentiable by the rows alone."""
+        frozen = F.embedding(tokens, base)
+        hit, row = self.indices.find(tokens, base.device)
+        padding_row = None if padding_idx is None else self.indices.row_of(padding_idx % len(base))
+        replaced = F.embedding(row, like(self.values, base), padding_idx=padding_row)
+        return torch.where(hit.unsqueeze(-1), replaced, frozen)
+
+    def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`F.linear` of `(..., D)` hidden states: `(..., V)`, differentiable by all but `base`."""
+        bias = None if bias is None else autocast(bias)
+        ids = self.indices.on(base.device).ids
+        rows = autocast(like(self.values, base))
+        operands = (autocast(hidden), autocast(base), rows, bias, ids)
+        if _has_no_rule():
+            return _product(*operands)
+        function = _TracedProduct if torch.compiler.is_dynamo_compiling() else _Product
+        parts = _parts(self.indices, operands[1])
+        result: Tensor = function.apply(*operands, parts)  # type: ignore[no-untyped-call]
+        return result
+
+    def copied(self, base: Tensor) -> Tensor:
+        """The matrix itself, `(V, D)`."""
+        return with_rows(base, self.indices.on(base.device).ids, like(self.values, base))
+
+    def beneath(self, base: Tensor, reads: Reads) -> Tensor:
+        """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
+        if no_carrier():
+            return self.copied(base)
+        return nan_beneath(Carrier, like(self.values, base), base, self.indices, reads)
+
+    def map(self, func: Callable[[Tensor], Tensor]) -> Replaced:
+        """The rows with a function applied that acts on each alone."""
+        return self._replace(values=func(self.values))
+
+
+def _product(
+    hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, ids: Tensor
+) -> Tensor:
+    some_bias = None if bias is None else bias.index_select(0, ids)
+    return F.linear(hidden, base, bias).index_copy(-1, ids, F.linear(hidden, rows, some_bias))
+
+
+class _TracedProduct(torch.autograd.Function):
+    """The product with k columns written in place, and a backward to match.
+
+    Plain autograd of `_product` keeps three buffers of the size of the logits. This keeps none, and
+    its backward makes one at most, when those of the loss are gone. (Subtracting the old rows' part
+    from `grad @ base` would make none, and cancel where an old row is large.)
+    """
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        base: Tensor,
+        rows: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        parts: tuple[slice, ...],
+    ) -> Tensor:
+        some_bias = None if bias is None else bias.index_select(0, ids)
+        fresh = F.linear(hidden, base, bias)
+        return fresh.index_copy_(-1, ids, F.linear(hidden, rows, some_bias))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        hidden, base, rows, _, ids, ctx.parts = inputs
+        ctx.save_for_backward(hidden, base, rows, ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, base, rows, ids = ctx.saved_tensors
+        needs_hidden, _, needs_rows, needs_bias, *_ = ctx.needs_input_grad
+        some = grad.index_select(-1, ids)
+        to_hidden = to_rows = to_bias = None
+        if needs_hidden:
+            to_hidden = _product_without(ids, ctx.parts, grad, base) + some @ rows
+        if needs_rows:
+            to_rows = _flat(some).mT @ _flat(hidden)
+        if needs_bias:
+            to_bias = _flat(grad).sum(0)
+        return to_hidden, None, to_rows, to_bias, None, None
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    # With -1 torch cannot tell how many rows of nothing there are.
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+class _Product(_TracedProduct):
+    """The same with the rules for transforms, which torch.compile cannot trace."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+        # In place, a batch of rows would not fit into the product of an unbatched hidden state.
+        function = torch.vmap(_product, in_dims[:-1], randomness=info.randomness)
+        return function(*operands[:-1]), 0
+
+
+def _parts(indices: TokenIndices, base: Tensor) -> tuple[slice, ...]:
+    """The columns of the logits between those that are replaced; none where they are too many.
+
+    For the CPU, where a fresh buffer of the size of the logits costs a page fault for each 4 KiB,
+    and in eager mode: a compiled step is at its floor with the copy.
+    """
+    if base.device.type != "cpu" or torch.compiler.is_dynamo_compiling():
+        return ()
+    return stretches(indices, len(base), _most_parts(base))
+
+
+def _most_parts(base: Tensor) -> int:
+    # For each token a part costs D sums, and the copy V moves. Sums of a narrow dtype are rounded.
+    return len(base) // max(base.shape[1], 1) if base.dtype.itemsize >= 4 else 1
+
+
+def _product_without(ids: Tensor, parts: tuple[slice, ...], grad: Tensor, base: Tensor) -> Tensor:
+    """`grad @ base` as if the columns `ids` of `grad` were 0; `parts` are the others, if given."""
+    if not parts:
+        return grad.index_fill(-1, ids, 0) @ base
+    flat = _flat(grad)
+    first, *others = parts
+    total = flat[:, first] @ base[first]
+    for part in others:
+        total = torch.addmm(total, flat[:, part], base[part])
+    return total.view(*grad.shape[:-1], base.shape[1])
+
+
+def _has_no_rule() -> bool:
+    """Whether no autograd.Function is right here.
+
+    functionalize has no rule for one, forward mode over forward mode forgets the outer tangent, and
+    torch.compile has none under a transform.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return torch._C._are_functorch_transforms_active()
+    forward = forward_ad._current_level >= 0
+    return forward or _at_work(_TRANSFORM.Functionalize, _TRANSFORM.Jvp)
+
+
+def no_carrier() -> bool:
+    """Whether the NaN beneath cannot carry a gradient, and is the copy itself.
+
+    torch.compile drops what nobody reads; functionalize, and forward mode without a transform
+    (`torch.autograd.forward_ad`), pay for it.
+    """
+    if torch.compiler.is_dynamo_compiling() or _at_work(_TRANSFORM.Functionalize):
+        return True
+    return forward_ad._current_level >= 0 and not torch._C._are_functorch_transforms_active()
+
+
+def _at_work(*transforms: Any) -> bool:
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return any(layer.key() in transforms for layer in functorch.get_interpreter_stack() or [])
+
+
+def like(values: Tensor, base: Tensor) -> Tensor:
+    """Rows in the dtype of the base, and on its device."""
+    return values.to(base.device, base.dtype)
+
+
+def autocast(operand: Tensor) -> Tensor:
+    """What autocast does to `F.linear`, done before the Function so that its backward agrees."""
+    device = operand.device.type
+    if not torch.amp.is_autocast_available(device):  # meta
+        return operand
+    if not torch.is_autocast_enabled(device) or operand.dtype == torch.float64:
+        return operand
+    return operand.to(torch.get_autocast_dtype(device))

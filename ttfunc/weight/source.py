@@ -1,0 +1,124 @@
+"""What a patched weight is made of, and the tensor that carries it through a model."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from ttfunc.model.targets import Matrix
+
+
+class Reads:
+    """How a weight was read, each way a flag: compiled code sets one without a look at it before,
+    so that another weight needs no other code.
+    """
+
+    def __init__(self) -> None:
+        self.lookup = self.product = self.dense = False
+
+
+class Rows(Protocol):
+    """Replacement rows for a `(V, D)` base, and how to read the two as one matrix.
+
+    by_example: each example of a batch has its own; the first dimension is the batch.
+    """
+
+    @property
+    def values(self) -> Tensor: ...
+
+    @property
+    def by_example(self) -> bool: ...
+
+    def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
+        """`F.embedding` of the patched matrix."""
+
+    def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`F.linear` with the patched matrix."""
+
+    def copied(self, base: Tensor) -> Tensor:
+        """The patched matrix itself. Raises RuntimeError where it is not one."""
+
+    def beneath(self, base: Tensor, reads: Reads) -> Tensor:
+        """A NaN in the shape of the base, for what gets past `__torch_function__`.
+
+        Such a read is noted in `reads`.
+        """
+
+    def map(self, func: Any) -> Self:
+        """The rows with a function applied that acts on each alone."""
+
+
+class Source(NamedTuple):
+    """What a patched weight is made of: `(V, D)` base and rows, alike in dtype and device.
+
+    beneath: the `(V, D)` tensor that the weight is to whatever gets past `__torch_function__`.
+    copy: the patched matrix, of a dense one. memory: where the model's own matrix lay. made_from:
+    what was copied when it was made, each with its version then. reads: how it was read.
+    """
+
+    base: Tensor
+    rows: Rows
+    matrix: Matrix | None
+    beneath: Tensor
+    copy: Tensor | None
+    memory: tuple[object, ...] | None
+    made_from: tuple[tuple[Tensor, int], ...]
+    reads: Reads
+
+    @property
+    def uses(self) -> set[str]:
+        """The ways in which it was read: `"lookup"`, `"product"`, `"dense"`."""
+        return {how for how, read in vars(self.reads).items() if read}
+
+    def note(self, how: str) -> None:
+        """Note a read. Raises ValueError where what was copied has been written to since."""
+        if any(tensor._version != version for tensor, version in self.made_from):
+            raise ValueError(
+                "stale patch: its rows, or the matrix, were written to since it was made (by a "
+                "step of an optimizer, or load_state_dict), and it holds copies of them. Call "
+                "patch again for each step; a deferred patch follows its rows."
+            )
+        setattr(self.reads, how, True)
+
+
+def versions(*tensors: Tensor) -> tuple[tuple[Tensor, int], ...]:
+    """Each with its version, where it has one: each write in place makes a new one."""
+    if torch.compiler.is_dynamo_compiling():
+        return ()
+    return tuple(
+        (tensor, tensor._version)
+        for tensor in tensors
+        if not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    )
+
+
+class Sourced(Tensor):
+    """A tensor that stands for a patched `(V, D)` matrix, or for the `(D, V)` transpose of one."""
+
+    source: Source
+    transposed: bool
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the copy has not been made."""
+        return self.source.copy is None
+
+    def like(self, source: Source) -> Sourced:
+        """The same for another source, turned as this one is."""
+        raise NotImplementedError
+
+    def turned(self) -> Sourced:
+        """The transpose."""
+        raise NotImplementedError
+
+    @property
+    def frozen(self) -> Tensor:
+        """Its base, which has the same shape, dtype, device and layout."""
+        return self.source.base.mT if self.transposed else self.source.base
+
+
+def is_deferred(value: Any, *, transposed: bool = False) -> bool:
+    """Whether `value` stands for a matrix not yet copied, turned or not."""
+    return isinstance(value, Sourced) and value.deferred and value.transposed is transposed
