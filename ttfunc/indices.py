@@ -131,7 +131,8 @@ def with_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
 @contextlib.contextmanager
 def outside_of_autocast(device: torch.device) -> Iterator[None]:
     """For copying tensors of the half precision that is not autocast's, which takes none."""
-    if torch.amp.is_autocast_available(device.type):  # not on meta
+    known = torch.amp.is_autocast_available(device.type)  # not on meta
+    if known and torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             yield
     else:

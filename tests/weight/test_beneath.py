@@ -207,7 +207,7 @@ def test_no_matrix_of_a_mixed_patch_is_read_past_it():
     def call(p) -> Tensor:
         return functional_call(model, patch_mixed([p], [0, -1])).sum()
 
-    for f in (call, grad(call), lambda p: jvp(call, (p,), (p,))):
+    for f in (call, grad(call), functionalize(call), lambda p: jvp(call, (p,), (p,))):
         with pytest.raises(RuntimeError, match="in a way that cannot be mixed"):
             f(params)
 
