@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
 from ttfunc.model.memory import memory_of
@@ -18,12 +19,11 @@ def check_fresh(model: nn.Module, name: str, tensor: Tensor, source: Source) -> 
         # A call of a copy, inside of a call: a weight of the outer one stands in its place.
         now = next((one for slot, one in now.source.matrix.slots if one is tensor), now)
     matrix = source.matrix
-    # Resizing and casting may keep the Parameter and replace what is in it.
-    if (
-        now is tensor
-        and (matrix is None or any(tensor is one for _, one in matrix.slots))
-        and (source.memory is None or memory_of(tensor) == source.memory)
-    ):
+    same = now is tensor and (matrix is None or any(tensor is one for _, one in matrix.slots))
+    # Resizing and casting may keep the Parameter and replace what is in it. (torch.compile reads no
+    # pointers; a patch that is made in the compiled function is fresh.)
+    memory = None if torch.compiler.is_dynamo_compiling() else source.memory
+    if same and (memory is None or memory_of(tensor) == memory):
         return
     raise ValueError(
         f"stale patch: the parameter {name!r} that it was made from "

@@ -300,3 +300,15 @@ def test_a_model_that_turns_its_batch_is_refused():
 def test_numbers_without_values_are_refused():
     with pytest.raises(TypeError, match="no values to read here. Give a list"):
         patch_mixed(adapters(make("tied")), torch.zeros(3, dtype=torch.int64, device="meta"))
+
+
+def test_rows_that_were_written_to_since_are_stale():
+    model = make("tied").requires_grad_(False)
+    each = adapters(model)
+    weights = patch_mixed(each, ASSIGNMENT)
+    functional_call(model, weights, (X,))
+    with torch.no_grad():
+        optree.tree_leaves(each[1])[0].add_(1)
+    with pytest.raises(ValueError, match="stale patch: its rows.*Call patch again for each step"):
+        functional_call(model, weights, (X,))
+    functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))

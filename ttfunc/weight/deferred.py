@@ -8,7 +8,7 @@ the copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class PatchedWeight(Sourced):
         source = self.source._replace(reads=Reads())
         # Under a transform the tensor beneath is made with where its own reads are noted.
         if self.deferred and torch._C._are_functorch_transforms_active():
+            if not self.source.uses:
+                return self
             beneath = source.rows.beneath(source.base, source.reads)
             source = source._replace(beneath=beneath)
         return _wrap(source, self.transposed)
@@ -100,9 +102,17 @@ class PatchedWeight(Sourced):
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
 
-def patched(base: Tensor, rows: Rows, matrix: Matrix | None, *, dense: bool) -> PatchedWeight:
+def patched(
+    base: Tensor,
+    rows: Rows,
+    matrix: Matrix | None,
+    *,
+    dense: bool,
+    copied_from: Sequence[Tensor] = (),
+) -> PatchedWeight:
     """The weight with `rows` in place, copied at once (`dense`) or deferred.
 
+    `rows` that are copies of other tensors are stale once these (`copied_from`) are written to.
     The memory beneath a deferred weight is one NaN, expanded: whatever gets past the dispatcher,
     too, sees an error or NaN, never the base.
     """
@@ -112,7 +122,7 @@ def patched(base: Tensor, rows: Rows, matrix: Matrix | None, *, dense: bool) -> 
     memory = None
     if matrix is not None and not torch.compiler.is_dynamo_compiling():  # which reads no pointers
         memory = memory_of(matrix.tensor)
-    made_from = () if copy is None else versions(base, rows.values)
+    made_from = versions(*copied_from) if copy is None else versions(base, rows.values)
     source = Source(base, rows, matrix, beneath, copy, memory, made_from, reads)
     return _wrap(source, transposed=False)
 

@@ -70,16 +70,11 @@ class Mixed(NamedTuple):
     def beneath(self, base: Tensor, reads: Reads) -> Tensor:
         """NaN in the shape of `base`, in no memory, that refuses a read and a gradient."""
         if no_carrier():
-<<<<<<< HEAD:ttfunc/weight/mixed.py
-            return self.values.new_full((), torch.nan).expand(base.shape)
-        return nan_beneath(_Refusing, self.values[0], base, self.indices, reads)
-=======
             if torch.compiler.is_dynamo_compiling():
                 return self.values.new_full((), torch.nan).expand(base.shape)
             with torch._C._DisableFuncTorch():  # so that the dispatcher finds the weight itself
                 return base.new_full((), torch.nan).expand(base.shape)
-        return nan_beneath(_Refusing, self.values[0], base, self.indices, uses)
->>>>>>> aeec84f (A mixed patch read past its weight is refused under functionalize too):ttfunc/mixed.py
+        return nan_beneath(_Refusing, self.values[0], base, self.indices, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> Mixed:
         """The rows with a function applied that acts on each alone."""
@@ -155,7 +150,8 @@ def patch_mixed(
         base = matrix.tensor.detach()
         with outside_of_autocast(base.device):
             rows = _mixed(name, adapters, base, torch.tensor(numbers, device=base.device))
-        weight = patched(base, rows, matrix, dense=False)
+        deltas = [adapter.deltas[name] for adapter in adapters if name in adapter.deltas]
+        weight = patched(base, rows, matrix, dense=False, copied_from=deltas)
         weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights
 
