@@ -44,7 +44,7 @@ def test_merge_and_unmerge(folder, capsys):
     assert err == ""
     assert call(folder, "unmerge", "merged", "rows.safetensors", "back") == 0
     assert "unmerged into" in capsys.readouterr().out
-    params = __main__.files.read(folder / "rows.safetensors")
+    params = __main__.rows_file.read(folder / "rows.safetensors")
     assert contents(folder / "merged") == expected(folder / "source", params)
     assert contents(folder / "back") == contents(folder / "source")
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ttfunc.deltas import TokenDeltas, combine
 from ttfunc.model.memory import memory_of
+from ttfunc.torch_private import is_traceable_wrapper_subclass
 
 
 @dataclass(frozen=True)

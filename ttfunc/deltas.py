@@ -9,12 +9,11 @@ from typing import Any, NoReturn, cast
 
 import optree
 import torch
-import torch.utils._pytree as torch_pytree
-from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor
 
-from ttfunc.indices import TokenIndices, outside_of_modes
+from ttfunc.indices import TokenIndices
 from ttfunc.model.targets import Matrix
+from ttfunc.torch_private import OPTREE_GLOBAL, outside_of_modes, torch_pytree
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +232,10 @@ def _optree_flatten(params: Any) -> tuple[list[Tensor], Any, tuple[str, ...]]:
 
 # optree's annotations ask for a Collection; its code takes any class.
 optree.register_pytree_node(
-    cast("Any", TokenDeltas), _optree_flatten, cast("Any", _unflatten), namespace=GLOBAL_NAMESPACE
+    cast("Any", TokenDeltas),
+    _optree_flatten,
+    cast("Any", _unflatten),
+    namespace=OPTREE_GLOBAL,
 )
 torch_pytree.register_pytree_node(
     TokenDeltas,

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ttfunc.torch_private import outside_of_modes
+
 
 class Table(NamedTuple):
     """The ids on one device, `(k,)` int64 each: as given; sorted; the row of each sorted one."""
@@ -136,21 +138,6 @@ def outside_of_autocast(device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, enabled=False):
             yield
     else:
-        yield
-
-
-@contextlib.contextmanager
-def outside_of_modes() -> Iterator[None]:
-    """For tensors that outlive the inference mode or the transform that they are made in."""
-    if torch.compiler.is_dynamo_compiling():  # which keeps no tensor of its own
-        yield
-        return
-    # Fake tensors, too, are made by a mode.
-    with (
-        torch.inference_mode(False),
-        torch._C._DisableFuncTorch(),
-        torch._C._DisableTorchDispatch(),
-    ):
         yield
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ttfunc.deltas import TokenDeltas, TokenRows
 from ttfunc.indices import TokenIndices, token_indices
 from ttfunc.model.targets import Matrix, Targets, find_targets, matrix_of
+from ttfunc.torch_private import version_of, warn_of_untested
 
 Init: TypeAlias = "str | Tensor | Callable[[Tensor, Tensor], Tensor]"
 
@@ -49,6 +50,7 @@ def init_deltas(
         or ambiguous, tied targets with different ids, an `init` of another shape, a `dtype` that
         is no float.
     """
+    warn_of_untested()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}.")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -159,9 +161,9 @@ def _start(
 def _called(
     init: Callable[[Tensor, Tensor], Tensor], weight: Tensor, ids: Tensor, name: str
 ) -> Tensor:
-    version = None if weight.is_inference() else weight._version
+    version = version_of(weight)
     start = init(weight, ids.clone())
-    if version is not None and weight._version != version:
+    if version_of(weight) != version:
         raise RuntimeError(
             f"init wrote to the matrix {name!r} that it was given, which is the model's own: load "
             "the model again, and let init return new rows, base[idx].clone() say."

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.deltas import TokenDeltas, TokenRows, combine
-from ttfunc.indices import outside_of_modes
 from ttfunc.state_dict import Group, called, groups_of
+from ttfunc.torch_private import is_wrapped, outside_of_modes
 
 
 def merge(
@@ -119,11 +119,7 @@ def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group]) -> No
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its values can be read here: it is no tensor of a transform, a trace or a mesh."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and not tensor.is_meta
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_wrapped(tensor)
 
 
 def _holds(matrix: Tensor, row: TokenRows) -> bool:

@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 from ttfunc.deltas import TokenDeltas, TokenRows, check_one_model, check_shapes, combine, same_bits
-from ttfunc.indices import (
-    TokenIndices,
-    outside_of_autocast,
-    outside_of_modes,
-    union,
-    with_rows,
-)
+from ttfunc.indices import TokenIndices, outside_of_autocast, union, with_rows
+from ttfunc.torch_private import outside_of_modes
 
 
 def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:

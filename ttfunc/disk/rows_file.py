@@ -33,9 +33,10 @@ from ttfunc.disk.tensors import (
     plain,
     tensor_of,
 )
-from ttfunc.indices import outside_of_modes, token_indices
+from ttfunc.indices import token_indices
 from ttfunc.model.targets import Matrix
 from ttfunc.names import advice, matrix_named, names_of, renamed
+from ttfunc.torch_private import outside_of_modes
 
 FORMAT = 1
 KEY = "ttfunc"

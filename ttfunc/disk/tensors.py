@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ttfunc.disk.header import FLOATS
-from ttfunc.indices import outside_of_modes
+from ttfunc.torch_private import is_wrapped, outside_of_modes
 
 
 def path_of(given: object, order: str) -> Path:
@@ -55,7 +55,7 @@ def check_rows(tensor: Tensor, k: int, width: int, what: str) -> None:
 
 def plain(tensor: Tensor, what: str) -> Tensor:
     """A contiguous copy on the CPU. Raises ValueError where there are no values to write."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if is_wrapped(tensor):
         raise ValueError(f"{what} are traced by a transform. Save what it returns, after it has")
     if tensor.is_meta:
         raise ValueError(f"{what} are on the meta device, without values. Load those first")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+
+from ttfunc.torch_private import has_storage, is_wrapped, storage_key
 
 
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
     """Where a tensor lies and how it is read; equal for two tensors that are one."""
     if not _is_strided(tensor):
         return (id(tensor),)
-    storage = tensor.untyped_storage()._cdata
+    storage = storage_key(tensor)
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
@@ -21,10 +22,7 @@ def _is_strided(tensor: Tensor) -> bool:
     What is sparse, nested, wrapped by a transform or not yet made (LazyLinear) is itself alone.
     """
     return not (
-        is_lazy(tensor)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or tensor.is_nested
-        or not torch._C._has_storage(tensor)
+        is_lazy(tensor) or is_wrapped(tensor) or tensor.is_nested or not has_storage(tensor)
     )
 
 
@@ -37,7 +35,7 @@ def overlaps(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors share bytes."""
     if not (_is_strided(a) and _is_strided(b)):
         return False
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+    if storage_key(a) != storage_key(b):
         return False
     # Flat storages hold many parameters side by side, which is no overlap.
     (start_a, end_a), (start_b, end_b) = _extent(a), _extent(b)

@@ -27,7 +27,7 @@ from ttfunc.disk.tensors import (
     plain,
     tensor_of,
 )
-from ttfunc.indices import outside_of_modes, token_indices
+from ttfunc.indices import token_indices
 from ttfunc.names import matrix_named
 from ttfunc.peft.adapter import (
     INDICES,
@@ -42,6 +42,7 @@ from ttfunc.peft.adapter import (
 )
 from ttfunc.peft.rules import check_ends, check_targets, check_ties
 from ttfunc.peft.writer import write_adapter
+from ttfunc.torch_private import outside_of_modes
 
 
 def save_peft(

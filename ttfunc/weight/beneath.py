@@ -13,9 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ttfunc.indices import TokenIndices, with_rows
+from ttfunc.torch_private import (
+    forbid_writes,
+    outside_of_dispatch,
+    plain_torch_function,
+    transforms_active,
+    tree_map,
+)
 from ttfunc.weight.overrides import refuse_layout, refuse_writes
 from ttfunc.weight.source import Reads
 
@@ -34,7 +40,7 @@ class Beneath(Tensor):
 
     made: Callable[[], Tensor]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = plain_torch_function  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -47,7 +53,7 @@ class Beneath(Tensor):
         kwargs = kwargs or {}
         refuse_layout(func, args, _is_beneath)
         if func in _COMPARE or (getattr(func, "is_view", False) and _is_beneath(args[0])):
-            with torch._C._DisableTorchDispatch():
+            with outside_of_dispatch():
                 seen = func(*args, **kwargs)
             if func in _COMPARE:
                 return seen
@@ -86,7 +92,7 @@ class Carrier(torch.autograd.Function):
         cls, rows: Tensor, base: Tensor, ids: Tensor, transformed: bool, reads: Reads
     ) -> Tensor:
         nan = rows.new_full((), torch.nan)
-        torch._C._set_throw_on_mutable_data_ptr(nan)
+        forbid_writes(nan)
         nan = nan.expand(*rows.shape[:-2], *base.shape[-2:])
         if not transformed:  # the weight itself is what the dispatcher finds
             return nan
@@ -137,6 +143,6 @@ def nan_beneath(
     Where a transform is at work, what reads it past the weight is noted in `reads`.
     """
     ids = indices.on(base.device).ids
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = transforms_active()
     carried: Tensor = carrier.apply(rows, base, ids, transformed, reads)  # type: ignore[no-untyped-call]
     return carried

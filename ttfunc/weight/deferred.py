@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ttfunc.model.memory import memory_of
 from ttfunc.model.targets import Matrix
+from ttfunc.torch_private import no_torch_function, transforms_active, tree_map
 from ttfunc.weight.handlers import HANDLERS, frozen
 from ttfunc.weight.overrides import ABOUT, BENEATH, refuse_layout, refuse_writes
 from ttfunc.weight.source import Reads, Rows, Source, Sourced, versions
@@ -53,7 +53,7 @@ class PatchedWeight(Sourced):
         """The same, with no read noted yet."""
         source = self.source._replace(reads=Reads())
         # Under a transform the tensor beneath is made with where its own reads are noted.
-        if self.deferred and torch._C._are_functorch_transforms_active():
+        if self.deferred and transforms_active():
             if not self.source.uses:
                 return self
             beneath = source.rows.beneath(source.base, source.reads)
@@ -70,10 +70,10 @@ class PatchedWeight(Sourced):
     ) -> Any:
         kwargs = kwargs or {}
         if func in ABOUT:
-            with torch._C.DisableTorchFunctionSubclass():
+            with no_torch_function():
                 return func(*tree_map(frozen, args), **tree_map(frozen, kwargs))
         if func in BENEATH:
-            with torch._C.DisableTorchFunctionSubclass():
+            with no_torch_function():
                 return func(*args, **kwargs)
         handler = HANDLERS.get(func)
         if handler is not None:
@@ -81,7 +81,7 @@ class PatchedWeight(Sourced):
             if result is not NotImplemented:
                 return result
         refuse_writes(func, args, kwargs, _is_lost)
-        with torch._C.DisableTorchFunctionSubclass():
+        with no_torch_function():
             return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
     # What gets past __torch_function__ comes to the dispatcher, below autograd: the gradient of the

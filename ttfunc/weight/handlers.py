@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from ttfunc.torch_private import no_torch_function, tree_map
 from ttfunc.weight.overrides import einsum_as_product, transposes
 from ttfunc.weight.reads import like
 from ttfunc.weight.source import Sourced, is_deferred
@@ -138,7 +138,7 @@ def _storage(weight: Any) -> Any:
     """Of a mixed patch, which is no one matrix: torch.compile asks for it."""
     if not (weight.deferred and weight.source.rows.by_example):
         return NotImplemented
-    with torch._C.DisableTorchFunctionSubclass():
+    with no_torch_function():
         return weight.untyped_storage()
 
 

@@ -14,6 +14,7 @@ from ttfunc.deltas import TokenDeltas
 from ttfunc.indices import TokenIndices, outside_of_autocast, union
 from ttfunc.patching import matrix_of_rows
 from ttfunc.stacking import aligned, scattered
+from ttfunc.torch_private import outside_of_transforms, transforms_active
 from ttfunc.weight.beneath import Carrier, nan_beneath
 from ttfunc.weight.deferred import patched
 from ttfunc.weight.reads import autocast, no_carrier
@@ -59,7 +60,7 @@ class Mixed(NamedTuple):
         own = self.own[self.assignment].view(-1, *[1] * (hidden.ndim - 2), len(ids))
         columns = columns.view(*hidden.shape[:-1], len(ids))
         columns = torch.where(own, columns, fresh.index_select(-1, ids))
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or transforms_active():
             return fresh.index_copy(-1, ids, columns)
         return fresh.index_copy_(-1, ids, columns)
 
@@ -72,7 +73,7 @@ class Mixed(NamedTuple):
         if no_carrier():
             if torch.compiler.is_dynamo_compiling():
                 return self.values.new_full((), torch.nan).expand(base.shape)
-            with torch._C._DisableFuncTorch():  # so that the dispatcher finds the weight itself
+            with outside_of_transforms():  # so that the dispatcher finds the weight itself
                 return base.new_full((), torch.nan).expand(base.shape)
         return nan_beneath(_Refusing, self.values[0], base, self.indices, reads)
 

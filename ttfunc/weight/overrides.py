@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from ttfunc.torch_private import TensorBase, tree_leaves, writes_of
 
 # What the base answers as well: nothing is read for it.
 ABOUT = {
@@ -39,7 +40,7 @@ _IN_PLACE = r"(?!_|resize_as)\w+_|_foreach_\w+_"
 WRITERS = (
     {
         func
-        for namespace in (torch._C.TensorBase, Tensor, torch, torch.nn.functional, torch.nn.init)
+        for namespace in (TensorBase, Tensor, torch, torch.nn.functional, torch.nn.init)
         for name, func in vars(namespace).items()
         if re.fullmatch(_IN_PLACE, name) and callable(func)
     }
@@ -61,10 +62,9 @@ def written_by(
 ) -> list[Any]:
     """The arguments that `func` writes to, or gives a pointer to."""
     given = (*args, *kwargs.values())
-    if isinstance(func, torch._ops.OpOverload):
-        arguments = func._schema.arguments
-        named = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
-        return tree_leaves([named.get(a.name) for a in arguments if a.is_write])
+    written = writes_of(func, args, kwargs)
+    if written is not None:
+        return tree_leaves(written)
     in_place = func in WRITERS or kwargs.get("inplace") is True
     return tree_leaves([given[:1] if in_place else (), kwargs.get("out")])
 

@@ -12,14 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch.autograd import forward_ad
 
 from ttfunc.indices import TokenIndices, stretches, with_rows
+from ttfunc.torch_private import FUNCTIONALIZE, JVP, at_work, in_dual_level, transforms_active
 from ttfunc.weight.beneath import Carrier, nan_beneath
 from ttfunc.weight.source import Reads
-
-_TRANSFORM = functorch.TransformType
 
 
 class Replaced(NamedTuple):
@@ -166,9 +163,8 @@ def _has_no_rule() -> bool:
     torch.compile has none under a transform.
     """
     if torch.compiler.is_dynamo_compiling():
-        return torch._C._are_functorch_transforms_active()
-    forward = forward_ad._current_level >= 0
-    return forward or _at_work(_TRANSFORM.Functionalize, _TRANSFORM.Jvp)
+        return transforms_active()
+    return in_dual_level() or at_work(FUNCTIONALIZE, JVP)
 
 
 def no_carrier() -> bool:
@@ -177,15 +173,9 @@ def no_carrier() -> bool:
     torch.compile drops what nobody reads; functionalize, and forward mode without a transform
     (`torch.autograd.forward_ad`), pay for it.
     """
-    if torch.compiler.is_dynamo_compiling() or _at_work(_TRANSFORM.Functionalize):
+    if torch.compiler.is_dynamo_compiling() or at_work(FUNCTIONALIZE):
         return True
-    return forward_ad._current_level >= 0 and not torch._C._are_functorch_transforms_active()
-
-
-def _at_work(*transforms: Any) -> bool:
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    return any(layer.key() in transforms for layer in functorch.get_interpreter_stack() or [])
+    return in_dual_level() and not transforms_active()
 
 
 def like(values: Tensor, base: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ttfunc.model.targets import Matrix
+from ttfunc.torch_private import version_of
 
 
 class Reads:
@@ -64,7 +65,7 @@ class Source(NamedTuple):
     beneath: Tensor
     copy: Tensor | None
     memory: tuple[object, ...] | None
-    made_from: tuple[tuple[Tensor, int], ...]
+    made_from: tuple[tuple[Tensor, int | None], ...]
     reads: Reads
 
     @property
@@ -74,7 +75,7 @@ class Source(NamedTuple):
 
     def note(self, how: str) -> None:
         """Note a read. Raises ValueError where what was copied has been written to since."""
-        if any(tensor._version != version for tensor, version in self.made_from):
+        if any(version_of(tensor) != version for tensor, version in self.made_from):
             raise ValueError(
                 "stale patch: its rows, or the matrix, were written to since it was made (by a "
                 "step of an optimizer, or load_state_dict), and it holds copies of them. Call "
@@ -83,15 +84,11 @@ class Source(NamedTuple):
         setattr(self.reads, how, True)
 
 
-def versions(*tensors: Tensor) -> tuple[tuple[Tensor, int], ...]:
-    """Each with its version, where it has one: each write in place makes a new one."""
+def versions(*tensors: Tensor) -> tuple[tuple[Tensor, int | None], ...]:
+    """Each with its version; none under torch.compile, which does not trace them."""
     if torch.compiler.is_dynamo_compiling():
         return ()
-    return tuple(
-        (tensor, tensor._version)
-        for tensor in tensors
-        if not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
-    )
+    return tuple((tensor, version_of(tensor)) for tensor in tensors)
 
 
 class Sourced(Tensor):

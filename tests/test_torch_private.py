@@ -1,0 +1,302 @@
+"""What each private name of torch and optree is taken to mean."""
+
+from __future__ import annotations
+
+import ast
+import threading
+import warnings
+from pathlib import Path
+
+import optree
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functionalize, grad, jvp, vmap
+
+import ttfunc
+from ttfunc import TokenDeltas, torch_private
+from ttfunc.torch_private import (
+    FUNCTIONALIZE,
+    JVP,
+    OPTREE_GLOBAL,
+    at_work,
+    forbid_writes,
+    has_storage,
+    in_dual_level,
+    is_traceable_wrapper_subclass,
+    is_wrapped,
+    no_torch_function,
+    outside_of_dispatch,
+    outside_of_modes,
+    outside_of_transforms,
+    plain_torch_function,
+    storage_key,
+    transforms_active,
+    tree_leaves,
+    tree_map,
+    version_of,
+    warn_of_untested,
+    writes_of,
+)
+
+ONES = torch.ones(3)
+TRANSFORMS = {
+    "grad": lambda f: grad(lambda x: (f(x), x.sum())[1])(ONES),
+    "vmap": lambda f: vmap(lambda x: (f(x), x)[1])(ONES),
+    "jvp": lambda f: jvp(lambda x: (f(x), x)[1], (ONES,), (ONES,)),
+    "functionalize": lambda f: functionalize(lambda x: (f(x), x)[1])(ONES),
+}
+
+
+def within(transform: str, what) -> object:
+    """What `what` of the transform's argument is in it."""
+    found = []
+    TRANSFORMS[transform](lambda x: found.append(what(x)))
+    return found[0]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_told_of_while_they_are_at_work(transform: str):
+    assert not transforms_active()
+    assert within(transform, lambda x: transforms_active())
+    assert not transforms_active()
+    assert within(transform, lambda x: at_work(JVP)) == (transform == "jvp")
+    assert within(transform, lambda x: at_work(FUNCTIONALIZE)) == (transform == "functionalize")
+    assert not at_work(JVP, FUNCTIONALIZE)
+
+
+def test_a_transform_of_another_thread_is_not_this_ones():
+    found = []
+
+    def other(x: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: found.append(transforms_active()))
+        thread.start()
+        thread.join()
+        return x.sum()
+
+    grad(other)(ONES)
+    assert found == [False]
+
+
+def test_an_outer_transform_is_on_the_stack_as_well():
+    found = []
+    jvp(
+        lambda x: grad(lambda y: (found.append(at_work(JVP)), (x * y).sum())[1])(x),
+        (ONES,),
+        (ONES,),
+    )
+    assert found == [True]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_what_a_transform_wraps(transform: str):
+    assert within(transform, is_wrapped)
+    assert not within(transform, lambda x: is_wrapped(ONES))
+    assert not is_wrapped(ONES)
+
+
+def test_dual_numbers_are_told_of():
+    assert not in_dual_level()
+    with forward_ad.dual_level():
+        assert in_dual_level()
+    assert not in_dual_level()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_what_is_made_outside_of_modes_outlives_them(transform: str):
+    def made(x: Tensor) -> Tensor:
+        with outside_of_modes():
+            return ONES + 1
+
+    assert not is_wrapped(within(transform, made))
+    with torch.inference_mode():
+        with outside_of_modes():
+            kept = torch.ones(2)
+        assert torch.ones(2).is_inference()
+    assert not kept.is_inference()
+    with torch._subclasses.FakeTensorMode(), outside_of_modes():
+        assert type(torch.ones(2)) is Tensor
+    kept.requires_grad_().sum().backward()
+
+
+def test_no_transform_sees_what_is_done_outside_of_them():
+    found = []
+
+    def f(x: Tensor) -> Tensor:
+        with outside_of_transforms():
+            found.append((ONES * 2).sum())
+        return x.sum()
+
+    grad(f)(ONES)
+    assert found[0].item() == 6
+    assert not is_wrapped(found[0])
+
+
+class Loud(Tensor):
+    """Tells of what comes to it, by which way."""
+
+    ways: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.ways.append("function")
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.ways.append("dispatch")
+        with outside_of_dispatch():
+            return func(*args, **(kwargs or {}))
+
+
+class Quiet(Loud):
+    __torch_function__ = plain_torch_function
+
+
+def test_who_is_asked_about_a_subclass():
+    for kind, ways in ((Loud, ["function", "dispatch"]), (Quiet, ["dispatch"])):
+        one = torch.ones(2).as_subclass(kind)
+        kind.ways = []
+        _ = one + 1
+        assert kind.ways[: len(ways)] == ways
+        kind.ways = []
+        with no_torch_function():
+            _ = one + 1
+        assert kind.ways == ["dispatch"]
+
+
+def test_which_tensors_have_a_storage():
+    assert has_storage(ONES)
+    assert not has_storage(torch.eye(3).to_sparse())
+    assert not has_storage(torch.ones(3, 3).to_mkldnn())
+
+
+class Pair(Tensor):
+    """A tensor that is made of two others."""
+
+    @staticmethod
+    def __new__(cls, a: Tensor, b: Tensor):
+        made = Tensor._make_wrapper_subclass(cls, a.shape)
+        made.a, made.b = a, b
+        return made
+
+    def __tensor_flatten__(self):
+        return ["a", "b"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["a"], inner["b"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(func)
+
+
+def test_what_a_tensor_is_made_of():
+    pair = Pair(torch.ones(2), torch.zeros(2))
+    assert is_traceable_wrapper_subclass(pair)
+    assert pair.__tensor_flatten__()[0] == ["a", "b"]
+    assert not is_traceable_wrapper_subclass(ONES)
+
+
+def test_one_storage_has_one_key():
+    other = torch.ones(3)
+    assert storage_key(ONES) == storage_key(ONES[1:]) == storage_key(ONES.view(1, 3).detach())
+    assert storage_key(ONES) != storage_key(other)
+    parameter = torch.nn.Parameter(other)
+    assert storage_key(parameter) == storage_key(other) == storage_key(parameter.data)
+
+
+def test_each_write_makes_a_new_version_for_all_who_share():
+    one = torch.ones(3)
+    alias, view, apart = one.detach(), one[1:], one.clone()
+    before = version_of(one)
+    one.mul_(2)
+    assert version_of(one) == version_of(alias) == version_of(view) > before
+    assert version_of(apart) == 0
+    with torch.no_grad():
+        alias.copy_(apart)
+    assert version_of(one) > before + 1
+    _ = one + 1
+    assert version_of(one) == version_of(alias)
+    with torch.inference_mode():
+        assert version_of(torch.ones(2)) is None
+    assert within("grad", version_of) is None
+
+
+def test_memory_that_is_not_to_be_written_to():
+    one = torch.ones(())
+    forbid_writes(one)
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        one.add_(1)
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        one.data_ptr()
+    assert torch.equal(one.expand(2) + 0, torch.ones(2))
+
+
+def test_what_an_operation_writes_to():
+    aten = torch.ops.aten
+    assert writes_of(aten.add_.Tensor, ("a", "b"), {}) == ["a"]
+    assert writes_of(aten.add.out, ("a", "b"), {"out": "c"}) == ["c"]
+    assert writes_of(aten.add.Tensor, ("a", "b"), {}) == []
+    assert writes_of(torch.add, ("a", "b"), {}) is None
+
+
+def test_the_base_of_tensors_has_their_methods():
+    assert issubclass(Tensor, torch_private.TensorBase)
+    assert "add_" in vars(torch_private.TensorBase)
+    assert "add_" not in vars(Tensor)
+
+
+def test_a_class_in_the_global_namespace_needs_none_to_be_named():
+    class Pair:
+        def __init__(self, a: int, b: int) -> None:
+            self.pair = (a, b)
+
+    optree.register_pytree_node(
+        Pair, lambda p: (p.pair, None, None), lambda _, c: Pair(*c), namespace=OPTREE_GLOBAL
+    )
+    assert optree.tree_leaves([Pair(1, 2)]) == [1, 2]
+
+
+def test_torchs_pytree_takes_containers_and_deltas_apart():
+    params = ttfunc.init_deltas(torch.nn.Embedding(5, 2), [1])
+    doubled = tree_map(lambda t: t * 2, {"a": [params]})["a"][0]
+    assert isinstance(doubled, TokenDeltas)
+    assert torch.equal(doubled.deltas["weight"], params.deltas["weight"] * 2)
+    assert tree_leaves({"b": 1, "a": (2, None)})[:2] == [1, 2]
+
+
+def test_an_untested_torch_is_told_of_once(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    model = torch.nn.Embedding(5, 2)
+    with pytest.warns(UserWarning, match=r"tested with torch 2\.13, and this is torch 2\.99\.0"):
+        ttfunc.init_deltas(model, [1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ttfunc.init_deltas(model, [1])
+        monkeypatch.undo()
+        warn_of_untested()
+
+
+def test_no_other_module_uses_a_private_name():
+    package = Path(ttfunc.__file__).parent
+    allowed = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+    for path in package.rglob("*.py"):
+        if path.name == "torch_private.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", None) or node.names[0].name
+                if module.partition(".")[0] not in {"torch", "optree"}:
+                    continue
+                assert "._" not in module, (path, module)
+                private = [n.name for n in node.names if n.name.startswith("_")]
+                assert not private, (path, private)
+            elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                root = node
+                while isinstance(root, ast.Attribute):
+                    root = root.value
+                if isinstance(root, ast.Name) and root.id in {"torch", "F", "nn", "optree"}:
+                    assert node.attr in allowed | {"__version__"}, (path, ast.unparse(node))

@@ -1,0 +1,144 @@
+"""Every private name of torch and optree that the library uses, with the meaning it relies on.
+
+Nothing else in the library reads an attribute of theirs that begins with an underscore (but the
+dictionaries that every `nn.Module` has). Each meaning has its test in tests/test_torch_private.py:
+a torch in which one has changed fails there, and not in a user's gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+from optree.registry import __GLOBAL_NAMESPACE as OPTREE_GLOBAL
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = [
+    "FUNCTIONALIZE",
+    "JVP",
+    "OPTREE_GLOBAL",
+    "TensorBase",
+    "at_work",
+    "forbid_writes",
+    "has_storage",
+    "in_dual_level",
+    "is_traceable_wrapper_subclass",
+    "is_wrapped",
+    "no_torch_function",
+    "outside_of_dispatch",
+    "outside_of_transforms",
+    "plain_torch_function",
+    "storage_key",
+    "torch_pytree",
+    "transforms_active",
+    "tree_leaves",
+    "tree_map",
+    "version_of",
+    "warn_of_untested",
+    "writes_of",
+]
+
+TESTED = "2.13"  # of torch
+
+# The base of torch.Tensor, whose attributes are the methods written in C++.
+TensorBase = torch._C.TensorBase
+
+# torch's own pytree: a registered class, as TokenDeltas, is taken apart and put together again.
+tree_map, tree_leaves = torch_pytree.tree_map, torch_pytree.tree_leaves
+
+# Whether a functorch transform (grad, vmap, jvp, functionalize) is at work in this thread.
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# Whether a tensor is a functorch transform's wrapper of another: it has no memory of its own.
+is_wrapped: Callable[[Tensor], bool] = functorch.is_functorch_wrapped_tensor
+
+# Whether a tensor has a storage at all: sparse ones and the like have none.
+has_storage: Callable[[Tensor], bool] = torch._C._has_storage
+
+# `is_traceable_wrapper_subclass`: whether a tensor is made of others, which `__tensor_flatten__`
+# names, as torchao's quantised ones are.
+
+# Context managers. In the first no `__torch_function__` of a subclass is asked.
+no_torch_function = torch._C.DisableTorchFunctionSubclass
+# In these, what is made belongs to no transform, and to no mode or class with `__torch_dispatch__`.
+outside_of_transforms = torch._C._DisableFuncTorch
+outside_of_dispatch = torch._C._DisableTorchDispatch
+
+# As the `__torch_function__` of a subclass: that of a plain tensor.
+plain_torch_function = torch._C._disabled_torch_function_impl
+
+# Makes a tensor's memory raise when a kernel, numpy or a DLPack consumer asks for it to write.
+forbid_writes: Callable[[Tensor], None] = torch._C._set_throw_on_mutable_data_ptr
+
+JVP, FUNCTIONALIZE = functorch.TransformType.Jvp, functorch.TransformType.Functionalize
+
+
+def at_work(*kinds: Any) -> bool:
+    """Whether a transform of one of these kinds is on functorch's stack."""
+    if not transforms_active():
+        return False
+    return any(layer.key() in kinds for layer in functorch.get_interpreter_stack() or [])
+
+
+def in_dual_level() -> bool:
+    """Whether a `torch.autograd.forward_ad.dual_level` has been entered."""
+    return forward_ad._current_level >= 0
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Which storage a tensor lies in: equal for two that share one, while both are alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """A number that grows with each write in place to the tensor, or to one that shares it.
+
+    None where it has none: made in inference mode, or wrapped by a transform.
+    """
+    return None if tensor.is_inference() or is_wrapped(tensor) else tensor._version
+
+
+def writes_of(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Any] | None:
+    """The arguments that an ATen operation writes to, by its schema; None for anything else."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return None
+    arguments = func._schema.arguments
+    named = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+    return [named.get(a.name) for a in arguments if a.is_write]
+
+
+@contextlib.contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """For tensors that outlive the inference mode or the transform that they are made in."""
+    if torch.compiler.is_dynamo_compiling():  # which keeps no tensor of its own
+        yield
+        return
+    # Fake tensors, too, are made by a mode.
+    with torch.inference_mode(False), outside_of_transforms(), outside_of_dispatch():
+        yield
+
+
+_told: set[str] = set()
+
+
+def warn_of_untested() -> None:
+    """Say once that this torch is not one that the library was tested with."""
+    version = torch.__version__
+    if version.startswith(f"{TESTED}.") or version in _told:
+        return
+    _told.add(version)
+    warnings.warn(
+        f"ttfunc was tested with torch {TESTED}, and this is torch {version}. It relies on some of "
+        "torch's internals: run its test suite (tests/test_torch_private.py first), or install "
+        f"torch {TESTED}.",
+        stacklevel=3,
+    )
