@@ -17,6 +17,7 @@ from torch.func import functionalize, grad, jvp, vmap
 import ttfunc
 from ttfunc import TokenDeltas, torch_private
 from ttfunc.torch_private import (
+    COMPARISONS,
     FUNCTIONALIZE,
     JVP,
     OPTREE_GLOBAL,
@@ -191,6 +192,23 @@ class Pair(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError(func)
+
+
+def test_what_forward_mode_asks_of_a_tangent():
+    seen = []
+
+    class Noting(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            with outside_of_dispatch():
+                return func(*args, **(kwargs or {}))
+
+    tangent = torch.ones(3).as_subclass(Noting)
+    with forward_ad.dual_level():
+        forward_ad.make_dual(ONES.clone(), tangent)
+    assert seen
+    assert set(seen) <= COMPARISONS
 
 
 def test_what_a_tensor_is_made_of():

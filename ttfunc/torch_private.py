@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
+    "COMPARISONS",
     "FUNCTIONALIZE",
     "JVP",
     "OPTREE_GLOBAL",
@@ -76,6 +77,12 @@ plain_torch_function = torch._C._disabled_torch_function_impl
 
 # Makes a tensor's memory raise when a kernel, numpy or a DLPack consumer asks for it to write.
 forbid_writes: Callable[[Tensor], None] = torch._C._set_throw_on_mutable_data_ptr
+
+# What forward mode asks of a tangent and its primal: whether they are alike in size and storage.
+COMPARISONS = {
+    torch.ops.aten.is_same_size.default,
+    torch.ops.aten._has_same_storage_numel.default,
+}
 
 JVP, FUNCTIONALIZE = functorch.TransformType.Jvp, functorch.TransformType.Functionalize
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ttfunc.indices import TokenIndices, with_rows
 from ttfunc.torch_private import (
+    COMPARISONS,
     forbid_writes,
     outside_of_dispatch,
     plain_torch_function,
@@ -24,12 +25,6 @@ from ttfunc.torch_private import (
 )
 from ttfunc.weight.overrides import refuse_layout, refuse_writes
 from ttfunc.weight.source import Reads
-
-# Forward mode compares a tangent with its primal.
-_COMPARE = {
-    torch.ops.aten.is_same_size.default,
-    torch.ops.aten._has_same_storage_numel.default,
-}
 
 
 class Beneath(Tensor):
@@ -52,10 +47,10 @@ class Beneath(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         refuse_layout(func, args, _is_beneath)
-        if func in _COMPARE or (getattr(func, "is_view", False) and _is_beneath(args[0])):
+        if func in COMPARISONS or (getattr(func, "is_view", False) and _is_beneath(args[0])):
             with outside_of_dispatch():
                 seen = func(*args, **kwargs)
-            if func in _COMPARE:
+            if func in COMPARISONS:
                 return seen
             if isinstance(seen, Tensor):  # a transform turns and aliases it before any read
                 made = args[0].made
