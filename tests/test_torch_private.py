@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ from ttfunc import TokenDeltas, torch_private
 from ttfunc.torch_private import (
     COMPARISONS,
     FUNCTIONALIZE,
+    IS_VIEW,
     JVP,
     OPTREE_GLOBAL,
     at_work,
@@ -218,6 +220,12 @@ def test_what_a_tensor_is_made_of():
     assert not is_traceable_wrapper_subclass(ONES)
 
 
+def test_which_tensors_are_views():
+    assert IS_VIEW(ONES[1:])
+    assert not IS_VIEW(ONES)
+    assert not IS_VIEW(ONES.detach())
+
+
 def test_one_storage_has_one_key():
     other = torch.ones(3)
     assert storage_key(ONES) == storage_key(ONES[1:]) == storage_key(ONES.view(1, 3).detach())
@@ -312,9 +320,15 @@ def test_no_other_module_uses_a_private_name():
                 assert "._" not in module, (path, module)
                 private = [n.name for n in node.names if n.name.startswith("_")]
                 assert not private, (path, private)
-            elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            elif isinstance(node, ast.Attribute) and re.match(r"_(?!.*__$)", node.attr):
                 root = node
                 while isinstance(root, ast.Attribute):
                     root = root.value
-                if isinstance(root, ast.Name) and root.id in {"torch", "F", "nn", "optree"}:
-                    assert node.attr in allowed | {"__version__"}, (path, ast.unparse(node))
+                if isinstance(root, ast.Name) and root.id in {
+                    "torch",
+                    "F",
+                    "nn",
+                    "optree",
+                    "Tensor",
+                }:
+                    assert node.attr in allowed, (path, ast.unparse(node))

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ttfunc.model.memory import memory_of
 from ttfunc.model.targets import Matrix, held_under
-from ttfunc.weight.source import Source, Sourced
+from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.source import Source
 
 
 def check_fresh(model: nn.Module, name: str, tensor: Tensor, source: Source) -> None:
     """Raise ValueError unless the model holds `tensor` there, and it is what was patched."""
     now = held_under(model, name)
-    if isinstance(now, Sourced) and now.source.matrix is not None:
+    if isinstance(now, PatchedWeight) and now.source.matrix is not None:
         # A call of a copy, inside of a call: a weight of the outer one stands in its place.
         now = next((one for slot, one in now.source.matrix.slots if one is tensor), now)
     matrix = source.matrix

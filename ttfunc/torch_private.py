@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = [
     "COMPARISONS",
     "FUNCTIONALIZE",
+    "IS_VIEW",
     "JVP",
     "OPTREE_GLOBAL",
     "TensorBase",
@@ -83,6 +84,9 @@ COMPARISONS = {
     torch.ops.aten.is_same_size.default,
     torch.ops.aten._has_same_storage_numel.default,
 }
+
+# Whether a tensor is a view of another, for autograd: a method of Tensor.
+IS_VIEW = Tensor._is_view
 
 JVP, FUNCTIONALIZE = functorch.TransformType.Jvp, functorch.TransformType.Functionalize
 

@@ -9,7 +9,7 @@ the copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,22 @@ from torch import Tensor
 from ttfunc.model.memory import memory_of
 from ttfunc.model.targets import Matrix
 from ttfunc.torch_private import no_torch_function, transforms_active, tree_map
-from ttfunc.weight.handlers import HANDLERS, frozen
 from ttfunc.weight.overrides import ABOUT, BENEATH, refuse_layout, refuse_writes
-from ttfunc.weight.source import Reads, Rows, Source, Sourced, versions
+from ttfunc.weight.source import Reads, Rows, Source, versions
+
+# For each torch function that needs no copy, what stands for it (see handlers.py).
+_HANDLERS: dict[Any, Callable[..., Any]] = {}
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+def implements(*functions: Any) -> Callable[[Handler], Handler]:
+    """Registers a handler: what a deferred weight does in place of these torch functions."""
+
+    def register(handler: Handler) -> Handler:
+        _HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
 
 
 class _OfEach:
@@ -32,11 +45,24 @@ class _OfEach:
         return Tensor.__torch_dispatch__ if weight is None else owner._dispatched
 
 
-class PatchedWeight(Sourced):
+class PatchedWeight(Tensor):
     """A `(V, D)` weight with k of its rows replaced, or the `(D, V)` transpose of one.
 
     Made by `patch`. `source.uses` tells how it was read: `"lookup"`, `"product"`, `"dense"`.
     """
+
+    source: Source
+    transposed: bool
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the copy has not been made."""
+        return self.source.copy is None
+
+    @property
+    def frozen(self) -> Tensor:
+        """Its base, which has the same shape, dtype, device and layout."""
+        return self.source.base.mT if self.transposed else self.source.base
 
     def like(self, source: Source) -> PatchedWeight:
         """The same for another source, turned as this one is."""
@@ -75,7 +101,7 @@ class PatchedWeight(Sourced):
         if func in BENEATH:
             with no_torch_function():
                 return func(*args, **kwargs)
-        handler = HANDLERS.get(func)
+        handler = _HANDLERS.get(func)
         if handler is not None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
@@ -100,6 +126,16 @@ class PatchedWeight(Sourced):
         refuse_layout(func, args, _is_lost)
         refuse_writes(func, args, kwargs, _is_lost)
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+
+
+def is_deferred(value: Any, *, transposed: bool = False) -> bool:
+    """Whether `value` stands for a matrix not yet copied, turned or not."""
+    return isinstance(value, PatchedWeight) and value.deferred and value.transposed is transposed
+
+
+def frozen(value: Any) -> Any:
+    """In place of a patched weight its base."""
+    return value.frozen if isinstance(value, PatchedWeight) else value
 
 
 def patched(

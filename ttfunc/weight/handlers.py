@@ -1,4 +1,8 @@
-"""The reads of a deferred weight that need no copy, each for the torch functions it stands for."""
+"""The reads of a deferred weight that need no copy, each with the torch functions it implements.
+
+A handler gets the arguments of the function. It returns the result, or NotImplemented: then the
+function is called with the copy.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +13,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.torch_private import no_torch_function, tree_map
+from ttfunc.torch_private import IS_VIEW, tree_map
+from ttfunc.weight.deferred import PatchedWeight, frozen, implements, is_deferred
 from ttfunc.weight.overrides import einsum_as_product, transposes
 from ttfunc.weight.reads import like
-from ttfunc.weight.source import Sourced, is_deferred
 
 
-def frozen(value: Any) -> Any:
-    """In place of a patched weight its base."""
-    return value.frozen if isinstance(value, Sourced) else value
+def _positional(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for calls without keywords: functions of torch differ in the names of arguments."""
+    return lambda *args, **kwargs: NotImplemented if kwargs else handler(*args)
 
 
 def _is_plain(value: Any) -> bool:
     """Whether it is a dense tensor of floats, which the product is written for."""
     return (
         isinstance(value, Tensor)
-        and not isinstance(value, Sourced)
+        and not isinstance(value, PatchedWeight)
         and value.is_floating_point()
         and value.layout == torch.strided
         and not value.is_nested
     )
 
 
+@implements(F.embedding)
 def _embedding(
     input: Any,
     weight: Any,
@@ -40,7 +45,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if isinstance(input, Sourced):
+    if isinstance(input, PatchedWeight):
         return NotImplemented
     # max_norm rescales the matrix itself, and scale_grad_by_freq says how its V×D gradient is made.
     if max_norm is not None or scale_grad_by_freq or not is_deferred(weight):
@@ -52,6 +57,7 @@ def _embedding(
     return source.rows.lookup(input, source.base, padding_idx)
 
 
+@implements(F.embedding_bag)
 def _embedding_bag(*args: Any, sparse: bool = False, **kwargs: Any) -> Any:
     # The gradient of the rows is dense, and the copy takes no sparse one on its way to them.
     if len(args) > 7:
@@ -59,6 +65,7 @@ def _embedding_bag(*args: Any, sparse: bool = False, **kwargs: Any) -> Any:
     return F.embedding_bag(*args, **kwargs) if sparse else NotImplemented
 
 
+@implements(Tensor.__getitem__)
 def _getitem(weight: Any, tokens: Any) -> Any:
     if not (is_deferred(weight) and isinstance(tokens, Tensor)):
         return NotImplemented
@@ -68,6 +75,7 @@ def _getitem(weight: Any, tokens: Any) -> Any:
     return _embedding(torch.where(tokens < 0, tokens + len(weight), tokens), weight)
 
 
+@implements(F.linear)
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not (is_deferred(weight) and _is_plain(input)):
         return NotImplemented
@@ -78,10 +86,14 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return source.rows.product(input, source.base, bias)
 
 
+@implements(torch.mm, Tensor.mm)
+@_positional
 def _mm(input: Any, mat2: Any) -> Any:
     return _matmul(input, mat2) if input.ndim == mat2.ndim == 2 else NotImplemented
 
 
+@implements(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+@_positional
 def _matmul(input: Any, other: Any) -> Any:
     if is_deferred(other, transposed=True):
         return _linear(input, other.turned())
@@ -90,6 +102,12 @@ def _matmul(input: Any, other: Any) -> Any:
     return NotImplemented
 
 
+@implements(Tensor.__rmatmul__)
+def _rmatmul(other: Any, input: Any) -> Any:
+    return _matmul(input, other)
+
+
+@implements(torch.addmm)
 def _addmm(
     input: Any, mat1: Any, mat2: Any, *old: Any, beta: Any = 1, alpha: Any = 1, out: Any = None
 ) -> Any:
@@ -101,12 +119,13 @@ def _addmm(
     return _linear(mat1, mat2.turned(), input)
 
 
+@implements(torch.einsum)
 def _einsum(equation: Any, *operands: Any) -> Any:
     if not isinstance(equation, str) or len(operands) != 2:
         return NotImplemented
-    which = 1 if isinstance(operands[1], Sourced) else 0
+    which = 1 if isinstance(operands[1], PatchedWeight) else 0
     weight, hidden = operands[which], operands[1 - which]
-    if isinstance(hidden, Sourced) or not weight.deferred:
+    if isinstance(hidden, PatchedWeight) or not weight.deferred:
         return NotImplemented
     around = einsum_as_product(equation, which, weight.transposed)
     if around is None:
@@ -118,28 +137,26 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     return torch.einsum(around[1], _linear(torch.einsum(around[0], hidden), weight))
 
 
+@implements(Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
+@_positional
 def _transpose(weight: Any) -> Any:
-    if not isinstance(weight, Sourced) or not weight.deferred:
+    if not isinstance(weight, PatchedWeight) or not weight.deferred:
         return NotImplemented
     return weight.turned()
 
 
-def _swap(weight: Any, dim0: int, dim1: int) -> Any:
+@implements(Tensor.transpose, torch.transpose)
+@_positional
+def _swapped(weight: Any, dim0: int, dim1: int) -> Any:
     return _transpose(weight) if transposes(dim0, dim1) else NotImplemented
 
 
+@implements(Tensor.permute, torch.permute)
+@_positional
 def _permute(weight: Any, *dims: Any) -> Any:
     order = tuple(dims[0]) if isinstance(dims[0], (tuple, list)) else dims
     turned = len(order) == 2 and transposes(*order) and order[0] in (1, -1)
     return _transpose(weight) if turned else NotImplemented
-
-
-def _storage(weight: Any) -> Any:
-    """Of a mixed patch, which is no one matrix: torch.compile asks for it."""
-    if not (weight.deferred and weight.source.rows.by_example):
-        return NotImplemented
-    with no_torch_function():
-        return weight.untyped_storage()
 
 
 def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,7 +164,7 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
 
     def handler(weight: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(frozen, args), tree_map(frozen, kwargs)
-        if not isinstance(weight, Sourced):  # h.to(w) asks w for its dtype and device alone
+        if not isinstance(weight, PatchedWeight):  # h.to(w) asks w for its dtype and device alone
             return func(weight, *args, **kwargs)
         if not weight.deferred:
             return NotImplemented
@@ -165,34 +182,14 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
     return handler
 
 
-def _positional(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Leave a call with keywords to the copy: each torch function has names of its own for them."""
-    return lambda *args, **kwargs: NotImplemented if kwargs else handler(*args)
+for _func in (
+    *(Tensor.to, Tensor.type_as, Tensor.detach),
+    *(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
+):
+    implements(_func)(_rowwise(_func))
 
 
-HANDLERS: dict[Any, Callable[..., Any]] = {
-    F.embedding: _embedding,
-    F.embedding_bag: _embedding_bag,
-    F.linear: _linear,
-    torch.addmm: _addmm,
-    torch.einsum: _einsum,
-    Tensor.__getitem__: _getitem,
-    Tensor.untyped_storage: _storage,
-    Tensor._is_view: lambda weight: False,  # of nothing that others hold
-    Tensor.__rmatmul__: lambda self, other: _matmul(other, self),
-}
-HANDLERS |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _positional(_matmul))
-HANDLERS |= dict.fromkeys((torch.mm, Tensor.mm), _positional(_mm))
-HANDLERS |= dict.fromkeys(
-    (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t),  # type: ignore[attr-defined]
-    _positional(_transpose),
-)
-HANDLERS |= dict.fromkeys((Tensor.transpose, torch.transpose), _positional(_swap))
-HANDLERS |= dict.fromkeys((Tensor.permute, torch.permute), _positional(_permute))
-HANDLERS |= {
-    func: _rowwise(func)
-    for func in (
-        *(Tensor.to, Tensor.type_as, Tensor.detach),
-        *(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
-    )
-}
+@implements(IS_VIEW)
+def _is_view(weight: Any) -> bool:
+    """Of nothing that others hold. (torch.compile asks.)"""
+    return False

@@ -75,7 +75,8 @@ class Source(NamedTuple):
 
     def note(self, how: str) -> None:
         """Note a read. Raises ValueError where what was copied has been written to since."""
-        if any(version_of(tensor) != version for tensor, version in self.made_from):
+        traced = torch.compiler.is_dynamo_compiling()  # which does not trace versions
+        if not traced and any(version_of(tensor) != known for tensor, known in self.made_from):
             raise ValueError(
                 "stale patch: its rows, or the matrix, were written to since it was made (by a "
                 "step of an optimizer, or load_state_dict), and it holds copies of them. Call "
@@ -85,37 +86,7 @@ class Source(NamedTuple):
 
 
 def versions(*tensors: Tensor) -> tuple[tuple[Tensor, int | None], ...]:
-    """Each with its version; none under torch.compile, which does not trace them."""
+    """Each with its version; none under torch.compile."""
     if torch.compiler.is_dynamo_compiling():
         return ()
     return tuple((tensor, version_of(tensor)) for tensor in tensors)
-
-
-class Sourced(Tensor):
-    """A tensor that stands for a patched `(V, D)` matrix, or for the `(D, V)` transpose of one."""
-
-    source: Source
-    transposed: bool
-
-    @property
-    def deferred(self) -> bool:
-        """Whether the copy has not been made."""
-        return self.source.copy is None
-
-    def like(self, source: Source) -> Sourced:
-        """The same for another source, turned as this one is."""
-        raise NotImplementedError
-
-    def turned(self) -> Sourced:
-        """The transpose."""
-        raise NotImplementedError
-
-    @property
-    def frozen(self) -> Tensor:
-        """Its base, which has the same shape, dtype, device and layout."""
-        return self.source.base.mT if self.transposed else self.source.base
-
-
-def is_deferred(value: Any, *, transposed: bool = False) -> bool:
-    """Whether `value` stands for a matrix not yet copied, turned or not."""
-    return isinstance(value, Sourced) and value.deferred and value.transposed is transposed
