@@ -7,12 +7,12 @@ from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.disk.rows_file import load, save
 from ttfunc.init import init_deltas
 from ttfunc.merging import merge, unmerge
+from ttfunc.mixing import patch_mixed
 from ttfunc.module import TokenModule
 from ttfunc.patching import patch
 from ttfunc.peft.convert import load_peft, save_peft
 from ttfunc.stacking import stack
 from ttfunc.weight.deferred import PatchedWeight
-from ttfunc.weight.mixed import patch_mixed
 
 __version__ = "0.1.0"
 

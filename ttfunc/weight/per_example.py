@@ -1,22 +1,17 @@
-"""One batch, an adapter for each example."""
+"""Rows of which each example of a batch has its own, and how to read them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.deltas import TokenDeltas
-from ttfunc.indices import TokenIndices, outside_of_autocast, union
-from ttfunc.patching import matrix_of_rows
-from ttfunc.stacking import aligned, scattered
+from ttfunc.indices import TokenIndices
 from ttfunc.torch_private import outside_of_transforms, transforms_active
 from ttfunc.weight.beneath import Carrier, nan_beneath
-from ttfunc.weight.deferred import patched
 from ttfunc.weight.reads import autocast, no_carrier
 from ttfunc.weight.source import Reads
 
@@ -112,88 +107,3 @@ def _not_mixed() -> RuntimeError:
         "the model reads its token matrix in a way that cannot be mixed, other than looking up "
         "tokens and multiplying hidden states by it. Call each adapter's examples on their own."
     )
-
-
-def patch_mixed(
-    adapters: Sequence[TokenDeltas], assignment: Iterable[int] | Tensor
-) -> dict[str, Tensor]:
-    """The patched weights for one batch in which each example has its own adapter.
-
-    Give the result to `functional_call`, as that of `patch`; it is differentiable by the deltas of
-    all adapters. Neither the model nor an adapter is changed. The model must keep the examples in
-    the first dimension of its tokens and hidden states, as transformers' do (but XLNet, refused).
-
-    Args:
-        adapters: n TokenDeltas of one model, over any tokens each.
-        assignment: B integers, the adapter of each example; -1 is the plain model.
-
-    Returns:
-        A `(V, D)` deferred weight for each matrix of the adapters, as `patch` returns. Reading it
-        with another batch than B examples, or in a way that is no lookup and no product, raises.
-
-    Raises:
-        ValueError: no adapters, an empty assignment, adapters of different models, or as `patch`.
-        IndexError: an assignment to an adapter that is not there.
-        TypeError: adapters or an assignment of another type.
-    """
-    adapters = aligned(adapters)
-    numbers = _numbers(assignment, len(adapters))
-    weights: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter.rows):
-        held = [adapter.rows.get(name) for adapter in adapters]
-        row = next((row for row in held if row and row.matrix), next(filter(None, held)))
-        matrix = matrix_of_rows(row)
-        if matrix.renormed:
-            raise ValueError(
-                f"{name!r} rescales itself as it is read (max_norm), and cannot be mixed. Call "
-                "each adapter's examples on their own."
-            )
-        base = matrix.tensor.detach()
-        with outside_of_autocast(base.device):
-            rows = _mixed(name, adapters, base, torch.tensor(numbers, device=base.device))
-        deltas = [adapter.deltas[name] for adapter in adapters if name in adapter.deltas]
-        weight = patched(base, rows, matrix, dense=False, copied_from=deltas)
-        weights.update(dict.fromkeys(matrix.distinct, weight))
-    return weights
-
-
-def _mixed(name: str, adapters: Sequence[TokenDeltas], base: Tensor, assignment: Tensor) -> Mixed:
-    held = [(a.deltas[name], a.rows[name].indices) if name in a.rows else None for a in adapters]
-    indices = union(tuple(ids for _, ids in filter(None, held)))
-    nothing = base.new_zeros(len(indices), base.shape[1])
-    none = torch.zeros(len(indices), dtype=torch.bool, device=base.device)
-    values = [scattered(*one, nothing, indices) if one else nothing for one in held]
-    own = [
-        scattered(torch.ones_like(none[: len(one[1])]), one[1], none, indices) if one else none
-        for one in held
-    ]
-    return Mixed(torch.stack([*values, nothing]), torch.stack([*own, none]), indices, assignment)
-
-
-def _numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]:
-    """The adapter of each example, `count` for the plain model."""
-    if isinstance(assignment, (Tensor, np.ndarray)):
-        unknown = isinstance(assignment, Tensor) and assignment.is_meta
-        if unknown or torch.compiler.is_dynamo_compiling():  # which reads no values
-            raise TypeError("assignment has no values to read here. Give a list of integers.")
-        assignment = assignment.tolist()
-    if isinstance(assignment, (str, bytes, Mapping)) or not isinstance(assignment, Iterable):
-        raise TypeError(
-            f"assignment must be a sequence of numbers of adapters, one for each example, got "
-            f"{type(assignment).__name__}: {assignment!r}."
-        )
-    numbers = list(assignment)
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
-            raise TypeError(
-                f"assignment must hold integers, the number of an adapter or -1 for the plain "
-                f"model, got {type(number).__name__}: {number!r}."
-            )
-        if not -1 <= number < count:
-            raise IndexError(
-                f"assignment names adapter {number}, and there are {count}: 0 to {count - 1}, or "
-                "-1 for the plain model."
-            )
-    if not numbers:
-        raise ValueError("assignment is empty: give the number of an adapter for each example.")
-    return [int(number) % (count + 1) for number in numbers]
