@@ -1,4 +1,4 @@
-"""The pages' code runs, as it stands and in its order."""
+"""The pages' code runs, as it stands and in its order; their map and their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import textwrap
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from tests.oracle import same_bits
@@ -58,3 +59,53 @@ def test_the_examples_page_s_code_runs(tmp_path, monkeypatch, capsys):
 def test_the_three_lines_stand_at_the_top():
     top = "\n".join(README.splitlines()[:10])
     assert all(f"{call}(" in top for call in ("init_deltas", "functional_call", "patch", "merge"))
+
+
+def test_the_map_has_each_module_and_what_it_names_is_there():
+    package = ROOT / "ttfunc"
+    shown = re.search(r"^ttfunc/\n((?:  \S+ .*\n)+)", README, re.M)[1]
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert {line.split()[0] for line in shown.splitlines()} == modules | folders
+    named = re.findall(r"`([\w/]+\.py)`: `(\w+)`", README)
+    assert len(named) >= 12
+    for file, name in named:
+        assert re.search(
+            rf"^\s*(def|class) {name}\b|^{name}\b", (package / file).read_text(), re.M
+        ), name
+
+
+def test_each_script_is_on_its_page():
+    for folder, shared in (
+        ("bench", {"contestants", "report", "timing"}),
+        ("examples", {"sentences"}),
+    ):
+        scripts = {path.stem for path in (ROOT / folder).glob("[!_]*.py")} - shared
+        named = re.findall(rf"^\| `{folder}\.(\w+)` \|", PAGES[f"{folder}/README.md"], re.M)
+        assert set(named) == scripts
+
+
+def anchors(page: str) -> set[str]:
+    """Those that GitHub gives to the headings."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", page, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_links_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES[name]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.is_file(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_the_front_page_s_figures_are_those_of_the_bench_page():
+    rows = re.findall(r"^\| (.+?, [\d,]+×[\d,]+) \|(.*)", README, re.M)
+    assert len(rows) == 5
+    for matrix, figures in rows:
+        lines = re.findall(rf"^\| {re.escape(matrix)} \|(.*)", PAGES["bench/README.md"], re.M)
+        known = [cell.strip() for line in lines for cell in line.split("|")]
+        shown = [cell.strip() for cell in figures.split("|")]
+        assert set(shown) <= set(known), matrix
