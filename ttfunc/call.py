@@ -30,6 +30,11 @@ def functional_call(
 ) -> Any:
     """Call the model with other weights than its own; the model is not changed, not even meanwhile.
 
+    >>> model = torch.nn.Embedding(100, 8)
+    >>> params = ttfunc.init_deltas(model, [3], init=torch.ones(1, 8))
+    >>> functional_call(model, ttfunc.patch(params), torch.tensor([[3, 4]]))[0, 0]
+    tensor([1., 1., 1., 1., 1., 1., 1., 1.])
+
     The call runs on shallow copies of the modules between the model and the places that hold the
     weights; all else is shared. So other threads, hooks and calls inside this one see the model as
     it is, and what runs after the call (a recomputed checkpoint, a generator) reads these weights.

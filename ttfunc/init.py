@@ -29,6 +29,15 @@ def init_deltas(
 ) -> TokenDeltas:
     """The rows `idx` of the model's token matrices, as a pytree of their own.
 
+    R = W[S] for the token ids S, or as `init` says.
+
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100))
+    >>> params = ttfunc.init_deltas(model, [3, 7])
+    >>> params
+    TokenDeltas(0.weight: 2 of 100 rows)
+    >>> params.deltas["0.weight"].shape, params.token_indices["0.weight"]
+    (torch.Size([2, 8]), tensor([3, 7]))
+
     Args:
         model: any module. It is not changed.
         idx: k token ids, or a mapping from target to its own ids (then without `targets`).

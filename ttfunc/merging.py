@@ -24,6 +24,16 @@ def merge(
 ) -> dict[str, Tensor]:
     """A state dict with the trained rows in it; `unmerge(merge(sd, p), p)` is `sd` bit for bit.
 
+    `W[S] = R` in a copy of the matrix W, under each of its names.
+
+    >>> model = torch.nn.Embedding(100, 8)
+    >>> params = ttfunc.init_deltas(model, [3, 7], init="mean")
+    >>> merged = merge(model.state_dict(), params)
+    >>> torch.equal(merged["weight"][[3, 7]], params.deltas["weight"])
+    True
+    >>> torch.equal(unmerge(merged, params)["weight"], model.weight)
+    True
+
     Args:
         state_dict: of the model, in any float dtype. It is not changed.
         params: with `(k, D)` deltas; they are cast to the dtype of the matrix.

@@ -21,6 +21,15 @@ def patch_mixed(
 ) -> dict[str, Tensor]:
     """The patched weights for one batch in which each example has its own adapter.
 
+    For example b with adapter a: `E[b] = W_a[x[b]]` and `Y[b] = H[b] W_aᵀ`, where `W_a[S_a] = R_a`.
+
+    >>> model = torch.nn.Embedding(100, 8)
+    >>> adapters = [ttfunc.init_deltas(model, [3], init=torch.full((1, 8), i)) for i in (1.0, 2.0)]
+    >>> x = torch.tensor([[3], [3], [4]])
+    >>> weights = patch_mixed(adapters, [1, 0, -1])
+    >>> ttfunc.functional_call(model, weights, x)[:2, 0, 0]
+    tensor([2., 1.])
+
     Give the result to `functional_call`, as that of `patch`; it is differentiable by the deltas of
     all adapters. Neither the model nor an adapter is changed. The model must keep the examples in
     the first dimension of its tokens and hidden states, as transformers' do (but XLNet, refused).

@@ -26,6 +26,14 @@ CHECKPOINTING = {
 class TokenModule(nn.Module):
     """A frozen model with trained rows, as a module that has these rows alone.
 
+    >>> model = torch.nn.Embedding(100, 8).requires_grad_(False)
+    >>> params = ttfunc.init_deltas(model, [3, 7])
+    >>> module = ttfunc.TokenModule(model, params)
+    >>> [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+    [('deltas/weight', (2, 8))]
+    >>> module(torch.tensor([3])).shape
+    torch.Size([1, 8])
+
     `parameters()` are the leaves of `params`, a `(k, D)` one for each matrix: there is one set of
     rows, and training the module trains `params`. `state_dict` has the `(k,)` int64 token indices
     beside them. So an optimizer, DDP and a checkpoint see kilobytes. The model is in `base`, and no

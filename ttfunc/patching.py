@@ -14,6 +14,15 @@ from ttfunc.weight.reads import Replaced
 def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[str, Tensor]:
     """The patched weights of the model that `params` were made from, by parameter name.
 
+    Each stands for the matrix W with `W[S] = R`: the rows R in place of those of the tokens S.
+
+    >>> model = torch.nn.Embedding(100, 8)
+    >>> weights = patch(ttfunc.init_deltas(model, [3, 7]))
+    >>> weights["weight"].shape
+    torch.Size([100, 8])
+    >>> ttfunc.functional_call(model, weights, torch.tensor([1, 3, 7])).shape
+    torch.Size([3, 8])
+
     Give the result to `torch.func.functional_call` or to `ttfunc.functional_call`; it is
     differentiable by the deltas alone. `patch(a, b)` is `patch(combine(a, b))`. Neither the model
     nor `params` is changed.

@@ -17,6 +17,14 @@ from ttfunc.torch_private import outside_of_modes
 def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
     """N adapters as one pytree with `(n, k, D)` leaves, over the union of their tokens.
 
+    >>> model = torch.nn.Embedding(100, 8)
+    >>> stacked = stack([ttfunc.init_deltas(model, [3, 7]), ttfunc.init_deltas(model, [7, 9])])
+    >>> stacked.deltas["weight"].shape, stacked.token_indices["weight"]
+    (torch.Size([2, 3, 8]), tensor([3, 7, 9]))
+    >>> x = torch.tensor([3, 9])
+    >>> torch.vmap(lambda p: ttfunc.functional_call(model, ttfunc.patch(p), x))(stacked).shape
+    torch.Size([2, 2, 8])
+
     `torch.vmap` over it calls the model with each adapter: `vmap(lambda p: functional_call(model,
     patch(p), x))(stack(adapters))`. Adapter i is `optree.tree_map(lambda t: t[i], stacked)`, with
     the originals for tokens (or matrices) that only others have. The adapters are not changed.

@@ -30,7 +30,16 @@ class Replaced(NamedTuple):
     by_example: bool = False
 
     def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
-        """`F.embedding` of `(...)` integer tokens: `(..., D)`, differentiable by the rows alone."""
+        """`F.embedding` of `(...)` integer tokens: `(..., D)`.
+
+        `E = W[x]`, then `E[t] = R[i]` where `x[t] = S[i]`. Differentiable with respect to the rows
+        alone: `dR[i]` is the sum of `dE[t]` over these t.
+
+        >>> base, rows = torch.zeros(9, 2), torch.ones(1, 2)
+        >>> Replaced(rows, TokenIndices((3,))).lookup(torch.tensor([3, 4]), base)
+        tensor([[1., 1.],
+                [0., 0.]])
+        """
         frozen = F.embedding(tokens, base)
         hit, row = self.indices.find(tokens, base.device)
         padding_row = None if padding_idx is None else self.indices.row_of(padding_idx % len(base))
@@ -38,7 +47,16 @@ class Replaced(NamedTuple):
         return torch.where(hit.unsqueeze(-1), replaced, frozen)
 
     def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`F.linear` of `(..., D)` hidden states: `(..., V)`, differentiable by all but `base`."""
+        """`F.linear` of `(..., D)` hidden states: `(..., V)`.
+
+        `Y = H Wᵀ`, then `Y[:, S] = H Rᵀ`. Differentiable with respect to all but `base`:
+        `dH = G₀ W + G_S R` and `dR = G_Sᵀ H`, where G is the gradient of Y, `G_S` its columns S,
+        and `G₀` is G with these columns zeroed.
+
+        >>> base, rows = torch.zeros(4, 2), torch.ones(1, 2)
+        >>> Replaced(rows, TokenIndices((3,))).product(torch.ones(1, 2), base)
+        tensor([[0., 0., 0., 2.]])
+        """
         bias = None if bias is None else autocast(bias)
         ids = self.indices.on(base.device).ids
         rows = autocast(like(self.values, base))
