@@ -67,7 +67,7 @@ def test_a_range_is_read():
         (np.array([0.5]), TypeError, "must be integers, got float"),
         ([3, None], TypeError, "is None.*add_tokens"),
         ([[1, 2]], TypeError, "must be integers, got list"),
-        (["<new>"], TypeError, "must be integers, got str: '<new>'"),
+        (["<new>"], TypeError, r"got the text .<new>..*convert_tokens_to_ids\(\[.<new>.\]\)"),
         ("<new>", TypeError, "must be a sequence.*got str: '<new>'"),
         (7, TypeError, "must be a sequence.*got int: 7"),
         (None, TypeError, "must be a sequence.*got NoneType"),

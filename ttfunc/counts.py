@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ttfunc.deltas import TokenDeltas, combine
+from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.model.memory import memory_of
 from ttfunc.torch_private import is_traceable_wrapper_subclass
 
@@ -47,7 +47,8 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
     Raises:
         ValueError: the model has no matrix of that name and shape.
     """
-    deltas = combine(params).deltas.values()
+    check_type(params)
+    deltas = params.deltas.values()
     trainable = sum(delta.numel() for delta in deltas)
     stored = sum(delta.nbytes for delta in deltas)
     held = dict(model.named_parameters(remove_duplicate=False))

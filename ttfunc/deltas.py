@@ -123,13 +123,18 @@ def combine(*params: TokenDeltas) -> TokenDeltas:
     if not params:
         raise ValueError("combine() got no parameters: give at least one TokenDeltas.")
     for given in params:
-        if not isinstance(given, TokenDeltas):
-            raise TypeError(
-                f"got {type(given).__name__} where the parameters of init_deltas (TokenDeltas) are "
-                "needed. The order is patch(params), merge(state_dict, params), "
-                "summary(model, params)."
-            )
+        check_type(given)
     return functools.reduce(_union, params)
+
+
+def check_type(params: object) -> None:
+    """Raise TypeError for what is no TokenDeltas."""
+    if not isinstance(params, TokenDeltas):
+        raise TypeError(
+            f"got {type(params).__name__} where the parameters of init_deltas (TokenDeltas) are "
+            "needed. The order is patch(params), merge(state_dict, params), "
+            "summary(model, params)."
+        )
 
 
 def _union(a: TokenDeltas, b: TokenDeltas) -> TokenDeltas:

@@ -8,7 +8,7 @@ import itertools
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +79,7 @@ class TokenIndices:
         """These ids, then `other`'s. Raises ValueError when an id is in both."""
         if both := sorted(self._rows.keys() & other._rows.keys()):
             raise ValueError(
-                f"token indices {_shorten(both)} are in more than one of the parameters: each "
+                f"token indices {shortened(both)} are in more than one of the parameters: each "
                 "token has one row. Train or merge the adapters one at a time, or drop the overlap."
             )
         return union((self, other))
@@ -152,20 +152,20 @@ def token_indices(idx: Iterable[Any], vocabulary: int, name: str) -> TokenIndice
         raise ValueError(f"no token indices for {name!r}: got {idx!r}. Give at least one token id.")
     if negative := [token for token in ids if token < 0]:
         raise ValueError(
-            f"negative token indices {_shorten(negative)} for {name!r}: a token id counts from 0. "
+            f"negative token indices {shortened(negative)} for {name!r}: a token id counts from 0. "
             f"For the last row write {vocabulary - 1}."
         )
     if beyond := [token for token in ids if token >= vocabulary]:
         raise IndexError(
-            f"token indices {_shorten(beyond)} are past the end of {name!r}, which has "
+            f"token indices {shortened(beyond)} are past the end of {name!r}, which has "
             f"{vocabulary} rows (0 to {vocabulary - 1}). Resize the model first "
             "(model.resize_token_embeddings(len(tokenizer))), or use rows that it has to spare."
         )
     if len(set(ids)) != len(ids):
         repeated = sorted(token for token, times in Counter(ids).items() if times > 1)
         raise ValueError(
-            f"token indices {_shorten(repeated)} for {name!r} are given more than once: each token "
-            "has one row. Remove the copies, list(dict.fromkeys(idx)) keeps the order."
+            f"token indices {shortened(repeated)} for {name!r} are given more than once: each "
+            "token has one row. Remove the copies, list(dict.fromkeys(idx)) keeps the order."
         )
     return TokenIndices(tuple(ids))
 
@@ -206,6 +206,11 @@ def _token_id(token: Any, name: str) -> int:
             f"a token index for {name!r} is None, which is what a tokenizer gives for a token that "
             "it does not know. Add it first: tokenizer.add_tokens([...])."
         )
+    if isinstance(token, str):
+        raise TypeError(
+            f"token indices for {name!r} must be integers, got the text {token!r}. The tokenizer "
+            f"knows its id: tokenizer.convert_tokens_to_ids([{token!r}])."
+        )
     try:
         return operator.index(token)
     except TypeError:
@@ -215,6 +220,7 @@ def _token_id(token: Any, name: str) -> int:
         ) from None
 
 
-def _shorten(ids: list[int], most: int = 8) -> str:
+def shortened(ids: Sequence[int], most: int = 8) -> str:
+    """Ids for a message: the first of them, and how many there are."""
     shown = ", ".join(map(str, ids[:most]))
     return f"[{shown}]" if len(ids) <= most else f"[{shown}, … {len(ids)} in all]"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ttfunc.call import call_copy, functional_call
 from ttfunc.deltas import TokenDeltas, TokenRows
-from ttfunc.patching import patch
+from ttfunc.patching import check_current, patch
 
 CHECKPOINTING = {
     f"{what}_checkpointing_{do}"
@@ -65,7 +65,7 @@ class TokenModule(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        patch(params)  # raises what a call would
+        check_current(params)
         if free := _trainable(model):
             raise ValueError(
                 f"{len(free)} parameters of {type(model).__name__} require grad ({free[0]!r}, …): "

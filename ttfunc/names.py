@@ -120,6 +120,12 @@ def _who(names: Mapping[str, str]) -> str:
     return " and the ".join(parts)
 
 
+def did_you_mean(name: str, held: Collection[str]) -> str:
+    """A question for a message: which of `held` are like `name`."""
+    close = difflib.get_close_matches(name, held, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
 def names_of(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of a model, under each of its names."""
     listed = (model.named_parameters, model.named_buffers)
@@ -130,8 +136,7 @@ def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
     """The matrix that `model` has under `name`; KeyError, with names like it, if there is none."""
     held = names_of(model)
     if name not in held:
-        close = difflib.get_close_matches(name, held, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        hint = did_you_mean(name, held)
         if found := through_wrappers([name], held):
             hint = f" Did you mean {found[name]!r}? One of the two has the {_who(found)}."
         raise KeyError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes, combine
+from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes, check_type, combine
 from ttfunc.model.memory import same_memory
 from ttfunc.model.targets import Matrix
 from ttfunc.weight.deferred import patched
@@ -57,6 +57,14 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
         weight = patched(base, Replaced(delta, row.indices), matrix, dense=copied)
         weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights
+
+
+def check_current(params: TokenDeltas) -> None:
+    """Raise what `patch` would: for other types and shapes, and for stale parameters."""
+    check_type(params)
+    check_shapes(params)
+    for row in params.rows.values():
+        matrix_of_rows(row)
 
 
 def matrix_of_rows(row: TokenRows) -> Matrix:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple, TypeGuard
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.model.targets import Matrix, count_slots, held_under, matrix_of
+from ttfunc.names import did_you_mean
 from ttfunc.stale import check_fresh
 from ttfunc.weight.deferred import PatchedWeight
 
@@ -76,8 +76,7 @@ def _named(model: nn.Module, name: str) -> Tensor:
     current = held_under(model, name)
     if current is None:
         names = [n for n, _ in chain(model.named_parameters(), model.named_buffers())]
-        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        hint = did_you_mean(name, names)
         raise KeyError(f"{type(model).__name__} has no parameter or buffer named {name!r}.{hint}")
     return current
 

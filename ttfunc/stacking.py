@@ -9,7 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ttfunc.deltas import TokenDeltas, TokenRows, check_one_model, check_shapes, combine, same_bits
+from ttfunc.deltas import (
+    TokenDeltas,
+    TokenRows,
+    check_one_model,
+    check_shapes,
+    check_type,
+    same_bits,
+)
 from ttfunc.indices import TokenIndices, outside_of_autocast, union, with_rows
 from ttfunc.torch_private import outside_of_modes
 
@@ -60,10 +67,11 @@ def aligned(params_list: Iterable[TokenDeltas]) -> list[TokenDeltas]:
             f"a list of TokenDeltas is needed, got {type(params_list).__name__}. For one alone: "
             "[params]."
         )
-    adapters = [combine(adapter) for adapter in params_list]
+    adapters = list(params_list)
     if not adapters:
         raise ValueError("no adapters: give at least one TokenDeltas.")
     for adapter in adapters:
+        check_type(adapter)
         check_shapes(adapter)
     check_one_model(adapters)
     return adapters

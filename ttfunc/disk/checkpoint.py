@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
 
-from ttfunc.deltas import TokenDeltas, combine
+from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk import rows_file
 from ttfunc.disk.atomic import copy_file, make_directory, stage, sync_directory
 from ttfunc.disk.folder import Checkpoint, open_checkpoint, warn_of_copies
@@ -118,7 +118,8 @@ def _given(
 ) -> TokenDeltas:
     if isinstance(params_or_path, (str, os.PathLike)):
         params_or_path = rows_file.read(params_or_path)
-    return stored_as(checkpoint, combine(params_or_path), names)
+    check_type(params_or_path)
+    return stored_as(checkpoint, params_or_path, names)
 
 
 def _file(checkpoint: Checkpoint, place: Place) -> str:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas, TokenRows, combine
+from ttfunc.deltas import TokenDeltas, TokenRows, check_type
 from ttfunc.disk.atomic import writable, write_file
 from ttfunc.disk.header import parse_json
 from ttfunc.disk.tensors import (
@@ -69,11 +69,11 @@ def save(
     tensors: dict[str, Tensor] = {}
     described = []
     path = writable(path_of(path, "save(params, path)"))
-    together = combine(params)
+    check_type(params)
     with blamed_on(f"{str(path)!r} cannot be written"):
-        for name, row in together.rows.items():
+        for name, row in params.rows.items():
             ids = row.indices.on(torch.device("cpu")).ids
-            values = (together.deltas[name], ids, row.originals)
+            values = (params.deltas[name], ids, row.originals)
             for part, tensor in zip(PARTS, values, strict=True):
                 if part != "token_indices":
                     check_rows(tensor, len(row.indices), row.shape[1], f"the {part} of {name!r}")
@@ -230,7 +230,7 @@ def _called(
 
 def _same_matrix(model: nn.Module, row: TokenRows, path: Path) -> Matrix:
     """The matrix of `model` that has the names, the shape and the ties of the file."""
-    matrix, *_ = [matrix_named(model, name, path) for name in row.names]
+    matrix = matrix_named(model, row.names[0], path)
     shape = tuple(matrix.tensor.shape)
     if shape != row.shape:
         raise ValueError(

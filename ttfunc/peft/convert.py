@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas, TokenRows, combine
+from ttfunc.deltas import TokenDeltas, TokenRows, check_type
 from ttfunc.disk.tensors import (
     blamed_on,
     check_model,
@@ -75,17 +75,17 @@ def save_peft(
     directory = path_of(directory, "save_peft(params, directory)")
     tensors: dict[str, Tensor] = {}
     targets: dict[str, list[int]] = {}
-    together = combine(params)
+    check_type(params)
     with blamed_on("these parameters cannot be saved for PEFT"):
-        for name, row in together.rows.items():
-            rows = _float32(together.deltas[name], row, name)
+        for name, row in params.rows.items():
+            rows = _float32(params.deltas[name], row, name)
             modules = [_module_of(alias) for alias in row.names]
             if tensors.keys() & modules:
-                raise ValueError(f"a name belongs to two matrices in {together}")
+                raise ValueError(f"a name belongs to two matrices in {params}")
             tensors.update({module: rows.clone() for module in modules})
             targets[modules[0]] = list(row.indices.ids)
         if not targets:
-            raise ValueError(f"there are no rows in {together}")
+            raise ValueError(f"there are no rows in {params}")
 
     first, *others = targets.values()
     kind = "TRAINABLE_TOKENS" if all(ids == first for ids in others) else "LORA"
@@ -93,7 +93,7 @@ def save_peft(
         tensors = {module: tensors[module] for module in targets}
         check_ends(targets)
     if isinstance(base_model, nn.Module):
-        check_ties(together, base_model)
+        check_ties(params, base_model)
     keyed = {f"{PREFIX}{module}{SUFFIX[kind]}": rows for module, rows in tensors.items()}
     config = {"peft_type": kind, **_targets_in_config(kind, targets), **_base(base_model)}
     text = json.dumps(config, indent=2, sort_keys=True)
