@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from reprlib import repr as shown
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ttfunc.disk.atomic import open_file
-from ttfunc.disk.header import LONGEST, parse_json
+from ttfunc.disk.header import LONGEST
 from ttfunc.disk.tensors import blamed_on, check_rows, opened, tensor_of
 from ttfunc.indices import token_indices
 
@@ -126,8 +127,11 @@ def read_json(path: Path) -> dict[str, Any]:
     with blamed_on(f"{str(path)!r} cannot be read"):
         if not path.is_file() or path.stat().st_size > LONGEST:
             raise ValueError("it is no file of JSON")
-        with open_file(path) as file:
-            found = parse_json(file.read())
+        try:
+            with open_file(path) as file:
+                found = json.loads(file.read())
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if not isinstance(found, dict):
             raise ValueError(f"it is a {type(found).__name__}, not an object")
     return found
