@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import ttfunc
-from tests.architectures import ARCHITECTURES, EXCLUDED, logits_of
+from tests.helpers.architectures import ARCHITECTURES, EXCLUDED, logits_of
 from tests.test_architectures import IDS, TARGETS, in_place, new_rows, toy
 
 

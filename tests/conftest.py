@@ -1,4 +1,4 @@
-"""Settings of the suite; the models are in models.py, the reference in oracle.py."""
+"""Settings of the suite; what the tests share is in helpers/."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.architectures import ARCHITECTURES, EXCLUDED, build, logits_of, perturb
-from tests.oracle import same_bits, snapshot
+from tests.helpers.architectures import ARCHITECTURES, EXCLUDED, build, logits_of, perturb
+from tests.helpers.oracle import same_bits, snapshot
 from ttfunc import TokenDeltas, functional_call, init_deltas, merge, patch, unmerge
 from ttfunc.model.targets import find_targets
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.models import D, Language, V, make, tokens
-from tests.oracle import edited, snapshot
+from tests.helpers.models import D, Language, V, make, tokens
+from tests.helpers.oracle import edited, snapshot
 from ttfunc import functional_call, init_deltas, merge, patch
 
 NAME = "embed_tokens.weight"

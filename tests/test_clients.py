@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import grad
 
-from tests.models import V, loss_of, make, tokens
-from tests.oracle import bits, edited, row_gradients
+from tests.helpers.models import V, loss_of, make, tokens
+from tests.helpers.oracle import bits, edited, row_gradients
 from ttfunc import TokenDeltas, functional_call, init_deltas, patch
 
 with warnings.catch_warnings():  # tensordict's, of the defaults in posteriors' own classes

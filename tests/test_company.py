@@ -13,8 +13,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from tests.models import D, Language, V, make, tokens
-from tests.oracle import edited, snapshot
+from tests.helpers.models import D, Language, V, make, tokens
+from tests.helpers.oracle import edited, snapshot
 from ttfunc import TokenDeltas, functional_call, init_deltas, patch
 
 NAME, NAMES = "embed_tokens.weight", ("embed_tokens", "lm_head")
@@ -362,6 +362,6 @@ def test_compiled_calls_beside_and_inside_eager_ones(breaks: bool):
 @pytest.mark.parametrize("script", ["300", "fork"])
 def test_interrupts_and_forks(script: str):
     """In a process of its own: signals go to the main thread, and a fork has only one."""
-    command = [sys.executable, "-m", "tests.interrupted_calls", *script.split()]
+    command = [sys.executable, "-m", "tests.helpers.interrupted_calls", *script.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr

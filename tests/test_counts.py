@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.models import D, V, make
 from tests.model.test_memory import UNUSUAL
-from tests.models import D, V, make
 from ttfunc import init_deltas, summary
 
 BODY = D * D + D

@@ -13,8 +13,8 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import nn
 
-from tests.models import D, V, make
-from tests.oracle import bits
+from tests.helpers.models import D, V, make
+from tests.helpers.oracle import bits
 from ttfunc import TokenDeltas, combine, init_deltas, merge, patch, summary, unmerge
 
 NAME = "embed_tokens.weight"

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.models import loss_of, make, tokens
+from tests.helpers.models import loss_of, make, tokens
 from ttfunc import functional_call, init_deltas, patch, patch_mixed, stack
 from ttfunc.indices import TokenIndices, stretches, token_indices, union
 

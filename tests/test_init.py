@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import D, V, make
-from tests.oracle import snapshot
+from tests.helpers.models import D, V, make
+from tests.helpers.oracle import snapshot
 from ttfunc import init_deltas
 
 NAME = "embed_tokens.weight"

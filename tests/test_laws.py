@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from tests.models import CORPUS, V, loss_of, make, tokens
-from tests.oracle import bits, edited, row_gradients, same_bits, snapshot
+from tests.helpers.models import CORPUS, V, loss_of, make, tokens
+from tests.helpers.oracle import bits, edited, row_gradients, same_bits, snapshot
 from ttfunc import TokenDeltas, combine, functional_call, init_deltas, merge, patch, unmerge
 
 indices = st.lists(st.integers(0, V - 1), min_size=1, max_size=V, unique=True)

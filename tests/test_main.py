@@ -13,9 +13,9 @@ from pathlib import Path
 import peft
 import pytest
 
-from tests.checkpoints import contents, expected, names_in, rows, written
-from tests.lessons import llama
-from tests.models import make
+from tests.helpers.checkpoints import contents, expected, names_in, rows, written
+from tests.helpers.lessons import llama
+from tests.helpers.models import make
 from ttfunc import __main__, init_deltas
 from ttfunc.__main__ import main
 from ttfunc.disk.rows_file import save

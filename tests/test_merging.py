@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from tests.models import D, V, make, tokens
-from tests.oracle import same_bits
+from tests.helpers.models import D, V, make, tokens
+from tests.helpers.oracle import same_bits
 from ttfunc import functional_call, init_deltas, merge, patch, unmerge
 
 NAME = "embed_tokens.weight"

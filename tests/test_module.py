@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as distributed
 from transformers import GenerationConfig, LlamaForCausalLM
 
-import tests.models as models
-import tests.oracle as oracle
-from tests.lessons import IDS, NAME, ROWS, TOKENS, bridge, llama, started
+import tests.helpers.models as models
+import tests.helpers.oracle as oracle
+from tests.helpers.lessons import IDS, NAME, ROWS, TOKENS, bridge, llama, started
 from ttfunc import functional_call, init_deltas, load, merge, patch, save, stack
 from ttfunc.module import TokenModule
 

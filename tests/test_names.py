@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import make, tokens
-from tests.oracle import edited, same_bits
-from tests.peft_reference import quiet
+from tests.helpers.models import make, tokens
+from tests.helpers.oracle import edited, same_bits
+from tests.helpers.peft_reference import quiet
 from ttfunc import functional_call, init_deltas, load, load_peft, merge, patch, save, save_peft
 from ttfunc import unmerge as unmerged
 from ttfunc.names import through_wrappers

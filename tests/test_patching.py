@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from tests.models import D, V, make
+from tests.helpers.models import D, V, make
 from ttfunc import PatchedWeight, combine, functional_call, init_deltas, patch
 
 NAME = "embed_tokens.weight"

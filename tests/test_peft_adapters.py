@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import ttfunc
-from tests.oracle import bits, edited, same_bits
-from tests.peft_reference import (
+from tests.helpers.oracle import bits, edited, same_bits
+from tests.helpers.peft_reference import (
     EMBEDDING,
     HEAD,
     IDX,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models import ByReading, ByTranspose, Language, StorageTied
-from tests.peft_reference import (
+from tests.helpers.models import ByReading, ByTranspose, Language, StorageTied
+from tests.helpers.peft_reference import (
     EMBEDDING,
     HEAD,
     IDX,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import ttfunc
-from tests.models import Language, loss_of, tokens
-from tests.oracle import edited, same_bits
-from tests.peft_reference import (
+from tests.helpers.models import Language, loss_of, tokens
+from tests.helpers.oracle import edited, same_bits
+from tests.helpers.peft_reference import (
     EMBEDDING,
     HEAD,
     IDX,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.oracle import same_bits
+from tests.helpers.oracle import same_bits
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

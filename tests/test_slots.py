@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tests.models import D, V, make
+from tests.helpers.models import D, V, make
 from ttfunc import init_deltas, patch
 from ttfunc.slots import find_slots, is_patch
 

@@ -8,8 +8,8 @@ import torch
 from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models import CORPUS, D, V, loss_of, make, tokens
-from tests.oracle import edited
+from tests.helpers.models import CORPUS, D, V, loss_of, make, tokens
+from tests.helpers.oracle import edited
 from ttfunc import TokenDeltas, combine, functional_call, init_deltas, merge, patch, stack
 
 NAME, HEAD = "embed_tokens.weight", "lm_head.weight"

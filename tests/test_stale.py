@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import loss_of, make, tokens
+from tests.helpers.models import loss_of, make, tokens
 from ttfunc import functional_call, init_deltas, patch
 from ttfunc.stale import check_fresh
 

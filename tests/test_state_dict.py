@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import make
-from tests.oracle import same_bits
+from tests.helpers.models import make
+from tests.helpers.oracle import same_bits
 from ttfunc import init_deltas, merge, unmerge
 
 NAME, HEAD = "embed_tokens.weight", "lm_head.weight"

@@ -13,8 +13,8 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-import tests.oracle as oracle
-from tests.lessons import (
+import tests.helpers.oracle as oracle
+from tests.helpers.lessons import (
     ACCUMULATE,
     BATCH,
     IDS,

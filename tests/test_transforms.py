@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call as torch_functional_call
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
-from tests.models import CORPUS, D, loss_of, make, tokens
+from tests.helpers.models import CORPUS, D, loss_of, make, tokens
 from ttfunc import TokenDeltas, functional_call, init_deltas, patch
 
 IDS = [7, 3, 20]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import contents, names_in
+from tests.helpers.checkpoints import contents, names_in
 from ttfunc.disk import atomic
 from ttfunc.disk.atomic import copy_file, rename_new, stage
 
@@ -136,8 +136,8 @@ MERGE = """
 import os, resource, sys
 from pathlib import Path
 from ttfunc.disk.checkpoint import merge_checkpoint
-from tests.checkpoints import rows, written
-from tests.models import make
+from tests.helpers.checkpoints import rows, written
+from tests.helpers.models import make
 model = make("tied")
 folder = Path(sys.argv[1])
 if not (folder / "source").exists():

@@ -21,7 +21,8 @@ from safetensors.torch import save as serialized
 from torch import nn
 
 import ttfunc
-from tests.checkpoints import (
+from tests.disk.test_header import as_bytes
+from tests.helpers.checkpoints import (
     HEAD,
     NAME,
     contents,
@@ -33,8 +34,7 @@ from tests.checkpoints import (
     tensors_of,
     written,
 )
-from tests.disk.test_header import as_bytes
-from tests.models import D, V, tokens
+from tests.helpers.models import D, V, tokens
 from ttfunc import (
     TokenDeltas,
     functional_call,
@@ -488,7 +488,10 @@ def loaded_somehow(path: Path) -> dict[str, torch.Tensor]:
 def test_a_thousand_kills():
     """In a process of its own, which forks: see tests/kills.py."""
     out = subprocess.run(
-        [sys.executable, "-m", "tests.kills", "1000"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.helpers.kills", "1000"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     print(out.stdout)
     assert out.returncode == 0, out.stdout + out.stderr

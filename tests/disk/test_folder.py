@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.checkpoints import NAME, contents, names_in, rows, tensors_of, written
-from tests.models import D, V, make
+from tests.helpers.checkpoints import NAME, contents, names_in, rows, tensors_of, written
+from tests.helpers.models import D, V, make
 from ttfunc.disk import folder
 from ttfunc.disk.checkpoint import merge_checkpoint
 from ttfunc.disk.folder import INDEX, open_checkpoint

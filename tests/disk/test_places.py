@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.architectures import build
-from tests.checkpoints import HEAD, NAME, contents, names_in, raw_of, rows, written
-from tests.lessons import llama
-from tests.oracle import same_bits
+from tests.helpers.architectures import build
+from tests.helpers.checkpoints import HEAD, NAME, contents, names_in, raw_of, rows, written
+from tests.helpers.lessons import llama
+from tests.helpers.oracle import same_bits
 from ttfunc import merge, patch
 from ttfunc.__main__ import main
 from ttfunc.disk import places

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.models import CORPUS, D, Language, make, tokens
-from tests.oracle import bits, edited, same_bits, snapshot
+from tests.helpers.models import CORPUS, D, Language, make, tokens
+from tests.helpers.oracle import bits, edited, same_bits, snapshot
 from ttfunc import TokenDeltas, functional_call, init_deltas, merge, patch, unmerge
 from ttfunc.disk.header import FLOATS
 from ttfunc.disk.rows_file import load, read, save

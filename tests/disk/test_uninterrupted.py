@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.interrupts import at_each_bytecode, by_signals
+from tests.helpers.interrupts import at_each_bytecode, by_signals
 from ttfunc.disk.uninterrupted import to_the_end
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.models import D, V
+from tests.helpers.models import D, V
 from ttfunc.model.memory import memory_of, overlaps, same_memory
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models import D, Language, V, make, tokens
-from tests.oracle import edited, snapshot
+from tests.helpers.models import D, Language, V, make, tokens
+from tests.helpers.oracle import edited, snapshot
 from ttfunc import functional_call, init_deltas, patch
 from ttfunc.model.path import find_path
 

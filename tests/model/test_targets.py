@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tests.helpers.models import CORPUS, D, V, make, tokens
 from tests.model.test_memory import UNUSUAL
-from tests.models import CORPUS, D, V, make, tokens
 from tests.weight.test_mixed import llama
 from ttfunc import functional_call, init_deltas, merge, patch, unmerge
 from ttfunc.model.targets import count_slots, find_targets, matrix_of

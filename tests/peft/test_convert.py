@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.models import Language
-from tests.oracle import edited, same_bits, snapshot
-from tests.peft_reference import (
+from tests.helpers.models import Language
+from tests.helpers.oracle import edited, same_bits, snapshot
+from tests.helpers.peft_reference import (
     EMBEDDING,
     HEAD,
     IDX,

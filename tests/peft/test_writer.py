@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.checkpoints import names_in
+from tests.helpers.checkpoints import names_in
 from ttfunc import init_deltas, load_peft, save_peft
 from ttfunc.peft import writer
 
@@ -181,7 +181,7 @@ def test_a_failure_at_each_step_leaves_the_old_or_the_new(call, there, model, sa
 def test_a_kill_leaves_one_adapter_or_none():
     """In a process of its own, which forks: see tests/kills.py."""
     out = subprocess.run(
-        [sys.executable, "-m", "tests.kills", "150", "save_peft"],
+        [sys.executable, "-m", "tests.helpers.kills", "150", "save_peft"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert out.returncode == 0, out.stdout + out.stderr

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functionalize, grad, jacfwd, jacrev, jvp, vjp, vmap
 
-from tests.models import D, Fused, V
+from tests.helpers.models import D, Fused, V
 from tests.weight.test_reads import Sizes
 from ttfunc import functional_call, init_deltas, patch, patch_mixed
 from ttfunc.indices import TokenIndices

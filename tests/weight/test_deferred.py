@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.models import D, Fused, V, loss_of, make, tokens
+from tests.helpers.models import D, Fused, V, loss_of, make, tokens
 from ttfunc import functional_call, init_deltas, patch
 from ttfunc.indices import TokenIndices
 from ttfunc.weight.deferred import PatchedWeight, patched

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from tests.models import D, V, loss_of, make, tokens
-from tests.oracle import edited, snapshot
+from tests.helpers.models import D, V, loss_of, make, tokens
+from tests.helpers.oracle import edited, snapshot
 from tests.test_transforms import TRANSFORMS
 from ttfunc import TokenDeltas, functional_call, init_deltas, patch, patch_mixed
 

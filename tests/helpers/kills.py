@@ -1,6 +1,6 @@
 """What is killed at random moments, in forks of this process, which has no threads.
 
-python -m tests.kills 1000 [merge_checkpoint | save_peft]
+python -m tests.helpers.kills 1000 [merge_checkpoint | save_peft]
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.checkpoints import contents, leftovers, rows, written
-from tests.interrupts import SavePeft
+from tests.helpers.checkpoints import contents, leftovers, rows, written
+from tests.helpers.works import SavePeft
 from ttfunc import load_peft
 from ttfunc.disk.checkpoint import merge_checkpoint
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
-from tests.oracle import same_bits
+from tests.helpers.oracle import same_bits
 from ttfunc import init_deltas, merge
 
 NAME = "model.embed_tokens.weight"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.interrupts import KINDS, at_each_bytecode
+from tests.helpers.interrupts import at_each_bytecode
+from tests.helpers.works import KINDS
 
 
 # Of a file that is open for one bytecode before `with` has it, and is closed all the same.

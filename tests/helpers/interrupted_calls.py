@@ -1,6 +1,6 @@
 """Calls that a signal interrupts at random moments, and a fork during a call.
 
-python -m tests.interrupted_calls 100000
+python -m tests.helpers.interrupted_calls 100000
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections import Counter
 
 import torch
 
-from tests.models import make, tokens
-from tests.oracle import snapshot
+from tests.helpers.models import make, tokens
+from tests.helpers.oracle import snapshot
 from ttfunc import functional_call, init_deltas, patch
 
 X = tokens(7, 3)

@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.models import loss_of, tokens
-from tests.oracle import edited, row_gradients
+from tests.helpers.models import loss_of, tokens
+from tests.helpers.oracle import edited, row_gradients
 from ttfunc import TokenDeltas, functional_call, init_deltas, patch
 
 V, D = 60, 16
