@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 import ttfunc
-from tests.helpers.architectures import ARCHITECTURES, EXCLUDED, logits_of
-from tests.test_architectures import IDS, TARGETS, in_place, new_rows, toy
+from tests.helpers.architecture_sizes import EXCLUDED, TARGETS
+from tests.helpers.architectures import ARCHITECTURES, IDS, in_place, logits_of, new_rows, toy
 
 
 def ttfunc_logits(model: Any, inputs: Any, params: ttfunc.TokenDeltas, dense: bool) -> Tensor:

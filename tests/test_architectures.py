@@ -10,51 +10,18 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from tests.helpers.architectures import ARCHITECTURES, EXCLUDED, build, logits_of, perturb
+from tests.helpers.architecture_sizes import EXCLUDED
+from tests.helpers.architectures import (
+    ARCHITECTURES,
+    IDS,
+    in_place,
+    logits_of,
+    new_rows,
+    toy,
+)
 from tests.helpers.oracle import same_bits, snapshot
-from ttfunc import TokenDeltas, functional_call, init_deltas, merge, patch, unmerge
-from ttfunc.model.targets import find_targets
-
-IDS = [11, 5, 7]
-
-# Where a model does not name one embedding of its text.
-TARGETS = {
-    "MusicgenForCausalLM": "model.decoder.embed_tokens.0",
-    "MusicgenForConditionalGeneration": "decoder.model.decoder.embed_tokens.0",
-    "MusicgenMelodyForCausalLM": "model.decoder.embed_tokens.0",
-    "MusicgenMelodyForConditionalGeneration": "decoder.model.decoder.embed_tokens.0",
-    "PerceiverForMaskedLM": "perceiver.input_preprocessor.embeddings",
-}
-
-
-def toy(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    model, inputs = build(name)
-    perturb(model)
-    for path, buffer in model.named_buffers():
-        if path.endswith("final_logits_bias"):
-            nn.init.normal_(buffer)
-    return model, inputs
-
-
-def new_rows(model: nn.Module, name: str) -> TokenDeltas:
-    """Rows of three tokens of the inputs, as far from the base as the base is wide."""
-    generator = torch.Generator().manual_seed(1)
-    params = init_deltas(model, IDS, targets=TARGETS.get(name), init="normal", generator=generator)
-    (delta,) = params.deltas.values()
-    delta.requires_grad_()
-    return params
-
-
-def in_place(model: nn.Module, name: str, params: TokenDeltas) -> tuple[nn.Module, nn.Parameter]:
-    """A copy with the rows written into its embedding alone: what is tied follows by itself."""
-    reference = copy.deepcopy(model)
-    (target,) = find_targets(reference, TARGETS.get(name))
-    weight = reference.get_submodule(target).weight
-    with torch.no_grad():
-        weight[IDS] = next(iter(params.deltas.values()))
-    return reference, weight
+from ttfunc import functional_call, merge, patch, unmerge
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in EXCLUDED])

@@ -11,23 +11,21 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.helpers.llama import llama
 from tests.helpers.models import D, Language, V, make, tokens
 from tests.helpers.oracle import edited, snapshot
+from tests.helpers.rows import random_rows
 from ttfunc import functional_call, init_deltas, merge, patch
 
 NAME = "embed_tokens.weight"
 X = tokens(7, 3)
 
 
-def rows(model: nn.Module, **kwargs):
-    return init_deltas(model, [7, 3], init="mean", **kwargs)
-
-
 def test_a_module_reached_by_two_paths_is_restored():
     model = make("encoder_decoder")
     before = snapshot(model)
-    weights = patch(rows(model))
-    expected = edited(model, rows(model))(X)
+    weights = patch(random_rows(model))
+    expected = edited(model, random_rows(model))(X)
     torch.testing.assert_close(functional_call(model, weights, (X,)), expected)
     assert snapshot(model) == before
 
@@ -39,7 +37,7 @@ def test_a_module_reached_by_two_paths_is_restored():
 
 def test_a_misspelt_name_is_refused():
     model = make("tied")
-    weight = patch(rows(model))[NAME]
+    weight = patch(random_rows(model))[NAME]
     match = "Language has no parameter or buffer named 'embed_token.weight'.*mean 'embed_tokens"
     with pytest.raises(KeyError, match=match):
         functional_call(model, {"embed_token.weight": weight}, (X,))
@@ -80,8 +78,8 @@ def test_other_weights_and_buffers_go_along():
     model = make("tied")
     model.register_buffer("shift", torch.ones(V))
     model.register_forward_hook(lambda module, _, out: out + module.shift)
-    weights = {**patch(rows(model)), "body.bias": torch.zeros(D), "shift": torch.zeros(V)}
-    reference = edited(model, rows(model))
+    weights = {**patch(random_rows(model)), "body.bias": torch.zeros(D), "shift": torch.zeros(V)}
+    reference = edited(model, random_rows(model))
     nn.init.zeros_(reference.body.bias)
     nn.init.zeros_(reference.shift)
     torch.testing.assert_close(functional_call(model, weights, (X,)), reference(X))
@@ -90,8 +88,8 @@ def test_other_weights_and_buffers_go_along():
 def test_a_patch_works_under_the_names_of_a_wrapper():
     model = make("tied")
     wrapper = nn.Sequential(nn.Identity(), model)
-    weights = {f"1.{name}": weight for name, weight in patch(rows(model)).items()}
-    expected = functional_call(model, patch(rows(model)), (X,))
+    weights = {f"1.{name}": weight for name, weight in patch(random_rows(model)).items()}
+    expected = functional_call(model, patch(random_rows(model)), (X,))
     assert torch.equal(functional_call(wrapper, weights, X), expected)
     with pytest.raises(ValueError, match="stale patch: the parameter '1.embed_tokens.weight'"):
         functional_call(nn.Sequential(nn.Identity(), make("tied")), weights, X)
@@ -118,10 +116,10 @@ def test_a_buffer_over_the_matrix_is_patched_and_merged_with_it():
     model = make("tied")
     model.register_buffer("view", model.embed_tokens.weight.data)
     model.register_forward_hook(lambda module, _, out: out + module.view[7].sum())
-    expected = edited(model, rows(model))
+    expected = edited(model, random_rows(model))
     # deepcopy keeps the memory shared.
-    torch.testing.assert_close(functional_call(model, patch(rows(model)), (X,)), expected(X))
-    merged = merge(model.state_dict(), rows(model))
+    torch.testing.assert_close(functional_call(model, patch(random_rows(model)), (X,)), expected(X))
+    merged = merge(model.state_dict(), random_rows(model))
     assert merged["view"] is merged[NAME]
 
 
@@ -141,7 +139,7 @@ def test_arguments_are_passed_as_torch_passes_them():
             return args, kwargs
 
     model = Echo()
-    weights = patch(rows(model))
+    weights = patch(random_rows(model))
     assert functional_call(model, weights) == ((), {})
     assert functional_call(model, weights, "one") == (("one",), {})
     assert functional_call(model, weights, ["one"]) == ((["one"],), {})
@@ -150,7 +148,7 @@ def test_arguments_are_passed_as_torch_passes_them():
 
 def test_arguments_in_the_wrong_place_are_told():
     model = make("tied")
-    weights = patch(rows(model))
+    weights = patch(random_rows(model))
     with pytest.raises(
         TypeError, match=r"got \['x'\]: keyword arguments of the model go in kwargs="
     ):
@@ -169,8 +167,8 @@ def test_a_mapping_may_be_the_one_argument():
             return super().forward(batch["x"])
 
     model = Taking()
-    found = functional_call(model, patch(rows(model)), {"x": X})
-    torch.testing.assert_close(found, edited(model, rows(model))({"x": X}))
+    found = functional_call(model, patch(random_rows(model)), {"x": X})
+    torch.testing.assert_close(found, edited(model, random_rows(model))({"x": X}))
 
 
 @pytest.mark.parametrize("how", ["rows", "neither", "eval", "no_grad", "unfrozen"])
@@ -178,7 +176,7 @@ def test_rows_that_stay_while_others_train_are_told(how: str):
     model = make("tied").requires_grad_(how == "unfrozen")
     model.body.weight.requires_grad_()  # a LoRA, say
     model.train(how != "eval")
-    weights = patch(rows(model, requires_grad=how == "rows"))
+    weights = patch(random_rows(model, requires_grad=how == "rows"))
     with torch.set_grad_enabled(how != "no_grad"):
         if how != "neither":
             functional_call(model, weights, (X,))
@@ -190,31 +188,28 @@ def test_rows_that_stay_while_others_train_are_told(how: str):
 
 def test_another_method_is_called():
     model = make("tied")
-    expected = edited(model, rows(model)).embed(X)
-    assert torch.equal(functional_call(model, patch(rows(model)), X, method="embed"), expected)
+    expected = edited(model, random_rows(model)).embed(X)
+    assert torch.equal(
+        functional_call(model, patch(random_rows(model)), X, method="embed"), expected
+    )
     with pytest.raises(AttributeError, match="Language has no method 'generate' to call"):
-        functional_call(model, patch(rows(model)), X, method="generate")
+        functional_call(model, patch(random_rows(model)), X, method="generate")
     with pytest.raises(AttributeError, match="no method 'body.weight'"):
-        functional_call(model, patch(rows(model)), X, method="body.weight")
+        functional_call(model, patch(random_rows(model)), X, method="body.weight")
 
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
 def test_generate_is_that_of_the_merged_model(tie: bool, options: dict):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, tie_word_embeddings=tie,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    nn.init.normal_(model.lm_head.weight)
-    params = init_deltas(model, [7, 3], init=10 * torch.randn(2, D))
+    model = llama(tie=tie, layers=1)
+    params, x = random_rows(model), X.clone()
+    x[:, -1] = 7  # each text goes on from a new row
     merged = copy.deepcopy(model)
     merged.load_state_dict(merge(model.state_dict(), params))
 
     def generated(call):
         torch.manual_seed(1)
-        return call({"input_ids": X, "max_new_tokens": 8, "pad_token_id": 0, **options})
+        return call({"input_ids": x, "max_new_tokens": 8, "pad_token_id": 0, **options})
 
     expected = generated(lambda kwargs: merged.generate(**kwargs))
     before = snapshot(model)
@@ -271,7 +266,7 @@ def removed(model: nn.Module) -> None:
 )
 def test_a_stale_patch_is_refused(change, match: str, dense: bool):
     model = make("tied")
-    weights = patch(rows(model), dense=dense)
+    weights = patch(random_rows(model), dense=dense)
     change(model)
     before = snapshot(model)
     with pytest.raises(ValueError, match=match):
@@ -283,12 +278,12 @@ def test_a_patch_of_another_model_is_refused():
     model = make("tied")
     other, match = copy.deepcopy(model), "stale patch.*another model than the Language.*a deep copy"
     with pytest.raises(ValueError, match=match):
-        functional_call(other, patch(rows(model)), (X,))
+        functional_call(other, patch(random_rows(model)), (X,))
 
 
 def test_a_tie_made_since_is_refused():
     model = make("untied")
-    weights = patch(rows(model))
+    weights = patch(random_rows(model))
     model.lm_head.weight = model.embed_tokens.weight
     with pytest.raises(ValueError, match="ties 'embed_tokens.weight' to more than it did"):
         functional_call(model, weights, (X,))
@@ -298,12 +293,12 @@ def test_a_tie_made_since_is_refused():
 def test_a_matrix_that_no_call_reads_is_told(dense: bool):
     model = make("tied")
     model.unused = nn.Embedding(V, D)
-    weights = patch(rows(model, targets="unused"), dense=dense)
+    weights = patch(random_rows(model, targets="unused"), dense=dense)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match=r"did not read.*'unused.weight'.*no effect"):
         functional_call(model, weights, (X,))
     # What an earlier call read is no excuse.
-    weights = patch(rows(model), dense=dense)
+    weights = patch(random_rows(model), dense=dense)
     functional_call(model, weights, (X,))
     with pytest.raises(RuntimeError, match="did not read the patched matrix"):
         functional_call(model, weights, (torch.zeros(2, D),), method="mix")
@@ -318,19 +313,14 @@ def test_bart_without_ties_does_not_read_its_input_embedding():
     )  # fmt: skip
     model = transformers.BartForConditionalGeneration(config).eval()
     with pytest.raises(RuntimeError, match="did not read the patched matrix"):
-        functional_call(model, patch(rows(model)), (X,))
+        functional_call(model, patch(random_rows(model)), (X,))
 
 
 def test_gradient_checkpointing_in_the_blocks_changes_nothing():
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).train()
+    model = llama().train().requires_grad_()
 
     def gradient() -> torch.Tensor:
-        params = rows(model, requires_grad=True)
+        params = random_rows(model, requires_grad=True)
         functional_call(model, patch(params), kwargs={"input_ids": X, "labels": X}).loss.backward()
         (delta,) = params.deltas.values()
         return delta.grad

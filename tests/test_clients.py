@@ -21,6 +21,7 @@ from torch.func import grad
 
 from tests.helpers.models import V, loss_of, make, tokens
 from tests.helpers.oracle import bits, edited, row_gradients
+from tests.helpers.rows import random_rows
 from ttfunc import TokenDeltas, functional_call, init_deltas, patch
 
 with warnings.catch_warnings():  # tensordict's, of the defaults in posteriors' own classes
@@ -34,8 +35,7 @@ CASES = ["tied", "untied", "biased", "encoder_decoder", "einsum"]
 
 def setting(case: str = "tied") -> tuple[nn.Module, TokenDeltas]:
     model = make(case).requires_grad_(False).double()
-    generator = torch.Generator().manual_seed(0)
-    return model, init_deltas(model, IDS, init="normal", generator=generator)
+    return model, random_rows(model, IDS)
 
 
 def batch(step: int) -> Tensor:

@@ -15,24 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.models import D, Language, V, make, tokens
 from tests.helpers.oracle import edited, snapshot
+from tests.helpers.rows import adapters, random_rows
 from ttfunc import TokenDeltas, functional_call, init_deltas, patch
 
 NAME, NAMES = "embed_tokens.weight", ("embed_tokens", "lm_head")
 X = tokens(7, 3)
 
 
-def adapters(model: nn.Module, count: int):
-    return [
-        init_deltas(model, [7, 3], init="normal", generator=torch.Generator().manual_seed(i))
-        for i in range(count)
-    ]
-
-
 @pytest.mark.parametrize("case", ["tied", "untied", "encoder_decoder"])
 def test_threads_with_different_adapters_never_mix(case: str):
     model = make(case).requires_grad_(False)
     before = snapshot(model)
-    each = adapters(model, 4)
+    each = adapters(model, *[[7, 3]] * 4)
     expected = [functional_call(model, patch(params), (X,)) for params in each]
 
     def work(number: int) -> int:
@@ -50,7 +44,7 @@ def test_threads_with_different_adapters_never_mix(case: str):
 def test_calls_of_a_wrapper_of_the_model_do_not_mix_with_its_own():
     model = make("tied").requires_grad_(False)
     wrapper = nn.Sequential(model)
-    a, b = (patch(params) for params in adapters(model, 2))
+    a, b = (patch(params) for params in adapters(model, [7, 3], [7, 3]))
     b = {f"0.{name}": weight for name, weight in b.items()}
     expected = functional_call(model, a, (X,)), functional_call(wrapper, b, (X,))
 
@@ -131,7 +125,7 @@ def test_models_that_call_one_another_do_not_wait_for_one_another():
         return hook
 
     hooks = [x.body.register_forward_hook(calling(y)) for x, y in ((a, b), (b, a))]
-    weights = {model: patch(adapters(model, 1)[0]) for model in (a, b)}
+    weights = {model: patch(random_rows(model)) for model in (a, b)}
 
     def work(model: nn.Module) -> bool:
         for _ in range(100):
@@ -146,7 +140,7 @@ def test_models_that_call_one_another_do_not_wait_for_one_another():
 
 def test_a_call_inside_a_call_has_weights_of_its_own():
     model = make("tied").requires_grad_(False)
-    a, b = adapters(model, 2)
+    a, b = adapters(model, [7, 3], [7, 3])
     inner, depth = [], [1, 2]
 
     def hook(module: nn.Module, args, out: torch.Tensor) -> None:
@@ -166,7 +160,7 @@ def test_a_call_inside_a_call_has_weights_of_its_own():
 
 def test_a_call_inside_a_call_that_gave_a_plain_tensor_has_its_own():
     model = make("tied").requires_grad_(False)
-    params = adapters(model, 1)[0]
+    params = random_rows(model)
     inner, depth = [], [1]
 
     def hook(*_: object) -> None:
@@ -224,7 +218,7 @@ class Reentrant(Language):
 
 def test_a_model_that_calls_itself_with_other_rows():
     model = Reentrant().requires_grad_(False)
-    a, b = adapters(model, 2)
+    a, b = adapters(model, [7, 3], [7, 3])
     call = functional_call(
         model, patch(a), (X, lambda own, x: own(x) + functional_call(own, patch(b), (x,)))
     )
@@ -264,7 +258,7 @@ def test_a_generator_reads_the_rows_after_the_call():
                 yield self(row[None])
 
     model = Streaming().requires_grad_(False)
-    params = adapters(model, 1)[0]
+    params = random_rows(model)
     found = torch.cat(list(functional_call(model, patch(params), X, method="stream")))
     torch.testing.assert_close(found, edited(model, params)(X))
 
@@ -301,7 +295,7 @@ def test_eager_calls_beside_a_compilation_are_those_alone():
         assert torch.compiler.is_compiling()
         found = results()
         with ThreadPoolExecutor(2) as pool:
-            a, b = adapters(model, 2)
+            a, b = adapters(model, [7, 3], [7, 3])
             outs = list(pool.map(lambda p: functional_call(model, patch(p), (X,)), [a, b] * 20))
     finally:
         done.set()
@@ -323,7 +317,7 @@ def test_compiled_calls_beside_and_inside_eager_ones(breaks: bool):
     torch._dynamo.reset()
     model = Model().requires_grad_(False)
     before = snapshot(model)
-    a, b = adapters(model, 2)
+    a, b = adapters(model, [7, 3], [7, 3])
     compiled = torch.compile(
         lambda p, x: functional_call(model, patch(p), (x,)), backend="aot_eager"
     )

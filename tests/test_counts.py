@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.models import D, V, make
-from tests.model.test_memory import UNUSUAL
+from tests.helpers.unusual import UNUSUAL
 from ttfunc import init_deltas, summary
 
 BODY = D * D + D

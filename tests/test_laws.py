@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.helpers.models import CORPUS, V, loss_of, make, tokens
 from tests.helpers.oracle import bits, edited, row_gradients, same_bits, snapshot
+from tests.helpers.rows import random_rows
 from ttfunc import TokenDeltas, combine, functional_call, init_deltas, merge, patch, unmerge
 
 indices = st.lists(st.integers(0, V - 1), min_size=1, max_size=V, unique=True)
@@ -23,14 +24,6 @@ floats = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.fl
 
 # torch's own leaves its patch in a model that reaches one module by two paths.
 SERVED_BY_TORCH = sorted(CORPUS.keys() - {"encoder_decoder"})
-
-
-def init(model: nn.Module, idx: list[int], seed: int = 0, **kwargs) -> TokenDeltas:
-    """Rows that differ from the base, in a corpus where a padding row may be among them."""
-    generator = torch.Generator().manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*padding_idx")
-        return init_deltas(model, idx, init="normal", generator=generator, **kwargs)
 
 
 def gradients(model: nn.Module, params: TokenDeltas, x: Tensor, dense: bool) -> dict[str, Tensor]:
@@ -59,7 +52,7 @@ def test_identity(case: str, idx: list[int], seed: int):
 @given(idx=indices, seed=seeds)
 def test_agreement(case: str, dense: bool, idx: list[int], seed: int):
     model, x = make(case, seed), tokens(*idx[:18])
-    params = init(model, idx, seed)
+    params = random_rows(model, idx, seed)
     reference = edited(model, params)
     expected = reference(x)
     loss_of(expected).backward()
@@ -75,7 +68,7 @@ def test_agreement(case: str, dense: bool, idx: list[int], seed: int):
 @given(idx=indices, seed=seeds)
 def test_the_merged_model_is_the_patched_one(case: str, idx: list[int], seed: int):
     model, x = make(case, seed), tokens(*idx[:18])
-    params = init(model, idx, seed)
+    params = random_rows(model, idx, seed)
     merged = copy.deepcopy(model)
     merged.load_state_dict(merge(model.state_dict(), params))
     assert torch.equal(functional_call(model, patch(params, dense=True), (x,)), merged(x))
@@ -86,7 +79,7 @@ def test_the_merged_model_is_the_patched_one(case: str, idx: list[int], seed: in
 @given(idx=indices, seed=seeds, dense=st.booleans())
 def test_torchs_functional_call_gives_the_same(case: str, idx: list[int], seed: int, dense: bool):
     model, x = make(case, seed), tokens(*idx[:18])
-    params = init(model, idx, seed)
+    params = random_rows(model, idx, seed)
     ours = functional_call(model, patch(params, dense=dense), (x,))
     theirs = torch.func.functional_call(model, patch(params, dense=dense), (x,))
     assert torch.equal(theirs, ours)
@@ -95,7 +88,7 @@ def test_torchs_functional_call_gives_the_same(case: str, idx: list[int], seed: 
 @given(case=cases, idx=indices, seed=seeds, dtype=floats)
 def test_inverse(case: str, idx: list[int], seed: int, dtype: torch.dtype):
     model = make(case, seed).to(dtype)
-    params = init(model, idx, seed)
+    params = random_rows(model, idx, seed)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     merged = merge(before, params)
     assert not same_bits(merged, before)
@@ -105,7 +98,7 @@ def test_inverse(case: str, idx: list[int], seed: int, dtype: torch.dtype):
 @given(case=cases, idx=indices, seed=seeds, dense=st.booleans(), fails=st.booleans())
 def test_purity(case: str, idx: list[int], seed: int, dense: bool, fails: bool):
     model, x = make(case, seed), tokens(*idx[:18])
-    params = init(model, idx, seed)
+    params = random_rows(model, idx, seed)
     state = model.state_dict()
     before, rows, inputs = snapshot(model), copy.deepcopy(params.deltas), x.clone()
     names, tensors = list(state), {name: bits(tensor) for name, tensor in state.items()}
@@ -128,7 +121,7 @@ def test_purity(case: str, idx: list[int], seed: int, dense: bool, fails: bool):
 @given(case=cases, idx=indices, seed=seeds)
 def test_sharing(case: str, idx: list[int], seed: int):
     model = make(case, seed)
-    params = init(model, idx, seed)
+    params = random_rows(model, idx, seed)
     state = model.state_dict()
     merged = merge(state, params)
     patched = {alias for names in params.tied.values() for alias in names}
@@ -144,7 +137,7 @@ def test_sharing(case: str, idx: list[int], seed: int):
 def test_composition(case: str, idx: list[int], seed: int, data: st.DataObject):
     model, x = make(case, seed), tokens(*idx[:18])
     cut = data.draw(st.integers(1, len(idx) - 1))
-    a, b = init(model, idx[:cut], seed), init(model, idx[cut:], seed + 1)
+    a, b = random_rows(model, idx[:cut], seed), random_rows(model, idx[cut:], seed + 1)
     both = functional_call(model, patch(combine(a, b), dense=True), (x,))
     assert torch.equal(functional_call(model, patch(a, b, dense=True), (x,)), both)
     assert torch.equal(functional_call(model, patch(b, a, dense=True), (x,)), both)
@@ -159,7 +152,7 @@ def test_composition(case: str, idx: list[int], seed: int, data: st.DataObject):
 @given(case=cases, idx=indices, seed=seeds)
 def test_ties(case: str, idx: list[int], seed: int):
     model = make(case, seed)
-    params = init(model, idx, seed)
+    params = random_rows(model, idx, seed)
     (names,) = params.tied.values()
     tied = case != "untied"
     assert ("lm_head.weight" in names) == tied

@@ -13,19 +13,20 @@ from pathlib import Path
 import peft
 import pytest
 
-from tests.helpers.checkpoints import contents, expected, names_in, rows, written
-from tests.helpers.lessons import llama
+from tests.helpers.checkpoints import contents, expected, names_in, written
+from tests.helpers.llama import llama
 from tests.helpers.models import make
+from tests.helpers.rows import random_rows
 from ttfunc import __main__, init_deltas
 from ttfunc.__main__ import main
-from ttfunc.disk.rows_file import save
+from ttfunc.disk.rows_file import read, save
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     model = make("tied")
     written(tmp_path / "source", {n: t.clone() for n, t in model.state_dict().items()})
-    save(rows(model), tmp_path / "rows.safetensors")
+    save(random_rows(model), tmp_path / "rows.safetensors")
     return tmp_path
 
 
@@ -44,7 +45,7 @@ def test_merge_and_unmerge(folder, capsys):
     assert err == ""
     assert call(folder, "unmerge", "merged", "rows.safetensors", "back") == 0
     assert "unmerged into" in capsys.readouterr().out
-    params = __main__.rows_file.read(folder / "rows.safetensors")
+    params = read(folder / "rows.safetensors")
     assert contents(folder / "merged") == expected(folder / "source", params)
     assert contents(folder / "back") == contents(folder / "source")
 
@@ -82,7 +83,7 @@ def test_info_of_an_adapter(lora, folder, capsys):
     assert call(folder, "info", "adapter") == 0
     out = capsys.readouterr().out
     assert f"an adapter of PEFT's, {'LORA' if lora else 'TRAINABLE_TOKENS'}" in out
-    assert "  model.embed_tokens\n    rows      2 × 16: 7, 3\n    deltas    float32, 128 B" in out
+    assert "  model.embed_tokens\n    rows      2 × 8: 7, 3\n    deltas    float32, 64 B" in out
     assert ("other tensors, such as" in out) == lora
 
 
@@ -103,7 +104,7 @@ WRONG = {
 def test_an_error_is_one_line(case, folder, capsys):
     written(folder / "other", {})
     (folder / "broken.safetensors").write_bytes(b"123")
-    params = rows(make("tied"))
+    params = random_rows(make("tied"))
     params.deltas["embed_tokens.weight"].fill_(float("nan"))
     save(params, folder / "nan.safetensors")
     (folder / "ia3").mkdir()

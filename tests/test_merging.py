@@ -9,22 +9,19 @@ import numpy as np
 import optree
 import pytest
 import torch
-import transformers
 
+from tests.helpers.llama import llama
 from tests.helpers.models import D, V, make, tokens
 from tests.helpers.oracle import same_bits
-from ttfunc import functional_call, init_deltas, merge, patch, unmerge
+from tests.helpers.rows import random_rows
+from ttfunc import functional_call, merge, patch, unmerge
 
 NAME = "embed_tokens.weight"
 
 
-def rows(model, idx=(7, 3), **kwargs):
-    return init_deltas(model, idx, init="normal", **kwargs)
-
-
 def test_the_rows_are_written_under_every_name():
     model = make("storage_tied")
-    params, state = rows(model), model.state_dict()
+    params, state = random_rows(model), model.state_dict()
     merged = merge(state, params)
     assert type(merged) is type(state) is collections.OrderedDict
     assert merged._metadata == state._metadata
@@ -38,14 +35,14 @@ def test_the_rows_are_written_under_every_name():
 def test_a_file_that_keeps_one_name_of_a_tied_matrix_is_enough():
     model = make("tied")
     state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
-    merged = merge(state, rows(model))
+    merged = merge(state, random_rows(model))
     assert merged.keys() == state.keys()
-    assert same_bits(unmerge(merged, rows(model)), state)
+    assert same_bits(unmerge(merged, random_rows(model)), state)
 
 
 def test_copies_of_a_tied_matrix_are_each_written():
     model = make("tied")
-    params = rows(model)
+    params = random_rows(model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     merged = merge(state, params)
     assert torch.equal(merged[NAME], merged["lm_head.weight"])
@@ -54,7 +51,7 @@ def test_copies_of_a_tied_matrix_are_each_written():
 
 def test_a_name_that_the_model_tied_only_later_follows_its_tensor():
     model = make("untied")
-    params = rows(model)
+    params = random_rows(model)
     state = model.state_dict()
     state["lm_head.weight"] = state[NAME]
     merged = merge(state, params)
@@ -64,7 +61,7 @@ def test_a_name_that_the_model_tied_only_later_follows_its_tensor():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_rows_are_cast_to_the_dtype_of_the_state_dict(dtype: torch.dtype):
     model = make("tied")
-    params = rows(model)
+    params = random_rows(model)
     merged = merge({n: t.to(dtype) for n, t in model.state_dict().items()}, params)
     assert merged[NAME].dtype == dtype
     assert torch.equal(merged[NAME][[7, 3]], params.deltas[NAME].to(dtype))
@@ -72,7 +69,7 @@ def test_the_rows_are_cast_to_the_dtype_of_the_state_dict(dtype: torch.dtype):
 
 def test_a_merge_is_differentiable_by_the_rows():
     model, x = make("tied"), tokens(7, 3)
-    params, state = rows(model), model.state_dict()
+    params, state = random_rows(model), model.state_dict()
 
     def merged_loss(p):
         return torch.func.functional_call(model, merge(state, p), (x,)).pow(2).sum()
@@ -87,7 +84,7 @@ def test_a_merge_is_differentiable_by_the_rows():
 @pytest.mark.parametrize("write", [merge, unmerge])
 def test_a_state_dict_that_does_not_fit_is_refused(write):
     model = make("tied")
-    params = rows(model)
+    params = random_rows(model)
     prefixed = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     with pytest.raises(KeyError, match="none of the names.*It begins with .'model.embed_tokens"):
         write(prefixed, params)
@@ -101,7 +98,7 @@ def test_a_state_dict_that_does_not_fit_is_refused(write):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_rows_that_are_not_finite_are_refused_when_asked(bad: float):
     model = make("tied")
-    params = rows(model)
+    params = random_rows(model)
     params.deltas[NAME][1, 2] = bad
     state = model.state_dict()
     with pytest.raises(ValueError, match=r"rows of tokens \[3\].*not finite in torch.float32"):
@@ -112,35 +109,31 @@ def test_rows_that_are_not_finite_are_refused_when_asked(bad: float):
 
 def test_a_row_that_overflows_the_state_dict_is_not_finite():
     model = make("tied").half()
-    params = optree.tree_map(lambda rows: rows + 1e5, rows(model))
+    params = optree.tree_map(lambda rows: rows + 1e5, random_rows(model))
     assert params.deltas[NAME].isfinite().all()
     with pytest.raises(ValueError, match=r"tokens \[7, 3\].*not finite in torch.float16"):
         merge(model.state_dict(), params, check_finite=True)
 
 
 def test_a_merged_model_saves_and_loads(tmp_path):
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    params, x = rows(model, requires_grad=True), tokens(7, 3)
+    model = llama(layers=1)
+    params, x = random_rows(model, requires_grad=True), tokens(7, 3)
     expected = functional_call(model, patch(params, dense=True), (x,)).logits
     with torch.no_grad():
         model.save_pretrained(tmp_path, state_dict=merge(model.state_dict(), params))
-    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(loaded(x).logits, expected)
 
 
 def test_extra_state_that_is_no_tensor_goes_along():
     model = make("tied")
     state = {**model.state_dict(), "_extra_state": {"a": 1}}
-    assert merge(state, rows(model))["_extra_state"] == {"a": 1}
+    assert merge(state, random_rows(model))["_extra_state"] == {"a": 1}
 
 
 def test_every_alias_must_be_finite():
     model = make("tied")
-    params = optree.tree_map(lambda rows: rows + 1e6, rows(model))
+    params = optree.tree_map(lambda rows: rows + 1e6, random_rows(model))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["lm_head.weight"] = state["lm_head.weight"].half()
     with pytest.raises(ValueError, match="not finite in torch.float16"):
@@ -148,8 +141,8 @@ def test_every_alias_must_be_finite():
 
 
 def test_adapters_of_differently_tied_models_are_both_written_one_after_the_other():
-    a = init_deltas(make("tied"), [1], init="normal")
-    b = init_deltas(make("untied", 1), [2], targets="lm_head", init="normal")
+    a = random_rows(make("tied"), [1])
+    b = random_rows(make("untied", 1), [2], targets="lm_head")
     merged = merge(merge(make("tied").state_dict(), a), b)
     for name in (NAME, "lm_head.weight"):
         assert torch.equal(merged[name][1], a.deltas[NAME][0])
@@ -167,17 +160,17 @@ def test_adapters_of_differently_tied_models_are_both_written_one_after_the_othe
 )
 def test_what_holds_no_rows_is_refused(write, state, match: str):
     with pytest.raises(TypeError, match=match):
-        write(state, rows(make("tied")))
+        write(state, random_rows(make("tied")))
 
 
 def test_any_mapping_is_merged_into_a_dict():
     state = make("tied").state_dict()
-    params = rows(make("tied"))
+    params = random_rows(make("tied"))
     assert merge(MappingProxyType(state), params)[NAME].equal(merge(state, params)[NAME])
 
 
 def test_stacked_rows_are_refused():
-    params = optree.tree_map(lambda t: torch.stack([t, t]), rows(make("tied")))
+    params = optree.tree_map(lambda t: torch.stack([t, t]), random_rows(make("tied")))
     with pytest.raises(ValueError, match=r"shape \(2, 2, 8\), and \(2, 8\) is needed"):
         merge(make("tied").state_dict(), params)
 
@@ -188,7 +181,7 @@ def test_stacked_rows_are_refused():
      ("float32", "float64"), ("float8_e4m3fn", "bfloat16"), ("float8_e4m3fn", "float8_e5m2")],
 )  # fmt: skip
 def test_a_wider_state_dict_is_merged_but_not_unmerged(original: str, state: str):
-    params = rows(make("tied").to(getattr(torch, original)))
+    params = random_rows(make("tied").to(getattr(torch, original)))
     wide = make("tied").to(getattr(torch, state)).state_dict()
     merged = merge(wide, params)
     with pytest.raises(ValueError, match=f"is in torch.{state}.*taken in torch.{original}"):
@@ -198,7 +191,7 @@ def test_a_wider_state_dict_is_merged_but_not_unmerged(original: str, state: str
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_floats_of_eight_bits(dtype: torch.dtype):
     state = {name: tensor.to(dtype) for name, tensor in make("tied").state_dict().items()}
-    params = rows(make("tied"))
+    params = random_rows(make("tied"))
     merged = merge(state, params, check_finite=True)
     assert same_bits(merged, edited_state(state, params))
     # Back to the rounding of the float32 rows, which is what was there.
@@ -227,7 +220,7 @@ def apart(model, change: str | None) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("change", [NAME, "lm_head.weight"])
 def test_tied_names_that_hold_other_rows_are_warned_of(change: str):
-    params, state = rows(make("tied")), apart(make("tied"), change)
+    params, state = random_rows(make("tied")), apart(make("tied"), change)
     kept = ({NAME, "lm_head.weight"} - {change}).pop()
     with pytest.warns(UserWarning, match=rf"\['{change}'\] are not .* which \['{kept}'\] has") as w:
         merged = merge(state, params)
@@ -243,7 +236,7 @@ def test_tied_names_that_hold_other_rows_are_warned_of(change: str):
         lambda model: {n: t.half() for n, t in apart(model, None).items()},
         lambda model: {**apart(model, None), NAME: model.state_dict()[NAME].bfloat16()},
         lambda model: {n: t + 1 for n, t in apart(model, None).items()},
-        lambda model: merge(apart(model, None), rows(model)),
+        lambda model: merge(apart(model, None), random_rows(model)),
         lambda model: {n: t.to("meta") for n, t in apart(model, None).items()},
         lambda model: {**apart(model, NAME), NAME: model.state_dict()[NAME].to("meta")},
         lambda model: apart(model, "body.weight"),
@@ -252,18 +245,20 @@ def test_tied_names_that_hold_other_rows_are_warned_of(change: str):
 )
 def test_what_is_no_reason_to_warn(state):
     model = make("tied")
-    merge(state(model), rows(model))  # a warning would be an error
+    merge(state(model), random_rows(model))  # a warning would be an error
 
 
 def test_rows_elsewhere_in_a_tied_matrix_may_differ():
     state = apart(make("tied"), None)
     state[NAME][8] += 1
-    assert same_bits(unmerge(merge(state, rows(make("tied"))), rows(make("tied"))), state)
+    assert same_bits(
+        unmerge(merge(state, random_rows(make("tied"))), random_rows(make("tied"))), state
+    )
 
 
 def test_transforms_and_traces_are_not_warned_in():
     """Where values can be had, they are compared; a state dict of a transform is not."""
-    params, state = rows(make("tied")), apart(make("tied"), NAME)
+    params, state = random_rows(make("tied")), apart(make("tied"), NAME)
 
     def loss(state):
         return merge(state, params)[NAME].sum()

@@ -18,7 +18,8 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 import tests.helpers.models as models
 import tests.helpers.oracle as oracle
-from tests.helpers.lessons import IDS, NAME, ROWS, TOKENS, bridge, llama, started
+from tests.helpers.lessons import IDS, NAME, ROWS, TOKENS, bridge, student
+from tests.helpers.rows import random_rows
 from ttfunc import functional_call, init_deltas, load, merge, patch, save, stack
 from ttfunc.module import TokenModule
 
@@ -28,7 +29,7 @@ from ttfunc.module import TokenModule
 @pytest.mark.parametrize("case", models.CORPUS)
 def test_it_is_the_functional_call_and_changes_nothing(case):
     model = models.make(case).requires_grad_(False)
-    params = init_deltas(model, [2, 7], init="normal")
+    params = random_rows(model, [2, 7])
     before, x = oracle.snapshot(model), models.tokens(2, 7)
     module = TokenModule(model, params)
     expected = optree.tree_map(lambda t: t.detach().clone().requires_grad_(), params)
@@ -53,7 +54,7 @@ def test_its_parameters_are_the_rows_alone():
 
 
 def test_there_is_one_set_of_rows(tmp_path):
-    model = llama()
+    model = student()
     params = init_deltas(model, TOKENS, requires_grad=True)
     before, x = params.deltas[NAME].detach().clone(), torch.tensor([TOKENS])
     early = torch.optim.SGD(optree.tree_leaves(params), 0.1)
@@ -75,7 +76,7 @@ def test_there_is_one_set_of_rows(tmp_path):
 
 
 def test_rows_that_are_no_leaves_are_refused():
-    model = llama()
+    model = student()
     params = init_deltas(model, TOKENS, requires_grad=True)
     twice = optree.tree_map(lambda t: t * 2, params)
     with pytest.raises(ValueError, match=r"computed from others.*t.detach\(\).clone\(\)"):
@@ -105,7 +106,7 @@ def shifted(model: nn.Module) -> nn.Module:
 
 
 def test_generate_says_what_the_merged_model_says():
-    module, merged = bridge(), llama()
+    module, merged = bridge(), student()
     with torch.no_grad():
         merged.load_state_dict(merge(merged.state_dict(), module.params()))
     prompt = torch.tensor([[1, 48, 7, 49]])
@@ -199,8 +200,8 @@ def test_pickling_and_data_parallel_are_refused():
 
 
 def test_bad_input_is_refused():
-    model = llama()
-    params = started(model)
+    model = student()
+    params = random_rows(model, TOKENS)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):
         TokenModule({}, params)
     with pytest.raises(TypeError, match="got LlamaForCausalLM where the parameters"):
@@ -210,7 +211,7 @@ def test_bad_input_is_refused():
     with pytest.raises(RuntimeError, match="belong to no model"):
         TokenModule(model, pickle.loads(pickle.dumps(params)))  # noqa: S301
     with pytest.raises(ValueError, match="stale patch"):
-        TokenModule(llama(), params)(torch.tensor([TOKENS]))
+        TokenModule(student(), params)(torch.tensor([TOKENS]))
     model.lm_head.weight.requires_grad_()
     with pytest.raises(ValueError, match=r"1 parameters .*embed_tokens.*requires_grad_\(False\)"):
         TokenModule(model, params)
@@ -220,7 +221,7 @@ def test_bad_input_is_refused():
 
 
 def test_state_dict_round_trip():
-    module, other = bridge(), TokenModule(model := llama(), init_deltas(model, TOKENS))
+    module, other = bridge(), TokenModule(model := student(), init_deltas(model, TOKENS))
     assert not torch.equal(other.state_dict()[ROWS], module.state_dict()[ROWS])
     other.load_state_dict(module.state_dict())
     assert oracle.same_bits(other.state_dict(), module.state_dict())
@@ -272,7 +273,7 @@ def test_of_two_matrices_both_are_loaded_or_none():
 def test_the_state_dict_of_the_model_is_refused():
     module = bridge()
     with pytest.raises(RuntimeError, match=r"lacks .* and has \['model.embed_tokens.weight'"):
-        module.load_state_dict(llama().state_dict(), strict=False)
+        module.load_state_dict(student().state_dict(), strict=False)
 
 
 def test_a_further_entry_is_refused_where_it_is_strict():
@@ -379,7 +380,7 @@ def test_matrices_with_names_alike_have_parameters_of_their_own():
 
     model, x = Alike().requires_grad_(False), torch.tensor([1, 2])
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    params = init_deltas(model, [1], targets=names, init="normal")
+    params = random_rows(model, [1], targets=names)
     module = TokenModule(model, params)
     assert len(list(module.parameters())) == len(names) == 5
     assert torch.equal(module(x), functional_call(model, patch(params), x))
@@ -416,8 +417,8 @@ def test_rows_stay_wide_over_a_half_precision_base():
 
 
 def test_modules_over_one_model_have_one_class():
-    model = llama()
-    a, b = (TokenModule(model, started(model)) for _ in range(2))
+    model = student()
+    a, b = (TokenModule(model, random_rows(model, TOKENS)) for _ in range(2))
     assert type(a) is type(b)
     rows, buffers = torch.func.stack_module_state([a, b])
     assert rows[ROWS].shape == (2, 3, 16)

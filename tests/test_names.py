@@ -10,6 +10,7 @@ from torch import nn
 from tests.helpers.models import make, tokens
 from tests.helpers.oracle import edited, same_bits
 from tests.helpers.peft_reference import quiet
+from tests.helpers.rows import random_rows
 from ttfunc import functional_call, init_deltas, load, load_peft, merge, patch, save, save_peft
 from ttfunc import unmerge as unmerged
 from ttfunc.names import through_wrappers
@@ -46,7 +47,7 @@ def case(request):
     model = make("tied")
     form = form or "_orig_mod.module.{}"
     names = {name: form.format(name) for name in (NAME, HEAD)}
-    return model, init_deltas(model, [7, 3], init="normal"), wrap(make("tied")), told, names
+    return model, random_rows(model, [7, 3]), wrap(make("tied")), told, names
 
 
 def test_a_state_dict_of_a_wrapper(case):
@@ -82,7 +83,7 @@ def test_a_model_in_a_wrapper(case, tmp_path):
 
 def test_the_rows_of_a_wrapped_model_for_the_model_itself(case, tmp_path):
     model, params, wrapper, _, names = case
-    save(init_deltas(wrapper, [7, 3], targets="embed_tokens", init="normal"), tmp_path / "rows")
+    save(random_rows(wrapper, [7, 3], targets="embed_tokens"), tmp_path / "rows")
     back = {other: name for name, other in names.items()}
     with pytest.raises(KeyError, match=f"Did you mean '{NAME}'") as error:
         load(tmp_path / "rows", model)
@@ -96,7 +97,7 @@ def test_the_rows_of_a_wrapped_model_for_the_model_itself(case, tmp_path):
 
 def test_a_head_with_a_lora(tmp_path):
     model = make("untied")
-    params = init_deltas(model, [7, 3], targets=["embed_tokens", "lm_head"], init="normal")
+    params = random_rows(model, [7, 3], targets=["embed_tokens", "lm_head"])
     state = in_peft(make("untied")).state_dict()
     prefix = "base_model.model."
     names = {NAME: prefix + NAME, HEAD: f"{prefix}lm_head.base_layer.weight"}

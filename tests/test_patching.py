@@ -5,9 +5,10 @@ from __future__ import annotations
 import optree
 import pytest
 import torch
-import transformers
 
+from tests.helpers.llama import llama
 from tests.helpers.models import D, V, make
+from tests.helpers.rows import random_rows
 from ttfunc import PatchedWeight, combine, functional_call, init_deltas, patch
 
 NAME = "embed_tokens.weight"
@@ -35,7 +36,7 @@ def test_there_is_one_name_for_each_parameter(case: str, names: list[str], dense
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_weight_is_the_matrix_with_the_rows(dense: bool):
     model = make("tied")
-    params = init_deltas(model, [7, 3], init="normal")
+    params = random_rows(model, [7, 3])
     expected = model.embed_tokens.weight.detach().clone()
     for row, token in enumerate([7, 3]):
         expected[token] = params.deltas[NAME][row]
@@ -44,7 +45,7 @@ def test_the_weight_is_the_matrix_with_the_rows(dense: bool):
 
 def test_several_parameters_are_patched_together():
     model = make("tied")
-    a, b = init_deltas(model, [7], init="mean"), init_deltas(model, [3], init="normal")
+    a, b = init_deltas(model, [7], init="mean"), random_rows(model, [3])
     together = patch(combine(a, b))[NAME] + 0
     assert torch.equal(patch(a, b)[NAME] + 0, together)
     assert torch.equal(patch(b, a)[NAME] + 0, together)
@@ -65,11 +66,7 @@ def test_a_delta_of_another_shape_is_refused():
 
 
 def test_parameters_of_a_resized_model_are_refused():
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
+    model = llama(layers=1)
     params = init_deltas(model, [7, 3])
     model.resize_token_embeddings(V + 2, mean_resizing=False)
     with pytest.raises(ValueError, match=r"stale parameters.*\(23, 8\).*has \(25, 8\) now"):
@@ -78,7 +75,7 @@ def test_parameters_of_a_resized_model_are_refused():
 
 def test_the_weight_follows_the_model_when_it_is_cast():
     model = make("tied")
-    params = init_deltas(model, [7, 3], init="normal")
+    params = random_rows(model, [7, 3])
     model.to(torch.bfloat16)
     x = torch.tensor([[7, 3, 1]])
     assert patch(params)[NAME].dtype == torch.bfloat16

@@ -19,7 +19,6 @@ from tests.helpers.peft_reference import (
     agree,
     far,
     inputs_of,
-    learnt,
     logits,
     peft_of,
     quiet,
@@ -27,6 +26,7 @@ from tests.helpers.peft_reference import (
     toy,
     weights_of,
 )
+from tests.helpers.rows import random_rows
 from ttfunc import functional_call, init_deltas, merge, patch, unmerge
 
 # --- Several adapters: a and b are disjoint, c overlaps a
@@ -35,7 +35,7 @@ from ttfunc import functional_call, init_deltas, merge, patch, unmerge
 def adapters(lora: bool = False):
     """A model, three adapters for it, PEFT with the three, and inputs that hold their tokens."""
     model = toy("llama_untied")
-    a, b, c = (learnt(model, idx, seed) for seed, idx in enumerate([[7, 3], [41], [3, 50]]))
+    a, b, c = (random_rows(model, idx, seed) for seed, idx in enumerate([[7, 3], [41], [3, 50]]))
     wrapped = peft_of(model, [7, 3], a, lora=lora)
     add(wrapped, "b", b, lora)
     add(wrapped, "c", c, lora)
@@ -140,7 +140,7 @@ def test_23_deleting_an_adapter():
 def test_24_merge_and_unmerge_are_exact(name: str, dtype: torch.dtype):
     """24. Bit for bit PEFT's weights and back, under every name."""
     model = toy(name).to(dtype)
-    params, state = learnt(model), model.state_dict()
+    params, state = random_rows(model, IDX), model.state_dict()
     wrapped = peft_of(model, IDX, params)
     wrapped.merge_adapter()
     merged, expected = merge(state, params), weights_of(wrapped)
@@ -156,7 +156,7 @@ def test_24_merge_and_unmerge_are_exact(name: str, dtype: torch.dtype):
 def test_25_rows_that_are_not_finite(bad: float):
     """25. A checked merge refuses them, an unchecked one writes them."""
     model = toy("llama_tied")
-    params, state = learnt(model), model.state_dict()
+    params, state = random_rows(model, IDX), model.state_dict()
     params.deltas[EMBEDDING][1, 2] = bad
     wrapped = peft_of(model, IDX, params)
     with pytest.raises(ValueError, match="NaNs detected"):
@@ -171,7 +171,7 @@ def test_25_rows_that_are_not_finite(bad: float):
 def test_25_merging_twice():
     """25. PEFT warns that there is nothing to do; here the second time changes nothing."""
     model = toy("llama_tied")
-    params, state = learnt(model), model.state_dict()
+    params, state = random_rows(model, IDX), model.state_dict()
     wrapped, once = peft_of(model, IDX, params), merge(state, params)
     wrapped.merge_adapter()
     with pytest.warns(UserWarning, match="already merged"):
@@ -187,7 +187,7 @@ def test_25_merging_twice():
 def test_26_unmerge_writes_the_stored_originals():
     """26. What came later is overwritten in the trained rows, and kept in the others."""
     model = toy("llama_untied")
-    params = learnt(model)
+    params = random_rows(model, IDX)
     wrapped, later = peft_of(model, IDX, params), merge(model.state_dict(), params)
     wrapped.merge_adapter()
     for matrix in (weights_of(wrapped)[EMBEDDING], later[EMBEDDING]):
@@ -203,7 +203,7 @@ def test_26_unmerge_writes_the_stored_originals():
 def test_27_a_merged_checkpoint(name: str, tmp_path):
     """27. It has PEFT's bytes, keeps the ties, and answers the same when it is loaded again."""
     model = toy(name)
-    params, inputs = learnt(model), inputs_of(model, 7, 3)
+    params, inputs = random_rows(model, IDX), inputs_of(model, 7, 3)
     merged = merge(model.state_dict(), params)
     assert same_bits(merged, peft_of(model, IDX, params).merge_and_unload().state_dict())
     model.save_pretrained(tmp_path, state_dict=merged)

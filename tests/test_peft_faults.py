@@ -18,7 +18,6 @@ from tests.helpers.peft_reference import (
     far,
     filled,
     inputs_of,
-    learnt,
     logits,
     peft_deltas,
     peft_is_wrong,
@@ -26,6 +25,7 @@ from tests.helpers.peft_reference import (
     run,
     toy,
 )
+from tests.helpers.rows import random_rows
 from ttfunc import merge
 
 # --- Where PEFT's answers are wrong
@@ -35,7 +35,7 @@ from ttfunc import merge
 def test_a_tied_head_keeps_its_bias(lora: bool):
     """PEFT's logits lack exactly the bias."""
     model = toy("bert")
-    params, inputs = learnt(model), inputs_of(model, 7, 3)
+    params, inputs = random_rows(model, IDX), inputs_of(model, 7, 3)
     theirs = logits(peft_is_wrong(model, params, lora=lora), inputs)
     bias = model.cls.predictions.bias
     torch.testing.assert_close(run(model, params, inputs), theirs + bias)
@@ -45,7 +45,7 @@ def test_a_tied_head_keeps_its_bias(lora: bool):
 def test_a_second_adapter_on_a_tied_model(name: str):
     """PEFT's every forward raises."""
     model = toy(name)
-    first, second = learnt(model, [7, 3], 1), learnt(model, [3, 41], 2)
+    first, second = random_rows(model, [7, 3], 1), random_rows(model, [3, 41], 2)
     wrapped = peft_of(model, [7, 3], first)
     add(wrapped, "second", second)
     with pytest.raises(ValueError, match="unknown layer type"):
@@ -59,14 +59,14 @@ def test_one_adapter_on_a_marian():
     model = toy("marian")
     with pytest.raises(ValueError, match="unknown layer type"):
         peft_of(model)(**inputs_of(model, 7))
-    agree(model, learnt(model))
+    agree(model, random_rows(model, IDX))
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "lm_head"]])
 def test_a_tied_head_among_the_targets(targets: list[str]):
     """With both, PEFT's every forward raises; with the head alone, merging changes its logits."""
     model = toy("llama_tied")
-    params, inputs = learnt(model, targets=targets), inputs_of(model, 7, 3)
+    params, inputs = random_rows(model, IDX, targets=targets), inputs_of(model, 7, 3)
     assert params.tied == {EMBEDDING: (EMBEDDING, HEAD)}
     agree(model, params)
     merged = copy.deepcopy(model)
@@ -88,7 +88,7 @@ def test_a_tie_that_the_config_denies():
     """PEFT leaves the head as it is, until the rows are merged."""
     model = toy("llama_untied")
     model.lm_head.weight = model.model.embed_tokens.weight
-    params, inputs = learnt(model), inputs_of(model, 7, 3)
+    params, inputs = random_rows(model, IDX), inputs_of(model, 7, 3)
     wrapped = peft_is_wrong(model, params)
     wrapped.merge_adapter()
     torch.testing.assert_close(run(model, params, inputs), logits(wrapped, inputs))
@@ -97,7 +97,7 @@ def test_a_tie_that_the_config_denies():
 def test_a_tie_by_memory():
     """Two parameters over one memory: PEFT trains one, and merging unties them."""
     model, idx = filled(StorageTied()), [7, 3]
-    params = learnt(model, idx)
+    params = random_rows(model, idx)
     merged = peft_is_wrong(model, params, idx).merge_and_unload()
     assert not torch.equal(merged.embed_tokens.weight, merged.lm_head.weight)
     state = merge(model.state_dict(), params)
@@ -148,7 +148,7 @@ def claimed() -> nn.Module:
 def test_what_peft_skips(build, targets: list[str]):
     """PEFT's rows are not read, or what the module does besides is left out."""
     model, idx = filled(build()), [7, 3]
-    params = learnt(model, idx, targets=targets)
+    params = random_rows(model, idx, targets=targets)
     assert [len(names) for names in params.tied.values()] == [1]
     peft_is_wrong(model, params, idx, target_modules=targets)
 
@@ -156,8 +156,8 @@ def test_what_peft_skips(build, targets: list[str]):
 def test_an_embedding_that_is_never_read():
     """get_input_embeddings() of an untied BART is unused: PEFT trains nothing and says nothing."""
     model = toy("bart_untied")
-    params, inputs = learnt(model), inputs_of(model, 7, 3)
+    params, inputs = random_rows(model, IDX), inputs_of(model, 7, 3)
     assert torch.equal(logits(peft_of(model, IDX, params), inputs), logits(model, inputs))
     with pytest.raises(RuntimeError, match=r"did not read .*'model.shared.weight'.*targets="):
         run(model, params, inputs)
-    agree(model, learnt(model, targets=["encoder.embed_tokens", "decoder.embed_tokens"]))
+    agree(model, random_rows(model, IDX, targets=["encoder.embed_tokens", "decoder.embed_tokens"]))

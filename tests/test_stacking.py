@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.models import CORPUS, D, V, loss_of, make, tokens
 from tests.helpers.oracle import edited
+from tests.helpers.rows import adapters, random_rows
 from ttfunc import TokenDeltas, combine, functional_call, init_deltas, merge, patch, stack
 
 NAME, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -18,14 +19,6 @@ X = tokens(7, 3, 20, 5)
 BATCHED = sorted(CORPUS.keys() - {"max_norm", "function"})
 
 
-def adapters(model, *ids: list[int]) -> list[TokenDeltas]:
-    return [
-        init_deltas(model, list(i), init="normal", generator=torch.Generator().manual_seed(seed))
-        for seed, i in enumerate(ids)
-    ]
-
-
-@pytest.mark.filterwarnings("ignore:token 3 is the padding_idx")
 @pytest.mark.parametrize("case", BATCHED)
 @pytest.mark.parametrize("ids", [[[7, 3]] * 3, [[7, 3], [3, 20, 5], [5]]], ids=["same", "other"])
 def test_one_call_is_a_call_of_each(case: str, ids: list[list[int]]):
@@ -77,7 +70,7 @@ def test_an_adapter_comes_out_as_it_went_in_with_originals_for_the_rest():
 
 def test_members_share_the_base_product_where_their_hidden_states_are_one():
     model = make("untied").requires_grad_(False)
-    each = [init_deltas(model, [7, 3], targets="lm_head", init="normal") for _ in range(8)]
+    each = [random_rows(model, [7, 3], targets="lm_head") for _ in range(8)]
 
     def operations(call) -> int:
         with FlopCounterMode(display=False) as counter:

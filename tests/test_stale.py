@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.helpers.models import loss_of, make, tokens
+from tests.helpers.rows import random_rows
 from ttfunc import functional_call, init_deltas, patch
 from ttfunc.stale import check_fresh
 
@@ -17,13 +18,9 @@ NAME = "embed_tokens.weight"
 X = tokens(7, 3)
 
 
-def rows(model: nn.Module, **kwargs):
-    return init_deltas(model, [7, 3], init="mean", **kwargs)
-
-
 def test_a_fresh_patch_is_fresh():
     model = make("tied")
-    source = patch(rows(model))[NAME].source
+    source = patch(random_rows(model))[NAME].source
     check_fresh(model, NAME, model.embed_tokens.weight, source)
     check_fresh(model, "lm_head.weight", model.embed_tokens.weight, source)
 
@@ -42,7 +39,7 @@ def test_a_wrapper_is_told_with_the_name_that_the_matrix_has_in_it(prefix: str):
         rf"is not there.*goes by the name '{found}' here.*\{{'{found}': patch\(params\)\['{NAME}'"
     )
     with pytest.raises(ValueError, match=match):
-        functional_call(wrapper, patch(rows(model)), X)
+        functional_call(wrapper, patch(random_rows(model)), X)
     with pytest.raises(ValueError, match=f"goes by the name '{NAME}' here, in a wrapper, a part"):
         functional_call(model, patch(init_deltas(wrapper, [7], targets="embed_tokens")), X)
 
@@ -50,12 +47,12 @@ def test_a_wrapper_is_told_with_the_name_that_the_matrix_has_in_it(prefix: str):
 def test_a_copy_is_told():
     model = make("tied")
     with pytest.raises(ValueError, match="another model than the Language.*a deep copy, say"):
-        functional_call(copy.deepcopy(model), patch(rows(model)), X)
+        functional_call(copy.deepcopy(model), patch(random_rows(model)), X)
 
 
 def test_a_matrix_that_was_moved_is_told():
     model = make("tied")
-    weights = patch(rows(model))
+    weights = patch(random_rows(model))
     model.double()
     with pytest.raises(ValueError, match="it was resized, cast or moved since. Call patch again"):
         functional_call(model, weights, X)
@@ -64,7 +61,7 @@ def test_a_matrix_that_was_moved_is_told():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_patch_made_once_follows_its_rows_through_training(dtype: torch.dtype):
     model = make("tied").requires_grad_(False).to(dtype)
-    params = rows(model, requires_grad=True)
+    params = random_rows(model, requires_grad=True)
     optimizer = torch.optim.SGD(optree.tree_leaves(params), 0.5)
     weights, losses = patch(params), []
     for _ in range(4):
@@ -79,7 +76,7 @@ def test_a_patch_made_once_follows_its_rows_through_training(dtype: torch.dtype)
 
 def test_a_patch_made_once_feeds_a_fused_head_through_training():
     model = make("function").requires_grad_(False)
-    params = rows(model, requires_grad=True)
+    params = random_rows(model, requires_grad=True)
     weights = patch(params)
     for _ in range(3):
         found = torch.autograd.grad(
@@ -106,7 +103,7 @@ def reloaded(model: nn.Module, params) -> None:
 @pytest.mark.parametrize("call", [functional_call, torch.func.functional_call])
 def test_a_dense_patch_that_cannot_follow_is_stale(change, call):
     model = make("tied").requires_grad_(False)
-    params = rows(model)
+    params = random_rows(model)
     dense, deferred = patch(params, dense=True), patch(params)
     call(model, dense, X)
     change(model, params)
@@ -122,7 +119,7 @@ def test_a_dense_patch_that_cannot_follow_is_stale(change, call):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_patch_made_without_grad_trains_where_it_is_called_with(mode, dtype: torch.dtype):
     model = make("tied").requires_grad_(False).to(dtype)
-    params = rows(model, requires_grad=True)
+    params = random_rows(model, requires_grad=True)
     with mode():
         weights = patch(params)
     found, expected = (

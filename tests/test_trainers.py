@@ -26,10 +26,10 @@ from tests.helpers.lessons import (
     bridge,
     distance,
     lessons,
-    llama,
     looped,
-    started,
+    student,
 )
+from tests.helpers.rows import random_rows
 from ttfunc import functional_call, merge, patch
 from ttfunc.module import TokenModule
 
@@ -68,7 +68,7 @@ def test_trainer_equals_the_functional_loop(tmp_path):
     module = bridge()
     before = oracle.snapshot(module.base)
     rows = trained(tmp_path, module)
-    assert distance(rows, started(llama()).deltas[NAME]) > 0.1
+    assert distance(rows, bridge().params().deltas[NAME]) > 0.1
     assert distance(rows, looped()) < 2e-6
     module.eval()
     assert oracle.snapshot(module.base) == before
@@ -84,8 +84,8 @@ def test_trainer_resumes_bit_for_bit_from_kilobytes(tmp_path):
 
 def test_trainer_does_not_resume_the_rows_of_other_tokens(tmp_path):
     trained(tmp_path, bridge(), save_strategy="steps", save_steps=STEPS)
-    model = llama()
-    module = TokenModule(model, started(model, [48, 6, 49]))
+    model = student()
+    module = TokenModule(model, random_rows(model, [48, 6, 49]))
     with pytest.raises(RuntimeError, match=r"tokens \[48, 5, 49\].*trains \[48, 6, 49\]"):
         trained(tmp_path, module, resume=tmp_path / f"checkpoint-{STEPS}")
 
@@ -118,7 +118,7 @@ def test_trainer_in_mixed_precision(tmp_path):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_trainer_evaluates_it_as_the_merged_model(tmp_path, smoothing):
-    module, merged = bridge(), llama()
+    module, merged = bridge(), student()
     with torch.no_grad():
         merged.load_state_dict(merge(merged.state_dict(), module.params()))
     options = arguments(tmp_path, label_smoothing_factor=smoothing)
@@ -214,7 +214,7 @@ def test_accelerate_prepares_it():
             optimizer.zero_grad()
     assert accelerator.unwrap_model(prepared) is module
     assert accelerator.get_state_dict(prepared).keys() == {ROWS, IDS}
-    assert distance(module.params().deltas[NAME], started(llama()).deltas[NAME]) > 0.01
+    assert distance(module.params().deltas[NAME], bridge().params().deltas[NAME]) > 0.01
     assert oracle.snapshot(module.base) == before
 
 

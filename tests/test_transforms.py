@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-import warnings
 
 import optree
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import forward_ad
 from torch.func import functional_call as torch_functional_call
-from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.func import grad, jvp, vmap
 
 from tests.helpers.models import CORPUS, D, loss_of, make, tokens
+from tests.helpers.rows import random_rows
+from tests.helpers.transforms import TRANSFORMS
 from ttfunc import TokenDeltas, functional_call, init_deltas, patch
 
 IDS = [7, 3, 20]
@@ -24,68 +24,7 @@ HEADS = ["tied", "untied", "biased", "padding", "transpose", "einsum", "encoder_
 
 def setting(case: str) -> tuple[nn.Module, TokenDeltas]:
     model = make(case).requires_grad_(False).double()
-    generator = torch.Generator().manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*padding_idx")
-        return model, init_deltas(model, IDS, init="normal", generator=generator)
-
-
-def direction(params: TokenDeltas) -> TokenDeltas:
-    return optree.tree_map(torch.cos, params)
-
-
-def stacked(params: TokenDeltas) -> TokenDeltas:
-    return optree.tree_map(lambda rows: torch.stack([rows, -rows, rows * 0.5]), params)
-
-
-TRANSFORMS = {
-    "value": lambda f, p: f(p),
-    "grad": lambda f, p: grad(f)(p),
-    "vjp": lambda f, p: vjp(f, p)[1](torch.tensor(2.0).double()),
-    "jvp": lambda f, p: jvp(f, (p,), (direction(p),)),
-    "linearize": lambda f, p: linearize(f, p)[1](direction(p)),
-    "jacrev": lambda f, p: jacrev(f)(p),
-    "jacfwd": lambda f, p: jacfwd(lambda rows: f(filled(p, rows)))(rows_of(p)),
-    "hessian": lambda f, p: hessian(lambda rows: f(filled(p, rows)))(rows_of(p)),
-    "vmap": lambda f, p: vmap(f)(stacked(p)),
-    "vmap(grad)": lambda f, p: vmap(grad(f))(stacked(p)),
-    "grad(vmap)": lambda f, p: grad(lambda q: vmap(f)(q).sum())(stacked(p)),
-    "forward over forward": lambda f, p: jvp(
-        lambda q: jvp(f, (q,), (direction(p),))[1], (p,), (direction(p),)
-    ),
-    "forward over forward over reverse": lambda f, p: jvp(
-        lambda q: jvp(grad(f), (q,), (direction(p),))[1], (p,), (direction(p),)
-    ),
-    "jvp(vmap)": lambda f, p: jvp(vmap(f), (stacked(p),), (stacked(direction(p)),)),
-    "vmap(jvp)": lambda f, p: vmap(lambda q: jvp(f, (q,), (direction(p),)))(stacked(p)),
-    "jvp(vmap(grad))": lambda f, p: jvp(vmap(grad(f)), (stacked(p),), (stacked(direction(p)),)),
-    "dual numbers": lambda f, p: dual(f, p),
-    "forward over reverse": lambda f, p: jvp(grad(f), (p,), (direction(p),)),
-    "reverse over reverse": lambda f, p: grad(lambda q: dot(grad(f)(q), direction(p)))(p),
-    "functionalize": lambda f, p: functionalize(f)(p),
-    "functionalize(grad)": lambda f, p: functionalize(grad(f))(p),
-    "vmap(vmap(grad))": lambda f, p: vmap(vmap(grad(f)))(stacked(stacked(p))),
-}
-
-
-def dual(f, params: TokenDeltas) -> Tensor:
-    with forward_ad.dual_level():
-        duals = optree.tree_map(forward_ad.make_dual, params, direction(params))
-        return forward_ad.unpack_dual(f(duals)).tangent
-
-
-def rows_of(params: TokenDeltas) -> dict[str, Tensor]:
-    return params.deltas
-
-
-def filled(params: TokenDeltas, rows: dict[str, Tensor]) -> TokenDeltas:
-    return TokenDeltas(rows, params.rows)
-
-
-def dot(a: TokenDeltas, b: TokenDeltas) -> Tensor:
-    return sum(
-        (x * y).sum() for x, y in zip(optree.tree_leaves(a), optree.tree_leaves(b), strict=True)
-    )
+    return model, random_rows(model, IDS)
 
 
 def leaves(tree) -> list[Tensor]:
@@ -197,7 +136,7 @@ def test_a_compiled_step_trains_leaves_of_torch_optim():
 
 def test_autocast_agrees_with_dense():
     model = make("tied").requires_grad_(False)
-    params = init_deltas(model, IDS, init="normal")
+    params = random_rows(model, IDS)
 
     def gradient(dense: bool) -> Tensor:
         def loss(p):

@@ -136,8 +136,9 @@ MERGE = """
 import os, resource, sys
 from pathlib import Path
 from ttfunc.disk.checkpoint import merge_checkpoint
-from tests.helpers.checkpoints import rows, written
+from tests.helpers.checkpoints import written
 from tests.helpers.models import make
+from tests.helpers.rows import random_rows
 model = make("tied")
 folder = Path(sys.argv[1])
 if not (folder / "source").exists():
@@ -145,7 +146,7 @@ if not (folder / "source").exists():
     (folder / "source" / "large.bin").write_bytes(bytes(2**20))
 {then}
 try:
-    merge_checkpoint(folder / "source", rows(model), {destination})
+    merge_checkpoint(folder / "source", random_rows(model), {destination})
 except OSError as error:
     print(error.errno, error)
 """

@@ -21,7 +21,6 @@ from safetensors.torch import save as serialized
 from torch import nn
 
 import ttfunc
-from tests.disk.test_header import as_bytes
 from tests.helpers.checkpoints import (
     HEAD,
     NAME,
@@ -30,11 +29,13 @@ from tests.helpers.checkpoints import (
     leftovers,
     names_in,
     raw_of,
-    rows,
     tensors_of,
     written,
 )
+from tests.helpers.headers import as_bytes
+from tests.helpers.llama import llama
 from tests.helpers.models import D, V, tokens
+from tests.helpers.rows import random_rows
 from ttfunc import (
     TokenDeltas,
     functional_call,
@@ -47,14 +48,6 @@ from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.disk.header import FLOATS, read_header
 
 
-def llama(*, tie: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, tie_word_embeddings=tie, dtype=dtype,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval().to(dtype)
-
-
 def t5() -> nn.Module:
     config = transformers.T5Config(
         vocab_size=V, d_model=D, d_kv=4, d_ff=16, num_layers=1, num_heads=2,
@@ -64,9 +57,9 @@ def t5() -> nn.Module:
 
 
 MODELS = {
-    "tied": lambda: llama(tie=True),
+    "tied": llama,
     "untied": lambda: llama(tie=False),
-    "half": lambda: llama(tie=True, dtype=torch.bfloat16),
+    "half": lambda: llama(dtype=torch.bfloat16),
     "t5": t5,
 }
 
@@ -84,15 +77,15 @@ def quiet():
 
 @pytest.fixture
 def tied(tmp_path) -> tuple[Path, TokenDeltas]:
-    model = llama(tie=True)
-    return saved(model, tmp_path / "source"), rows(model)
+    model = llama()
+    return saved(model, tmp_path / "source"), random_rows(model)
 
 
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("case", MODELS)
 def test_the_bytes_are_those_of_a_merge_and_unmerge_gives_them_back(case, shards, tmp_path):
     model = MODELS[case]()
-    source, params = saved(model, tmp_path / "a", shards=shards), rows(model)
+    source, params = saved(model, tmp_path / "a", shards=shards), random_rows(model)
     assert (source / "model.safetensors.index.json").exists() == shards
     before = contents(source)
     merge_checkpoint(source, params, tmp_path / "b")
@@ -108,7 +101,8 @@ def test_the_bytes_are_those_of_a_merge_and_unmerge_gives_them_back(case, shards
 def test_transformers_loads_the_merged_model(case, shards, tmp_path):
     model = MODELS[case]()
     idx = {"embed_tokens": [3, 7], "lm_head": [5]} if case == "untied" else [3, 7]
-    source, params, x = saved(model, tmp_path / "a", shards=shards), rows(model, idx), tokens(3, 7)
+    source, params = saved(model, tmp_path / "a", shards=shards), random_rows(model, idx)
+    x = tokens(3, 7)
     merge_checkpoint(source, params, tmp_path / "b")
     loaded = type(model).from_pretrained(tmp_path / "b", dtype="auto")
     inputs = {"input_ids": x, "decoder_input_ids": x} if case == "t5" else {"input_ids": x}
@@ -126,7 +120,7 @@ def test_every_float_dtype_is_cast_as_merge_casts(name, delta, tmp_path):
     model = llama(tie=False)
     original = model.get_input_embeddings().weight.data.to(dtype).float()
     model.get_input_embeddings().weight.data.copy_(original)
-    params = rows(model, dtype=delta)
+    params = random_rows(model, dtype=delta)
     source = written(tmp_path / "a", {"first": torch.arange(5), NAME: original.to(dtype)})
     merge_checkpoint(source, params, tmp_path / "b")
     wide = merge({NAME: original}, params)[NAME]
@@ -145,10 +139,11 @@ def test_every_float_dtype_is_cast_as_merge_casts(name, delta, tmp_path):
 def test_any_layout(tmp_path_factory, data):
     """Files, names, dtypes and rows by chance; the reference is merge on the loaded tensors."""
     tmp_path = tmp_path_factory.mktemp("layout")
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    seed = data.draw(st.integers(0, 99))
+    generator = torch.Generator().manual_seed(seed)
     model = llama(tie=data.draw(st.booleans()))
     idx = data.draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=V, unique=True))
-    params = rows(model, idx, generator=generator)
+    params = random_rows(model, idx, seed)
     dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
     (tmp_path / "a").mkdir()
     for number in range(data.draw(st.integers(1, 3))):
@@ -235,7 +230,7 @@ def test_progress_is_told(tied, tmp_path):
 
 
 def test_a_file_without_one_of_the_tied_names_is_enough(tmp_path):
-    params = rows(llama(tie=True))
+    params = random_rows(llama())
     source = written(tmp_path / "a", {HEAD: torch.zeros(V, D)})
     with pytest.warns(UserWarning, match="rows of 'lm_head.weight'.*not the originals"):
         merge_checkpoint(source, params, tmp_path / "b")
@@ -245,8 +240,8 @@ def test_a_file_without_one_of_the_tied_names_is_enough(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_unmerge_never_gives_back_other_bytes_without_a_word(dtype, tmp_path):
     """A checkpoint in a wider dtype than the model that it was loaded into."""
-    model = llama(tie=True, dtype=torch.bfloat16)
-    params = rows(model)
+    model = llama(dtype=torch.bfloat16)
+    params = random_rows(model)
     precise = torch.randn(V, D, dtype=dtype)
     source = written(tmp_path / "a", {NAME: precise})
     with pytest.warns(UserWarning, match="not the originals .torch.bfloat16.*will not give"):
@@ -263,10 +258,10 @@ def test_a_checkpoint_that_was_not_merged_is_not_unmerged_without_a_word(tied, t
 
 
 def test_originals_are_given_back_though_they_are_nan(tmp_path):
-    model = llama(tie=True)
+    model = llama()
     with torch.no_grad():
         model.get_input_embeddings().weight[3] = torch.tensor(float("nan"))
-    params = rows(model, [3, 7])
+    params = random_rows(model, [3, 7])
     params.deltas[NAME].fill_(0.5)
     source = saved(model, tmp_path / "a")
     merge_checkpoint(source, params, tmp_path / "b")
@@ -286,29 +281,31 @@ def check_refused(error, match: str, source: Path, params, destination: Path) ->
 
 
 def test_names_that_are_not_there(tmp_path):
-    model = llama(tie=True)
+    model = llama()
     state = {f"transformer.{n}": t.clone() for n, t in model.state_dict().items()}
     source = written(tmp_path / "a", state)
     match = r"none of the names.*Nearest: 'transformer.model.embed_tokens.weight' \(23, 8\)"
-    check_refused(KeyError, match, source, rows(model), tmp_path / "b")
+    check_refused(KeyError, match, source, random_rows(model), tmp_path / "b")
     other = written(tmp_path / "other", {"conv.weight": torch.zeros(3)})
-    check_refused(KeyError, r"Nearest: 'conv.weight' \(3,\)", other, rows(model), tmp_path / "b")
+    check_refused(
+        KeyError, r"Nearest: 'conv.weight' \(3,\)", other, random_rows(model), tmp_path / "b"
+    )
     empty = written(tmp_path / "empty", {})
-    check_refused(KeyError, "Nearest: no tensor", empty, rows(model), tmp_path / "b")
+    check_refused(KeyError, "Nearest: no tensor", empty, random_rows(model), tmp_path / "b")
 
 
 @pytest.mark.parametrize("shape", [(V + 1, D), (V, D // 2), (V * D,), (V, D, 1)])
 def test_another_shape(shape, tmp_path):
     source = written(tmp_path / "a", {NAME: torch.zeros(V, D), HEAD: torch.zeros(shape)})
     match = rf"'lm_head.weight' has shape \({shape[0]},.*made for \(23, 8\)"
-    check_refused(ValueError, match, source, rows(llama(tie=True)), tmp_path / "b")
+    check_refused(ValueError, match, source, random_rows(llama()), tmp_path / "b")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
 def test_a_matrix_without_float_rows(dtype, tmp_path):
     source = written(tmp_path / "a", {NAME: torch.zeros(V, D, dtype=dtype)})
     match = "'model.embed_tokens.weight' is (I8|U8|I64|BOOL) in the .*quantised matrix"
-    check_refused(ValueError, match, source, rows(llama(tie=True)), tmp_path / "b")
+    check_refused(ValueError, match, source, random_rows(llama()), tmp_path / "b")
 
 
 @pytest.mark.parametrize("suffix", ["_scale", "_scale_inv", ".absmax", ".quant_state.nf4"])
@@ -316,7 +313,7 @@ def test_a_matrix_with_scales_in_another_file(suffix, tmp_path):
     source = written(tmp_path / "a", {NAME: torch.zeros(V, D, dtype=torch.float8_e4m3fn)})
     (source / "scales.safetensors").write_bytes(serialized({NAME + suffix: torch.zeros(1)}))
     match = "is F8_E4M3 in the checkpoint, with .*beside it"
-    check_refused(ValueError, match, source, rows(llama(tie=True)), tmp_path / "b")
+    check_refused(ValueError, match, source, random_rows(llama()), tmp_path / "b")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -330,8 +327,8 @@ def test_rows_that_are_not_finite(bad, tied, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_rows_that_overflow_in_the_checkpoint(dtype, tmp_path):
-    model = llama(tie=True)
-    params = optree.tree_map(lambda rows: rows + 1e6, rows(model))
+    model = llama()
+    params = optree.tree_map(lambda rows: rows + 1e6, random_rows(model))
     weight = model.get_input_embeddings().weight.data
     source = written(tmp_path / "a", {NAME: weight.to(dtype)})
     with pytest.raises(ValueError, match=r"tokens \[7, 3\] .*not finite in torch.float"):
@@ -339,8 +336,8 @@ def test_rows_that_overflow_in_the_checkpoint(dtype, tmp_path):
 
 
 def test_large_float64_rows_are_finite(tmp_path):
-    model = llama(tie=True).double()
-    params = optree.tree_map(lambda rows: rows + 1e300, rows(model))
+    model = llama().double()
+    params = optree.tree_map(lambda rows: rows + 1e300, random_rows(model))
     source = written(tmp_path / "a", {NAME: model.get_input_embeddings().weight.data})
     merge_checkpoint(source, params, tmp_path / "b")
 

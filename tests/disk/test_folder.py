@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.helpers.checkpoints import NAME, contents, names_in, rows, tensors_of, written
+from tests.helpers.checkpoints import NAME, contents, names_in, tensors_of, written
 from tests.helpers.models import D, V, make
+from tests.helpers.rows import random_rows
 from ttfunc.disk import folder
 from ttfunc.disk.checkpoint import merge_checkpoint
 from ttfunc.disk.folder import INDEX, open_checkpoint
@@ -40,10 +41,10 @@ def source(model, tmp_path) -> Path:
     return folder
 
 
-def refused(source: Path, params, error, match: str) -> None:
+def refused(source: Path, model, error, match: str) -> None:
     before, beside = contents(source), names_in(source.parent)
     with pytest.raises(error, match=match):
-        merge_checkpoint(source, params, source.parent / "merged")
+        merge_checkpoint(source, random_rows(model), source.parent / "merged")
     assert contents(source) == before
     assert names_in(source.parent) == beside
 
@@ -62,7 +63,7 @@ def test_shards_in_a_folder_of_the_folder(source, model, tmp_path):
     (source / "a.safetensors").rename(source / "shards" / "a.safetensors")
     index = {"weight_map": {KEY: "shards/a.safetensors", "body.weight": "b.safetensors"}}
     (source / INDEX).write_text(json.dumps(index))
-    params = rows(model)
+    params = random_rows(model)
     merge_checkpoint(source, params, tmp_path / "b")
     merged = tensors_of(tmp_path / "b" / "shards")[KEY]
     assert torch.equal(merged[[7, 3]], params.deltas[KEY])
@@ -80,7 +81,7 @@ def test_an_index_that_leaves_the_folder(name, source, model, tmp_path):
     save_file({KEY: torch.zeros(V, D)}, tmp_path / "outside.safetensors")
     index = {"weight_map": {KEY: name.format(tmp_path=tmp_path)}}
     (source / INDEX).write_text(json.dumps(index))
-    refused(source, rows(model), ValueError, "names .*outside.safetensors', which is outside of")
+    refused(source, model, ValueError, "names .*outside.safetensors', which is outside of")
 
 
 def test_an_index_that_leaves_the_folder_through_a_symlink(source, model, tmp_path):
@@ -88,12 +89,12 @@ def test_an_index_that_leaves_the_folder_through_a_symlink(source, model, tmp_pa
     save_file({KEY: torch.zeros(V, D)}, tmp_path / "elsewhere" / "a.safetensors")
     (source / "link").symlink_to(tmp_path / "elsewhere")
     (source / INDEX).write_text(json.dumps({"weight_map": {KEY: "link/a.safetensors"}}))
-    refused(source, rows(model), ValueError, "source/link' is a symlink to a folder")
+    refused(source, model, ValueError, "source/link' is a symlink to a folder")
 
 
 def test_a_shard_that_is_missing(source, model):
     (source / "b.safetensors").unlink()
-    refused(source, rows(model), FileNotFoundError, "names 'b.safetensors', and .* no such file")
+    refused(source, model, FileNotFoundError, "names 'b.safetensors', and .* no such file")
 
 
 BROKEN = {
@@ -116,7 +117,7 @@ BROKEN = {
 def test_a_broken_index(text, source, model):
     (source / "notes.txt").write_text("notes, of some length")
     (source / INDEX).write_text(text)
-    refused(source, rows(model), (ValueError, FileNotFoundError), BROKEN[text])
+    refused(source, model, (ValueError, FileNotFoundError), BROKEN[text])
 
 
 def test_an_index_longer_than_any(source, model):
@@ -124,14 +125,14 @@ def test_an_index_longer_than_any(source, model):
         file.truncate(2**40)  # takes no room on the disk
     before = names_in(source)
     with pytest.raises(ValueError, match="longer than 100000000 bytes"):
-        merge_checkpoint(source, rows(model), source.parent / "merged")
+        merge_checkpoint(source, random_rows(model), source.parent / "merged")
     assert names_in(source) == before
 
 
 def test_a_shard_that_is_damaged(source, model):
     raw = (source / "b.safetensors").read_bytes()
     (source / "b.safetensors").write_bytes(raw[:-1])
-    refused(source, rows(model), ValueError, "source/b.safetensors' has a broken .* header")
+    refused(source, model, ValueError, "source/b.safetensors' has a broken .* header")
 
 
 def test_every_truncation_of_a_checkpoint(source, model):
@@ -139,7 +140,7 @@ def test_every_truncation_of_a_checkpoint(source, model):
     for end in range(len(raw)):
         (source / "a.safetensors").write_bytes(raw[:end])
         with pytest.raises(ValueError, match="a.safetensors' (is no|has a broken) safetensors"):
-            merge_checkpoint(source, rows(model), source.parent / "merged")
+            merge_checkpoint(source, random_rows(model), source.parent / "merged")
     assert names_in(source.parent) == ["source"]
 
 
@@ -147,24 +148,24 @@ def test_a_folder_without_safetensors(model, tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"x")
     match = r"no .safetensors file, only \['pytorch_model.bin'\].*save_pretrained"
-    refused(tmp_path / "source", rows(model), FileNotFoundError, match)
+    refused(tmp_path / "source", model, FileNotFoundError, match)
 
 
 def test_things_that_are_no_files(source, model):
     (source / "x").symlink_to("nowhere")
-    refused(source, rows(model), ValueError, "source/x' is neither a file nor a symlink to one")
+    refused(source, model, ValueError, "source/x' is neither a file nor a symlink to one")
     (source / "x").unlink()
     (source / "x").symlink_to("x")
-    refused(source, rows(model), ValueError, "source/x' is neither a file nor a symlink to one")
+    refused(source, model, ValueError, "source/x' is neither a file nor a symlink to one")
     (source / "x").unlink()
     os.mkfifo(source / "x")
     with pytest.raises(ValueError, match="source/x' is neither a file nor a symlink to one"):
-        merge_checkpoint(source, rows(model), source.parent / "merged")
+        merge_checkpoint(source, random_rows(model), source.parent / "merged")
 
 
 def test_a_second_model_that_servers_prefer(source, model):
     (source / "consolidated.safetensors").write_bytes(b"x")
-    refused(source, rows(model), ValueError, "twice: .'consolidated.safetensors'.*ignore_patterns")
+    refused(source, model, ValueError, "twice: .'consolidated.safetensors'.*ignore_patterns")
 
 
 COPIES = [
@@ -178,7 +179,7 @@ def test_copies_of_the_weights_are_warned_of(name, source, model, tmp_path):
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).write_bytes(b"the weights, once more")
     with pytest.warns(UserWarning, match=f"'{name}'.* may hold the same weights"):
-        merge_checkpoint(source, rows(model), tmp_path / "b")
+        merge_checkpoint(source, random_rows(model), tmp_path / "b")
     assert (tmp_path / "b" / name).read_bytes() == (source / name).read_bytes()
 
 
@@ -186,13 +187,13 @@ def test_a_warning_that_is_an_error_leaves_nothing(source, model, tmp_path):
     (source / "pytorch_model.bin").write_bytes(b"x")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        refused(source, rows(model), UserWarning, "may hold the same weights")
+        refused(source, model, UserWarning, "may hold the same weights")
 
 
 def test_what_a_trainer_leaves_is_not_warned_of(source, model, tmp_path):
     for name in ("optimizer.pt", "training_args.bin", "rng_state.pth", "scheduler.pt"):
         (source / name).write_bytes(b"x")
-    merge_checkpoint(source, rows(model), tmp_path / "b")
+    merge_checkpoint(source, random_rows(model), tmp_path / "b")
 
 
 def test_every_safetensors_file_beside_the_model_is_written_to(source, model, tmp_path):
@@ -200,7 +201,7 @@ def test_every_safetensors_file_beside_the_model_is_written_to(source, model, tm
     half = model.embed_tokens.weight.data.half()
     save_file({KEY: half + 1}, source / "model.fp16.safetensors")
     save_file({f"base_model.{NAME}": torch.zeros(2, D)}, source / "adapter_model.safetensors")
-    params = rows(model)
+    params = random_rows(model)
     with pytest.warns(UserWarning, match="model.fp16.safetensors' .torch.float16. are not the"):
         merge_checkpoint(source, params, tmp_path / "b")
     for name in ("a.safetensors", "model.fp16.safetensors"):
@@ -213,13 +214,13 @@ def test_every_safetensors_file_beside_the_model_is_written_to(source, model, tm
 def test_a_pointer_of_git_lfs(model, tmp_path):
     source = written(tmp_path / "source", {})
     (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid x")
-    refused(source, rows(model), ValueError, "a pointer of Git LFS.*git lfs pull")
+    refused(source, model, ValueError, "a pointer of Git LFS.*git lfs pull")
 
 
 def test_a_file_that_is_a_symlink_out_of_the_folder_is_refused(source, model, tmp_path):
     (tmp_path / "secret").write_text("elsewhere")
     (source / "notes.txt").symlink_to(tmp_path / "secret")
-    refused(source, rows(model), ValueError, "notes.txt' is a symlink that leaves the folder")
+    refused(source, model, ValueError, "notes.txt' is a symlink that leaves the folder")
 
 
 def test_a_source_that_is_no_file_and_no_folder(model, tmp_path):
@@ -228,7 +229,7 @@ def test_a_source_that_is_no_file_and_no_folder(model, tmp_path):
     for name, error in (("pipe", ValueError), ("loop", FileNotFoundError)):
         match = "pipe' is neither a folder nor a file|there is no checkpoint at .*loop'"
         with pytest.raises(error, match=match):
-            merge_checkpoint(tmp_path / name, rows(model), tmp_path / "b")
+            merge_checkpoint(tmp_path / name, random_rows(model), tmp_path / "b")
     assert names_in(tmp_path) == ["loop", "pipe"]
 
 

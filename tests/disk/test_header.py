@@ -15,21 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.headers import as_bytes, blob, entry
 from ttfunc.disk.header import BITS, FLOATS, LONGEST, parse_header, read_header
 
 ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
-
-
-def blob(header: str | bytes | dict, data: bytes = b"abcd", length: int | None = None) -> bytes:
-    """A safetensors file with that header, whatever it is."""
-    if isinstance(header, dict):
-        header = json.dumps(header)
-    raw = header.encode() if isinstance(header, str) else header
-    return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
-
-
-def entry(dtype="F32", shape=(1,), offsets=(0, 4)) -> dict:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
 def ours(raw: bytes) -> dict:
@@ -60,18 +49,6 @@ def agree(raw: bytes) -> str:
         found = ours(raw)
     assert {n: (e.dtype, e.shape, raw[e.start : e.end]) for n, e in found.items()} == layout(raw)
     return "accepted" if known else "accepted, with a dtype of the future"
-
-
-def as_bytes(raw: bytes, found: dict) -> bytes:
-    """The same file, with tensors of unknown dtypes declared as what they are to us: bytes."""
-    base = 8 + int.from_bytes(raw[:8], "little")
-    header = {
-        n: entry(e.dtype, e.shape, (e.start - base, e.end - base))
-        if e.dtype in BITS
-        else entry("U8", (e.end - e.start,), (e.start - base, e.end - base))
-        for n, e in found.items()
-    }
-    return blob(header, raw[base:])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -21,16 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.models import CORPUS, D, Language, make, tokens
 from tests.helpers.oracle import bits, edited, same_bits, snapshot
+from tests.helpers.rows import random_rows
 from ttfunc import TokenDeltas, functional_call, init_deltas, merge, patch, unmerge
 from ttfunc.disk.header import FLOATS
 from ttfunc.disk.rows_file import load, read, save
 
 NAME, HEAD = "embed_tokens.weight", "lm_head.weight"
 IDX = [7, 5, 11]  # in no order
-
-
-def rows(model, idx=IDX, **options) -> TokenDeltas:
-    return init_deltas(model, idx, init="normal", **options)
 
 
 def listed(folder: Path) -> list[str]:
@@ -50,7 +47,7 @@ def same(a: TokenDeltas, b: TokenDeltas) -> bool:
 @pytest.mark.parametrize("case", CORPUS)
 def test_what_is_saved_is_loaded(case: str, tmp_path):
     model = make(case)
-    params, before = rows(model), snapshot(model)
+    params, before = random_rows(model, IDX), snapshot(model)
     save(params, tmp_path / "rows.safetensors")
     loaded = load(tmp_path / "rows.safetensors", model)
     assert same(loaded, params)
@@ -92,7 +89,7 @@ def test_every_dtype_keeps_its_bits(dtype: torch.dtype, tmp_path):
 )
 def test_leaves_of_all_kinds(leaf, tmp_path):
     model = make("tied")
-    params = optree.tree_map(leaf, rows(model))
+    params = optree.tree_map(leaf, random_rows(model, IDX))
     expected = {name: delta.detach().clone() for name, delta in params.deltas.items()}
     save(params, tmp_path / "rows")
     found = load(tmp_path / "rows", model).deltas
@@ -112,7 +109,7 @@ def test_originals_and_deltas_in_one_memory(tmp_path):
 
 def test_each_matrix_has_its_own_indices(tmp_path):
     model = make("untied")
-    params = rows(model, {"lm_head": [22, 0], "embed_tokens": [5]})
+    params = random_rows(model, {"lm_head": [22, 0], "embed_tokens": [5]})
     save(params, tmp_path / "rows")
     loaded = load(tmp_path / "rows", model)
     assert same(loaded, params)
@@ -124,7 +121,7 @@ def test_each_matrix_has_its_own_indices(tmp_path):
 
 def test_without_a_model_it_merges_and_does_not_patch(tmp_path):
     model = make("storage_tied")
-    params, state = rows(model), model.state_dict()
+    params, state = random_rows(model, IDX), model.state_dict()
     save(params, tmp_path / "rows")
     found = read(tmp_path / "rows")
     assert same_bits(merge(state, found), merge(state, params))
@@ -136,7 +133,7 @@ def test_without_a_model_it_merges_and_does_not_patch(tmp_path):
 
 def test_a_skeleton_on_meta_takes_the_rows(tmp_path):
     model = make("tied")
-    params, state = rows(model), model.state_dict()
+    params, state = random_rows(model, IDX), model.state_dict()
     save(params, tmp_path / "rows")
     with torch.device("meta"):
         skeleton = Language()
@@ -150,7 +147,7 @@ def test_a_skeleton_on_meta_takes_the_rows(tmp_path):
 
 
 def test_strings_of_the_caller_are_kept(tmp_path):
-    params = rows(make("tied"))
+    params = random_rows(make("tied"), IDX)
     save(params, tmp_path / "rows", metadata={"license": "CC0", "π": "…"})
     with safe_open(tmp_path / "rows", "pt") as file:
         kept = file.metadata()
@@ -167,17 +164,17 @@ def test_strings_of_the_caller_are_kept(tmp_path):
 
 def test_the_file_is_made_with_the_usual_permissions(tmp_path):
     (tmp_path / "any").touch()
-    save(rows(make("tied")), tmp_path / "rows")
+    save(random_rows(make("tied"), IDX), tmp_path / "rows")
     assert (tmp_path / "rows").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 def test_a_file_that_is_replaced_keeps_its_permissions_and_the_links_to_it(tmp_path):
     model = make("tied")
     file, link = tmp_path / "rows.safetensors", tmp_path / "latest"
-    save(rows(model), file)
+    save(random_rows(model, IDX), file)
     file.chmod(0o640)
     link.symlink_to(file.name)
-    params = rows(model)
+    params = random_rows(model, IDX)
     save(params, link)
     assert link.is_symlink()
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
@@ -223,10 +220,10 @@ def stacked(params: TokenDeltas) -> TokenDeltas:
 )
 def test_what_cannot_be_saved_is_refused_first(spoil, match: str, tmp_path):
     path = tmp_path / "rows"
-    save(rows(make("tied")), path)
+    save(random_rows(make("tied"), IDX), path)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=match) as error:
-        save(spoil(rows(make("tied"))), path)
+        save(spoil(random_rows(make("tied"), IDX)), path)
     assert repr(str(path)) in str(error.value)
     assert path.read_bytes() == before
     assert listed(tmp_path) == ["rows"]
@@ -239,7 +236,7 @@ def test_no_parameters_are_refused(tmp_path):
 
 
 def test_inside_of_a_transform(tmp_path):
-    params = rows(make("tied"))
+    params = random_rows(make("tied"), IDX)
 
     def traced(p):
         save(p, tmp_path / "traced")
@@ -263,14 +260,14 @@ def test_inside_of_a_transform(tmp_path):
 def test_a_place_that_cannot_be_written(where: str, tmp_path):
     (tmp_path / "blocked").touch()
     with pytest.raises(OSError, match=r"is no place for a file: it is a folder, or"):
-        save(rows(make("tied")), tmp_path / where)
+        save(random_rows(make("tied"), IDX), tmp_path / where)
     assert listed(tmp_path) == ["blocked"]
 
 
 @pytest.mark.parametrize("fails", ["fsync", "replace", "size"])
 def test_the_old_file_outlives_a_failure(fails: str, tmp_path, monkeypatch):
     path = tmp_path / "rows"
-    save(rows(make("tied")), path)
+    save(random_rows(make("tied"), IDX), path)
     before = path.read_bytes()
 
     def full(*_):
@@ -283,7 +280,7 @@ def test_the_old_file_outlives_a_failure(fails: str, tmp_path, monkeypatch):
         monkeypatch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[fails], full)
     try:
         with pytest.raises(OSError, match="No space left|File too large"):
-            save(rows(make("tied", seed=1)), path)
+            save(random_rows(make("tied", seed=1), IDX), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
@@ -295,7 +292,7 @@ def test_the_old_file_outlives_a_failure(fails: str, tmp_path, monkeypatch):
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    save(rows(make("tied")), tmp_path / "rows.safetensors")
+    save(random_rows(make("tied"), IDX), tmp_path / "rows.safetensors")
     return tmp_path / "rows.safetensors"
 
 
@@ -315,10 +312,10 @@ def test_another_shape(saved: Path):
 
 @pytest.mark.parametrize(("trained", "now"), [("tied", "untied"), ("untied", "tied")])
 def test_other_ties(trained: str, now: str, tmp_path):
-    save(rows(make(trained)), tmp_path / "rows")
+    save(random_rows(make(trained), IDX), tmp_path / "rows")
     with pytest.raises(ValueError, match="were one matrix and no others, and in this Language"):
         load(tmp_path / "rows", make(now))
-    save(rows(make("untied"), targets=["embed_tokens", "lm_head"]), tmp_path / "both")
+    save(random_rows(make("untied"), IDX, targets=["embed_tokens", "lm_head"]), tmp_path / "both")
     with pytest.raises(ValueError, match="were one matrix and no others, and in this Language"):
         load(tmp_path / "both", make("tied"))
 
@@ -326,7 +323,7 @@ def test_other_ties(trained: str, now: str, tmp_path):
 def test_the_rows_go_by_the_first_name_in_this_model(saved: Path):
     model = make("tied")
     model._modules = dict(reversed(model._modules.items()))
-    loaded, params = load(saved, model), rows(make("tied"))
+    loaded, params = load(saved, model), random_rows(make("tied"), IDX)
     assert loaded.tied == {HEAD: (HEAD, NAME)}
     assert same_bits(loaded.deltas, {HEAD: params.deltas[NAME]})
     assert same_bits(merge(model.state_dict(), loaded), merge(make("tied").state_dict(), params))
@@ -348,15 +345,15 @@ def test_other_rows_than_it_was_trained_from(saved: Path):
     state = model.state_dict()
     with pytest.warns(UserWarning, match=r"tokens \[11\] in 'embed_tokens.weight' .* file's orig"):
         loaded = load(saved, model)
-    assert same_bits(loaded.originals, rows(make("tied")).originals)
+    assert same_bits(loaded.originals, random_rows(make("tied"), IDX).originals)
     assert torch.equal(unmerge(state, loaded)[NAME], make("tied").embed_tokens.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_same_rows_in_another_precision(dtype: torch.dtype, saved: Path, tmp_path):
     loaded = load(saved, make("tied").to(dtype))  # a warning would be an error
-    assert same(loaded, rows(make("tied")))
-    save(rows(make("tied").to(dtype)), tmp_path / "other")
+    assert same(loaded, random_rows(make("tied"), IDX))
+    save(random_rows(make("tied").to(dtype), IDX), tmp_path / "other")
     load(tmp_path / "other", make("tied").to(dtype).float())
 
 
@@ -396,7 +393,7 @@ def is_readable(path: Path, params: TokenDeltas) -> bool:
 
 
 def test_every_bit_of_the_header_flipped(saved: Path):
-    params, whole = rows(make("tied")), saved.read_bytes()
+    params, whole = random_rows(make("tied"), IDX), saved.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     readable = []
     for position in range(header):
@@ -422,7 +419,7 @@ def test_every_bit_of_the_header_flipped(saved: Path):
 @hypothesis.settings(max_examples=300)
 def test_headers_with_other_bytes_in_them(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("headers") / "rows"
-    params = rows(make("untied"), targets=["embed_tokens", "lm_head"])
+    params = random_rows(make("untied"), IDX, targets=["embed_tokens", "lm_head"])
     save(params, path)
     spoilt = bytearray(path.read_bytes())
     header = 8 + int.from_bytes(spoilt[:8], "little")
@@ -534,7 +531,7 @@ def test_tensors_that_lie(part: str, tensor, match: str, saved: Path):
 
 
 def test_what_is_read_does_not_depend_on_the_file(saved: Path):
-    params = rows(make("tied"))
+    params = random_rows(make("tied"), IDX)
     loaded = load(saved, make("tied"))
     saved.write_bytes(b"\0" * saved.stat().st_size)
     assert same(loaded, params)
@@ -547,7 +544,7 @@ def test_what_is_read_does_not_depend_on_the_file(saved: Path):
 
 def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
     """A terminal of this test's own, and not /dev/null, which root could really replace."""
-    params, ends = rows(make("tied")), os.openpty()
+    params, ends = random_rows(make("tied"), IDX), os.openpty()
     terminal = Path(os.ttyname(ends[1]))
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "to_pipe").symlink_to("pipe")
@@ -570,17 +567,17 @@ def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
 
 def test_a_symlink_to_what_is_not_there_yet_is_kept(tmp_path):
     (tmp_path / "link").symlink_to("rows")
-    save(rows(make("tied")), tmp_path / "link")
+    save(random_rows(make("tied"), IDX), tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert listed(tmp_path) == ["link", "rows"]
     (tmp_path / "far").symlink_to("nowhere/rows")
     with pytest.raises(FileNotFoundError, match="there is no .*nowhere"):
-        save(rows(make("tied")), tmp_path / "far")
+        save(random_rows(make("tied"), IDX), tmp_path / "far")
 
 
 def test_arguments_in_another_order(tmp_path):
     model = make("tied")
-    params, path = rows(model), tmp_path / "rows"
+    params, path = random_rows(model, IDX), tmp_path / "rows"
     for call, order, got in (
         (lambda: save(path, params), "save(params, path)", "TokenDeltas"),
         (lambda: load(model, path), "load(path, model)", "Language"),

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load, load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.helpers.oracle import same_bits
-from ttfunc import init_deltas, merge
+from ttfunc import merge
 
 NAME = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -21,10 +21,6 @@ def written(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     folder.mkdir()
     save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
     return folder
-
-
-def rows(model: nn.Module, idx: object = (7, 3), **kwargs):
-    return init_deltas(model, idx, init="normal", **kwargs)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.helpers.checkpoints import contents, leftovers, rows, written
+from tests.helpers.checkpoints import contents, leftovers, written
+from tests.helpers.rows import random_rows
 from tests.helpers.works import SavePeft
 from ttfunc import load_peft
 from ttfunc.disk.checkpoint import merge_checkpoint
@@ -96,7 +97,7 @@ def main(count: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = nn.ModuleDict({"model": nn.ModuleDict({"embed_tokens": nn.Embedding(2000, 16)})})
-        params = rows(model, range(0, 2000, 2))
+        params = random_rows(model, range(0, 2000, 2))
         source = written(folder / "source", model.state_dict())
         (source / "deep").mkdir()
         (source / "deep" / "large.bin").write_bytes(bytes(2**19))

@@ -6,9 +6,11 @@ import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from ttfunc import TokenDeltas, functional_call, init_deltas, patch
+from tests.helpers.llama import llama
+from tests.helpers.rows import random_rows
+from ttfunc import functional_call, patch
 from ttfunc.module import TokenModule
 
 TOKENS = [48, 5, 49]
@@ -17,35 +19,14 @@ ROWS, IDS = "deltas/model/embed_tokens/weight", "token_indices/model/embed_token
 STEPS, BATCH, ACCUMULATE, RATE = 6, 2, 2, 0.05
 
 
-def llama() -> LlamaForCausalLM:
-    """A frozen tied Llama, the same at each call."""
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.3)
-    return model
-
-
-def started(model: nn.Module, idx: list[int] = TOKENS) -> TokenDeltas:
-    """Rows that differ from the model's own."""
-    generator = torch.Generator().manual_seed(4)
-    return init_deltas(model, idx, init="normal", generator=generator)
+def student() -> LlamaForCausalLM:
+    """The frozen model, whose last tokens are the new ones."""
+    return llama(vocabulary=50, width=16)
 
 
 def bridge() -> TokenModule:
-    model = llama()
-    return TokenModule(model, started(model))
+    model = student()
+    return TokenModule(model, random_rows(model, TOKENS))
 
 
 def lessons() -> list[dict[str, Tensor]]:
@@ -63,8 +44,8 @@ def lessons() -> list[dict[str, Tensor]]:
 
 def looped() -> Tensor:
     """The rows after the same training, as a plain functional loop with a loss of its own."""
-    model, examples = llama(), lessons()
-    params = optree.tree_map(lambda t: t.requires_grad_(), started(model))
+    model, examples = student(), lessons()
+    params = random_rows(model, TOKENS, requires_grad=True)
     leaves = optree.tree_leaves(params)
     optimizer = torch.optim.AdamW(leaves, lr=RATE, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tests.helpers.models import loss_of, tokens
 from tests.helpers.oracle import edited, row_gradients
-from ttfunc import TokenDeltas, functional_call, init_deltas, patch
+from tests.helpers.rows import random_rows
+from ttfunc import TokenDeltas, functional_call, patch
 
 V, D = 60, 16
 IDX = [7, 3, 41]  # in no order; the last one is in no input
@@ -68,12 +69,6 @@ def inputs_of(model: nn.Module, *hits: int) -> dict[str, Tensor]:
     x[0, : len(hits)] = torch.tensor(hits, dtype=torch.int64)
     pair = {"decoder_input_ids": x.flip(1)} if model.config.is_encoder_decoder else {}
     return {"input_ids": x, **pair}
-
-
-def learnt(model: nn.Module, idx=IDX, seed: int = 0, **options) -> TokenDeltas:
-    """Rows that differ from the base."""
-    generator = torch.Generator().manual_seed(seed)
-    return init_deltas(model, idx, init="normal", generator=generator, **options)
 
 
 def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -179,7 +174,7 @@ def agree(model, params, reference=None, inputs=None, rtol=1e-4, atol=1e-5) -> N
 
 def agree_with_peft(model, idx=IDX, *, lora=False, targets=None, inputs=None) -> TokenDeltas:
     """The same for new rows, and PEFT made for the same ids and targets. Returns the rows."""
-    params = learnt(model, idx, targets=targets)
+    params = random_rows(model, idx, targets=targets)
     options = {} if targets is None else {"target_modules": targets}
     agree(model, params, peft_of(model, idx, params, lora=lora, **options), inputs)
     return params

@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from tests.helpers.models import D, Language, V, make, tokens
 from tests.helpers.oracle import edited, snapshot
+from tests.helpers.rows import random_rows
 from ttfunc import functional_call, init_deltas, patch
 from ttfunc.model.path import find_path
 
 NAME = "embed_tokens.weight"
 X = tokens(7, 3)
-
-
-def rows(model: nn.Module, **kwargs):
-    return init_deltas(model, [7, 3], init="mean", **kwargs)
 
 
 def on_path(model: nn.Module, *names: str) -> set[str]:
@@ -165,7 +162,7 @@ def reference(model: nn.Module, params, x: Tensor) -> Tensor:
 def test_holders_outside_of_the_submodules_are_found(case: str):
     torch.manual_seed(0)
     model = MODELS[case]().requires_grad_(False)
-    params, before = rows(model), snapshot(model)
+    params, before = random_rows(model), snapshot(model)
     expected = reference(model, params, X)
     assert not torch.allclose(expected, model(X))
     torch.testing.assert_close(functional_call(model, patch(params), (X,)), expected)
@@ -178,12 +175,12 @@ def test_what_a_tool_sets_on_a_module_runs_on_the_copy(tool, later: bool):
     model = make("tied").requires_grad_(False)
     if not later:
         tool(model)
-    params = rows(model)
+    params = random_rows(model)
     if later:  # after the path was found; a hook's own path is found with the parameters
         if tool is hooked:
             params = None
         tool(model)
-        params = params or rows(model)
+        params = params or random_rows(model)
     expected, own = reference(model, params, X), dict(vars(model))
     for _ in range(2):
         torch.testing.assert_close(functional_call(model, patch(params), (X,)), expected)
@@ -210,7 +207,7 @@ class ByHelper(Language):
 
 def test_a_matrix_read_through_another_object_is_refused_and_not_the_models_own():
     model = ByHelper().requires_grad_(False)
-    params, before = rows(model), snapshot(model)
+    params, before = random_rows(model), snapshot(model)
     with pytest.raises(
         RuntimeError, match=r"linear was given the model's own 'lm_head.weight'.*ByHelper.helper"
     ):
@@ -227,7 +224,7 @@ GLOBAL = make("tied").requires_grad_(False)
 
 
 def test_a_matrix_read_through_a_global_is_refused():
-    params = rows(GLOBAL)
+    params = random_rows(GLOBAL)
     GLOBAL.forward = lambda x: GLOBAL.head(GLOBAL.mix(GLOBAL.embed(x)))
     try:
         with pytest.raises(RuntimeError, match="embedding was given the model's own"):
@@ -261,7 +258,7 @@ class Noting(Language):
 def test_what_a_model_notes_on_itself_is_there_afterwards():
     model, same = Noting().requires_grad_(False), Noting()
     same.load_state_dict(model.state_dict())
-    params = rows(model)
+    params = random_rows(model)
     with torch.no_grad():
         same.embed_tokens.weight[params.token_indices[NAME]] = params.deltas[NAME]
     weight = model.embed_tokens.weight
@@ -282,7 +279,7 @@ def test_a_call_that_raises_notes_nothing():
     model = Noting().requires_grad_(False)
     before, own = snapshot(model), dict(vars(model))
     with pytest.raises(ZeroDivisionError, match="at the end of the call"):
-        functional_call(model, patch(rows(model)), (X, True))
+        functional_call(model, patch(random_rows(model)), (X, True))
     assert snapshot(model) == before
     assert vars(model) == own
 
@@ -296,7 +293,7 @@ def test_what_is_set_in_the_place_of_a_patched_weight_is_not_kept():
 
     model = Setting().requires_grad_(False)
     before = snapshot(model)
-    functional_call(model, patch(rows(model)), (X,))
+    functional_call(model, patch(random_rows(model)), (X,))
     assert snapshot(model) == before
 
 
@@ -310,7 +307,7 @@ def test_rope_deltas_of_a_call_are_read_by_the_next():
             return super().forward(x) + self.rope_deltas
 
     model = Rope().requires_grad_(False)
-    params = rows(model)
+    params = random_rows(model)
     first = functional_call(model, patch(params), (X,))
     second = functional_call(model, patch(params), (X + 1 - 1,))
     assert model.rope_deltas == X.float().mean()
@@ -319,7 +316,7 @@ def test_rope_deltas_of_a_call_are_read_by_the_next():
 
 def test_the_parameters_do_not_keep_a_model_alive():
     model = make("tied").requires_grad_(False)
-    params = rows(model)
+    params = random_rows(model)
     functional_call(model, patch(params), (X,))
     kept = weakref.ref(model.body)
     del model
@@ -331,7 +328,7 @@ def test_the_parameters_do_not_keep_a_model_alive():
 def test_the_copies_are_gone_after_the_call():
     model, seen = make("tied").requires_grad_(False), []
     model.register_forward_hook(lambda module, args, out: seen.append(weakref.ref(module)))
-    functional_call(model, patch(rows(model)), (X,))
+    functional_call(model, patch(random_rows(model)), (X,))
     gc.collect()
     assert seen[0]() is None
 
@@ -363,5 +360,5 @@ def test_a_module_that_cannot_be_copied_is_refused():
 
 def test_the_oracle_agrees():
     model = make("tied").requires_grad_(False)
-    params = rows(model)
+    params = random_rows(model)
     torch.testing.assert_close(reference(model, params, X), edited(model, params)(X))

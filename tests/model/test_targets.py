@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tests.helpers.llama import llama
 from tests.helpers.models import CORPUS, D, V, make, tokens
-from tests.model.test_memory import UNUSUAL
-from tests.weight.test_mixed import llama
+from tests.helpers.unusual import UNUSUAL
 from ttfunc import functional_call, init_deltas, merge, patch, unmerge
 from ttfunc.model.targets import count_slots, find_targets, matrix_of
 
@@ -184,7 +184,9 @@ def test_a_buffer_over_the_same_memory_is_a_place_too():
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's
 def test_a_layer_within_an_adapter_is_named():
-    model = get_peft_model(llama(), LoraConfig(target_modules=["lm_head", "embed_tokens"], r=2))
+    model = get_peft_model(
+        llama(tie=False), LoraConfig(target_modules=["lm_head", "embed_tokens"], r=2)
+    )
     for target in ("lm_head", "embed_tokens"):
         with pytest.raises(TypeError, match=rf"within an adapter.*: name .*{target}\.base_layer'"):
             find_targets(model, target)

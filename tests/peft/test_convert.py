@@ -31,7 +31,6 @@ from tests.helpers.peft_reference import (
     far,
     filled,
     inputs_of,
-    learnt,
     logits,
     peft_deltas,
     peft_of,
@@ -39,6 +38,7 @@ from tests.helpers.peft_reference import (
     run,
     toy,
 )
+from tests.helpers.rows import random_rows
 from ttfunc import TokenDeltas, init_deltas, merge, unmerge
 from ttfunc.peft.convert import load_peft, save_peft
 
@@ -96,7 +96,7 @@ def config_of(directory: Path) -> dict:
 @pytest.mark.parametrize("name", RIGHT)
 def test_peft_loads_what_is_saved(name: str, tmp_path):
     model = toy(name)
-    params, before = learnt(model), snapshot(model)
+    params, before = random_rows(model, IDX), snapshot(model)
     save_peft(params, tmp_path / "ours")
     check_peft_reads(tmp_path / "ours", model, params)
     assert snapshot(model) == before
@@ -127,7 +127,7 @@ def test_peft_loads_what_is_saved(name: str, tmp_path):
 )
 def test_several_matrices(build, idx, targets, kind, tmp_path):
     model = build()
-    params = learnt(model, idx, targets=targets)
+    params = random_rows(model, idx, targets=targets)
     save_peft(params, tmp_path / "adapter")
     check_peft_reads(tmp_path / "adapter", model, params)
     assert config_of(tmp_path / "adapter")["peft_type"] == kind or kind is None
@@ -150,7 +150,7 @@ class Nested(nn.Module):
 @pytest.mark.parametrize("target", ["embed_tokens", "inner.embed_tokens"])
 def test_a_name_that_is_the_end_of_another(target: str, tmp_path):
     model = filled(Nested())
-    params = learnt(model, [7, 3], targets=target)
+    params = random_rows(model, [7, 3], targets=target)
     save_peft(params, tmp_path)
     check_peft_reads(tmp_path, model, params)
     assert list(load_peft(tmp_path, model).deltas) == [f"{target}.weight"]
@@ -159,7 +159,7 @@ def test_a_name_that_is_the_end_of_another(target: str, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_base_in_half_precision(dtype: torch.dtype, tmp_path):
     model = toy("llama_tied").to(dtype)
-    for i, params in enumerate([learnt(model), learnt(model, dtype=dtype)]):
+    for i, params in enumerate([random_rows(model, IDX), random_rows(model, IDX, dtype=dtype)]):
         save_peft(params, tmp_path / str(i))
         check_peft_reads(tmp_path / str(i), model, params)
 
@@ -178,7 +178,7 @@ def test_auto_classes(name: str, auto, named_by: str, tmp_path):
     base = tmp_path / "base"
     toy(name).save_pretrained(base)
     model = type(toy(name)).from_pretrained(base).eval()
-    params, inputs = learnt(model), inputs_of(model, 7, 3)
+    params, inputs = random_rows(model, IDX), inputs_of(model, 7, 3)
     save_peft(params, tmp_path / "adapter", base_model=base if named_by == "folder" else model)
     assert config_of(tmp_path / "adapter")["base_model_name_or_path"] == str(base)
     wrapped = load_with_peft(auto.from_pretrained, str(tmp_path / "adapter"))
@@ -189,7 +189,7 @@ def test_auto_classes(name: str, auto, named_by: str, tmp_path):
 def test_a_base_whose_class_is_unknown(config, tmp_path):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    save_peft(learnt(toy("llama_tied")), tmp_path / "adapter", base_model=tmp_path)
+    save_peft(random_rows(toy("llama_tied"), IDX), tmp_path / "adapter", base_model=tmp_path)
     assert config_of(tmp_path / "adapter")["base_model_name_or_path"] == str(tmp_path)
     assert config_of(tmp_path / "adapter")["auto_mapping"] is None
 
@@ -216,15 +216,15 @@ def check_loaded(directory: Path, model: nn.Module, wrapped: peft.PeftModel) -> 
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_peft_saved_is_loaded(name: str, tmp_path):
     model = toy(name)
-    wrapped = peft_of(model, IDX, learnt(model))
+    wrapped = peft_of(model, IDX, random_rows(model, IDX))
     params = check_loaded(save_with_peft(wrapped, tmp_path), model, wrapped)
-    assert params.tied == learnt(model).tied
+    assert params.tied == random_rows(model, IDX).tied
     assert all(ids.tolist() == IDX for ids in params.token_indices.values())
 
 
 def test_where_peft_has_the_rows_and_not_the_logits(tmp_path):
     model = toy("bert")
-    params = learnt(model)
+    params = random_rows(model, IDX)
     save_with_peft(peft_of(model, IDX, params), tmp_path)
     assert same_bits(load_peft(tmp_path, model).deltas, params.deltas)
 
@@ -244,7 +244,7 @@ def test_where_peft_has_wrapped_a_wrapper(tmp_path):
 def test_targets_of_peft(targets, tmp_path):
     model = toy("llama_untied")
     ours = targets if isinstance(targets, list) else ["lm_head"] if "|" not in targets else TWO
-    wrapped = peft_of(model, IDX, learnt(model, targets=ours), target_modules=targets)
+    wrapped = peft_of(model, IDX, random_rows(model, IDX, targets=ours), target_modules=targets)
     params = check_loaded(save_with_peft(wrapped, tmp_path), model, wrapped)
     assert len(params.deltas) == len(ours)
 
@@ -267,7 +267,7 @@ def test_the_token_rows_of_a_lora(name: str, idx, tmp_path):
     model = toy(name)
     # PEFT takes the end of a name without a dot, too.
     ours = idx if isinstance(idx, list) else {TWO["head" in end]: ids for end, ids in idx.items()}
-    wrapped = peft_of(model, idx, learnt(model, ours), lora=True)
+    wrapped = peft_of(model, idx, random_rows(model, ours), lora=True)
     save_with_peft(wrapped, tmp_path)
     with pytest.warns(UserWarning, match=r"only the token rows .* such as .*lora_A.weight'"):
         check_loaded(tmp_path, model, wrapped)
@@ -279,7 +279,7 @@ def test_the_token_rows_of_a_lora(name: str, idx, tmp_path):
 def test_an_adapter_of_a_base_in_half_precision(wide: bool, lora: bool, tmp_path):
     model = toy("llama_tied").to(torch.bfloat16)
     options = {"autocast_adapter_dtype": wide}
-    wrapped = peft_of(model, IDX, learnt(model), wrap=options, lora=lora)
+    wrapped = peft_of(model, IDX, random_rows(model, IDX), wrap=options, lora=lora)
     params = check_loaded(save_with_peft(wrapped, tmp_path), model, wrapped)
     assert params.deltas[EMBEDDING].dtype == (torch.float32 if wide else torch.bfloat16)
     assert params.originals[EMBEDDING].dtype == torch.bfloat16
@@ -287,7 +287,7 @@ def test_an_adapter_of_a_base_in_half_precision(wide: bool, lora: bool, tmp_path
 
 def test_there_and_back_again(tmp_path):
     model = toy("llama_tied")
-    wrapped = peft_of(model, IDX, learnt(model))
+    wrapped = peft_of(model, IDX, random_rows(model, IDX))
     theirs = load_peft(save_with_peft(wrapped, tmp_path / "theirs"), model)
     save_peft(theirs, tmp_path / "ours")
     check_peft_reads(tmp_path / "ours", model, theirs)
@@ -304,7 +304,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_skeleton_on_meta(name: str, tmp_path):
     model = toy(name)
-    params = learnt(model)
+    params = random_rows(model, IDX)
     save_peft(params, tmp_path)
     loaded = load_peft(tmp_path, on_meta(model))
     assert loaded.tied == params.tied
@@ -315,7 +315,7 @@ def test_a_skeleton_on_meta(name: str, tmp_path):
 
 def test_the_least_config(tmp_path):
     model = toy("llama_tied")
-    params = learnt(model)
+    params = random_rows(model, IDX)
     save_peft(params, tmp_path)
     least = {"peft_type": "TRAINABLE_TOKENS", "token_indices": IDX}
     (tmp_path / "adapter_config.json").write_text(json.dumps(least))
@@ -332,7 +332,7 @@ def resized(name: str, folder: Path, **options) -> tuple[nn.Module, peft.PeftMod
     with quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base").eval()
         model.resize_token_embeddings(V + 2)
-    wrapped = peft_of(model, [7, 3, V + 1], learnt(model, [7, 3, V + 1]), **options)
+    wrapped = peft_of(model, [7, 3, V + 1], random_rows(model, [7, 3, V + 1]), **options)
     wrapped.peft_config["default"].base_model_name_or_path = str(folder / "base")
     save_with_peft(wrapped, folder / "adapter")
     keys = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -379,7 +379,7 @@ def test_a_whole_matrix_of_another_size(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    save_peft(learnt(toy("llama_tied")), tmp_path / "adapter")
+    save_peft(random_rows(toy("llama_tied"), IDX), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -499,11 +499,11 @@ def test_files_that_are_missing_or_damaged(saved: Path):
 def test_a_tied_adapter_on_an_untied_model_and_the_reverse(saved: Path, tmp_path):
     untied = toy("llama_untied")
     refused(saved, r"rows for \[\('lm_head.weight',\)\], which is none of its targets", untied)
-    save_peft(learnt(untied), tmp_path / "one")
+    save_peft(random_rows(untied, IDX), tmp_path / "one")
     assert load_peft(tmp_path / "one", toy("llama_tied")).tied == {EMBEDDING: (EMBEDDING, HEAD)}
-    save_peft(learnt(untied, targets=TWO), tmp_path / "two")
+    save_peft(random_rows(untied, IDX, targets=TWO), tmp_path / "two")
     refused(tmp_path / "two", "different rows or token indices for .* tied here")
-    apart = learnt(untied, {"embed_tokens": [7], "lm_head": [3]})
+    apart = random_rows(untied, {"embed_tokens": [7], "lm_head": [3]})
     save_peft(optree.tree_map(torch.ones_like, apart), tmp_path / "apart")
     refused(tmp_path / "apart", "different rows or token indices for .* tied here")
 
@@ -573,14 +573,14 @@ def test_what_cannot_be_saved_is_refused_first(spoil, match: str, saved: Path, t
     before = files_of(saved)
     for directory in (saved, tmp_path / "new"):
         with pytest.raises(ValueError, match=match):
-            save_peft(spoil(learnt(toy("llama_tied"))), directory)
+            save_peft(spoil(random_rows(toy("llama_tied"), IDX)), directory)
     assert files_of(saved) == before
     assert not (tmp_path / "new").exists()
 
 
 def test_doubles_that_float32_has(tmp_path):
     model = toy("llama_tied").double()
-    params = learnt(model.float())
+    params = random_rows(model.float(), IDX)
     wide = optree.tree_map(lambda rows: rows.double(), params)
     save_peft(wide, tmp_path)
     assert same_bits(load_peft(tmp_path, model).deltas, params.deltas)
@@ -589,7 +589,7 @@ def test_doubles_that_float32_has(tmp_path):
 def test_another_adapter_is_not_lost(saved: Path, tmp_path):
     model = toy("llama_tied")
     (saved / "tokenizer.json").write_text("{}")
-    params = learnt(model, [1, 2], seed=1)
+    params = random_rows(model, [1, 2], seed=1)
     save_peft(params, saved)
     assert same_bits(load_peft(saved, model).deltas, params.deltas)
     assert sorted(files_of(saved)) == [
@@ -624,7 +624,7 @@ def test_no_half_adapter_is_left(step: int, there: bool, saved: Path, tmp_path, 
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_peft(learnt(toy("llama_tied"), [1, 2]), directory)
+        save_peft(random_rows(toy("llama_tied"), [1, 2]), directory)
     assert files_of(saved) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
@@ -639,7 +639,7 @@ def test_an_interruption_between_the_files_leaves_the_old_adapter(saved: Path, m
         replaced.append(replace_file(path, target))
 
     monkeypatch.setattr(Path, "replace", killed)
-    params = learnt(toy("llama_tied"), [1, 2, 3])
+    params = random_rows(toy("llama_tied"), [1, 2, 3])
     with pytest.raises(KeyboardInterrupt):
         save_peft(params, saved)
     monkeypatch.undo()
@@ -668,11 +668,11 @@ def test_ties_that_the_config_denies_are_not_saved_for_peft(tmp_path):
     model = toy("llama_untied")
     model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(ValueError, match="tie_word_embeddings is False in the config of Llama"):
-        save_peft(learnt(model, IDX), tmp_path / "a", base_model=model)
+        save_peft(random_rows(model, IDX), tmp_path / "a", base_model=model)
     model = toy("llama_tied")
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     with pytest.raises(ValueError, match="tie_word_embeddings is True in the config of Llama"):
-        save_peft(learnt(model, IDX), tmp_path / "a", base_model=model)
+        save_peft(random_rows(model, IDX), tmp_path / "a", base_model=model)
     assert not (tmp_path / "a").exists()
 
 
@@ -715,7 +715,7 @@ def test_rows_that_are_ready_to_be_trained(requires_grad: bool, saved: Path):
 
 def test_arguments_in_another_order(saved: Path, tmp_path):
     model = toy("llama_tied")
-    params = learnt(model)
+    params = random_rows(model, IDX)
     with pytest.raises(TypeError, match=r"got TokenDeltas. The order is save_peft.params, direct"):
         save_peft(tmp_path / "new", params)
     with pytest.raises(TypeError, match=r"got LlamaFor.*. The order is load_peft.directory, model"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functionalize, grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from tests.helpers.models import D, Fused, V
-from tests.weight.test_reads import Sizes
+from tests.helpers.sizes import Sizes
 from ttfunc import functional_call, init_deltas, patch, patch_mixed
 from ttfunc.indices import TokenIndices
 from ttfunc.weight.deferred import PatchedWeight, patched

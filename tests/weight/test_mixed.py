@@ -9,25 +9,19 @@ import torch
 import transformers
 from torch import nn
 
+from tests.helpers.llama import llama
 from tests.helpers.models import D, V, loss_of, make, tokens
 from tests.helpers.oracle import edited, snapshot
-from tests.test_transforms import TRANSFORMS
+from tests.helpers.rows import adapters
+from tests.helpers.transforms import TRANSFORMS
 from ttfunc import TokenDeltas, functional_call, init_deltas, patch, patch_mixed
 
 NAME = "embed_tokens.weight"
+IDS = [[7, 3], [3, 20, 5], [5]]  # of the adapters
 ASSIGNMENT = [1, -1, 0, 2, 1]
 X = tokens(7, 3, 20, 5, batch=len(ASSIGNMENT))
 CASES = ["tied", "untied", "biased", "scaled", "padding", "storage_tied", "masked", "transpose",
          "einsum"]  # fmt: skip
-
-
-def adapters(model: nn.Module, **kwargs) -> list[TokenDeltas]:
-    return [
-        init_deltas(
-            model, ids, init="normal", generator=torch.Generator().manual_seed(sum(ids)), **kwargs
-        )
-        for ids in ([7, 3], [3, 20, 5], [5])
-    ]
 
 
 def expected(model: nn.Module, each: list[TokenDeltas]) -> torch.Tensor:
@@ -36,11 +30,10 @@ def expected(model: nn.Module, each: list[TokenDeltas]) -> torch.Tensor:
     return torch.cat([models[a](X[i : i + 1]) for i, a in enumerate(ASSIGNMENT)])
 
 
-@pytest.mark.filterwarnings("ignore:token 3 is the padding_idx")
 @pytest.mark.parametrize("case", CASES)
 def test_each_example_has_its_adapter(case: str):
     model = make(case).requires_grad_(False)
-    each = adapters(model)
+    each = adapters(model, *IDS)
     before = snapshot(model)
     found = functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
     torch.testing.assert_close(found, expected(model, each))
@@ -53,15 +46,14 @@ def test_each_example_has_its_adapter(case: str):
 
 def test_an_example_of_the_plain_model_is_its_own_bit_for_bit():
     model = make("biased").requires_grad_(False)
-    found = functional_call(model, patch_mixed(adapters(model), ASSIGNMENT), (X,))
+    found = functional_call(model, patch_mixed(adapters(model, *IDS), ASSIGNMENT), (X,))
     assert torch.equal(found[1], model(X)[1])
 
 
-@pytest.mark.filterwarnings("ignore:token 3 is the padding_idx")
 @pytest.mark.parametrize("case", ["tied", "untied", "padding", "biased"])
 def test_the_gradient_of_each_adapter_is_that_of_its_examples(case: str):
     model = make(case).requires_grad_(False)
-    each = [optree.tree_map(lambda t: t.requires_grad_(), params) for params in adapters(model)]
+    each = adapters(model, *IDS, requires_grad=True)
     logits = functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
     found = torch.autograd.grad(loss_of(logits), optree.tree_leaves(each))
     separate = torch.cat(
@@ -91,8 +83,8 @@ def test_adapters_of_different_matrices_mix():
 )
 def test_every_form_of_an_assignment_is_read(assignment):
     model = make("tied").requires_grad_(False)
-    found = functional_call(model, patch_mixed(adapters(model), assignment), (X,))
-    torch.testing.assert_close(found, expected(model, adapters(model)))
+    found = functional_call(model, patch_mixed(adapters(model, *IDS), assignment), (X,))
+    torch.testing.assert_close(found, expected(model, adapters(model, *IDS)))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +104,7 @@ def test_every_form_of_an_assignment_is_read(assignment):
 )
 def test_a_wrong_assignment_is_refused(assignment, error, match: str):
     with pytest.raises(error, match=match):
-        patch_mixed(adapters(make("tied")), assignment)
+        patch_mixed(adapters(make("tied"), *IDS), assignment)
 
 
 def test_wrong_adapters_are_refused():
@@ -120,11 +112,11 @@ def test_wrong_adapters_are_refused():
     with pytest.raises(ValueError, match="no adapters"):
         patch_mixed([], [0])
     with pytest.raises(ValueError, match="were made from different models"):
-        patch_mixed([*adapters(model), *adapters(make("tied"))], [0])
+        patch_mixed([*adapters(model, *IDS), *adapters(make("tied"), *IDS)], [0])
     with pytest.raises(TypeError, match="got str where the parameters"):
         patch_mixed(["a"], [0])
     with pytest.raises(ValueError, match="max_norm"):
-        patch_mixed(adapters(make("max_norm")), [0])
+        patch_mixed(adapters(make("max_norm"), *IDS), [0])
 
 
 @pytest.mark.parametrize("x", [X[:4], X[:1], torch.cat([X, X]), X[0]])
@@ -132,7 +124,7 @@ def test_another_batch_is_refused(x: torch.Tensor):
     model = make("tied").requires_grad_(False)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"for 5 examples was given a batch of shape .*repeat_int"):
-        functional_call(model, patch_mixed(adapters(model), ASSIGNMENT), (x,))
+        functional_call(model, patch_mixed(adapters(model, *IDS), ASSIGNMENT), (x,))
     assert snapshot(model) == before
 
 
@@ -162,26 +154,16 @@ class Turned(Flattened):
 )
 def test_a_model_that_cannot_be_mixed_is_refused(model: nn.Module, error, match: str):
     with pytest.raises(error, match=match):
-        functional_call(model, patch_mixed(adapters(model), ASSIGNMENT), (X,))
+        functional_call(model, patch_mixed(adapters(model, *IDS), ASSIGNMENT), (X,))
 
 
 def test_a_fused_head_of_the_models_own_gives_no_silent_gradient():
     model = make("function").requires_grad_(False)
-    each = [optree.tree_map(lambda t: t.requires_grad_(), params) for params in adapters(model)]
+    each = adapters(model, *IDS, requires_grad=True)
     found = functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
     torch.testing.assert_close(found, expected(model, each))
     with pytest.raises(RuntimeError, match="Call each adapter.s examples on their own"):
         found.sum().backward()
-
-
-def llama(**kwargs) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, initializer_range=0.5, bos_token_id=None, eos_token_id=None,
-        pad_token_id=0, **kwargs,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 def generate(model: nn.Module, x: torch.Tensor, weights=None, **options) -> torch.Tensor:
@@ -191,8 +173,8 @@ def generate(model: nn.Module, x: torch.Tensor, weights=None, **options) -> torc
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_generation_of_a_mixed_batch_is_that_of_each(tie: bool):
-    model = llama(tie_word_embeddings=tie)
-    each = [init_deltas(model, ids, init="normal") for ids in ([7, 3], [3, 20, 5], [5])]
+    model = llama(tie=tie, eos_token_id=None)
+    each = adapters(model, *IDS)
     found = generate(model, X, patch_mixed(each, ASSIGNMENT))
     truth = torch.cat(
         [
@@ -205,8 +187,8 @@ def test_generation_of_a_mixed_batch_is_that_of_each(tie: bool):
 
 
 def test_generation_that_expands_the_batch_is_right_or_refused():
-    model = llama(tie_word_embeddings=True)
-    each = [init_deltas(model, ids, init="normal") for ids in ([7, 3], [3, 20, 5], [5])]
+    model = llama(eos_token_id=None)
+    each = adapters(model, *IDS)
     with pytest.raises(ValueError, match=r"batch of shape \(15, 6\).*repeat_interleave"):
         generate(model, X, patch_mixed(each, ASSIGNMENT), num_beams=3)
     repeated = torch.tensor(ASSIGNMENT).repeat_interleave(3)
@@ -227,7 +209,7 @@ def test_it_compiles_to_one_graph():
     def call(each: list[TokenDeltas]) -> torch.Tensor:
         return functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
 
-    each = adapters(model)
+    each = adapters(model, *IDS)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(each), call(each))
 
@@ -240,7 +222,7 @@ def test_a_compiled_model_takes_a_mixed_patch_made_outside(case: str):
     model.compile(backend="aot_eager")
     gradients = []
     for one in (model, plain):
-        each = [optree.tree_map(lambda t: t.requires_grad_(), p) for p in adapters(one)]
+        each = adapters(one, *IDS, requires_grad=True)
         logits = functional_call(one, patch_mixed(each, ASSIGNMENT), (X,))
         gradients.append(torch.autograd.grad(loss_of(logits), optree.tree_leaves(each)))
     torch.testing.assert_close(*gradients)
@@ -249,15 +231,15 @@ def test_a_compiled_model_takes_a_mixed_patch_made_outside(case: str):
 def test_a_float16_model_mixes_under_bfloat16_autocast():
     model = make("tied").requires_grad_(False).half()
     with torch.autocast("cpu", torch.bfloat16):
-        found = functional_call(model, patch_mixed(adapters(model), [0] * len(X)), (X,))
-        each = functional_call(model, patch(adapters(model)[0]), (X,))
+        found = functional_call(model, patch_mixed(adapters(model, *IDS), [0] * len(X)), (X,))
+        each = functional_call(model, patch(adapters(model, *IDS)[0]), (X,))
     torch.testing.assert_close(found, each)
 
 
 def test_a_diverged_adapter_does_not_touch_the_other_examples():
     model = make("tied").requires_grad_(False).eval()
     model.body.bias.requires_grad_()
-    each = adapters(model)
+    each = adapters(model, *IDS)
     each[0] = optree.tree_map(lambda t: t * torch.nan, each[0])
     logits = functional_call(model, patch_mixed(each, [-1] * len(X)), (X,))
     torch.testing.assert_close(logits, model(X))
@@ -267,7 +249,7 @@ def test_a_diverged_adapter_does_not_touch_the_other_examples():
 @pytest.mark.parametrize("transform", ["jvp", "forward over reverse", "vmap", "functionalize"])
 def test_transforms_agree_with_a_call_of_each(transform: str):
     model = make("tied").requires_grad_(False).double()
-    first, *rest = adapters(model)
+    first, *rest = adapters(model, *IDS)
 
     def mixed(p: TokenDeltas) -> torch.Tensor:
         return loss_of(functional_call(model, patch_mixed([p, *rest], ASSIGNMENT), (X,)))
@@ -299,12 +281,12 @@ def test_a_model_that_turns_its_batch_is_refused():
 
 def test_numbers_without_values_are_refused():
     with pytest.raises(TypeError, match="no values to read here. Give a list"):
-        patch_mixed(adapters(make("tied")), torch.zeros(3, dtype=torch.int64, device="meta"))
+        patch_mixed(adapters(make("tied"), *IDS), torch.zeros(3, dtype=torch.int64, device="meta"))
 
 
 def test_rows_that_were_written_to_since_are_stale():
     model = make("tied").requires_grad_(False)
-    each = adapters(model)
+    each = adapters(model, *IDS)
     weights = patch_mixed(each, ASSIGNMENT)
     functional_call(model, weights, (X,))
     with torch.no_grad():

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.sizes import Sizes
 from ttfunc.indices import TokenIndices
 from ttfunc.weight import reads
 from ttfunc.weight.reads import Replaced
@@ -189,20 +189,6 @@ def test_the_product_makes_no_second_buffer_where_few_parts_are_kept():
     assert largest([3, 7, 11], torch.float32) == 50 * V
     # Each part of a sum is rounded.
     assert largest(apart, torch.bfloat16) == 50 * V
-
-
-class Sizes(TorchDispatchMode):
-    """Notes the elements of all tensors that are made, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not func.is_view:
-            self.found.append(out.numel())
-        return out
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
