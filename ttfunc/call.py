@@ -12,9 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ttfunc.model.path import Copies, Path, find_path, joined
+from ttfunc.model.copies import Copies
+from ttfunc.model.path import Path, find_path, joined
 from ttfunc.slots import Slot, find_slots, is_patch
+from ttfunc.torch_private import transforms_active, tree_leaves
+from ttfunc.weight.overrides import METADATA, PLACEHOLDER
 
+# What may be asked of the model's own tensor during a call; an inner call asks these.
+_QUESTIONS = METADATA | PLACEHOLDER | {Tensor.detach, Tensor.is_inference}
 # Results whose reads come after the call.
 _LATER = (Iterator, Awaitable, AsyncIterator, FunctionType, MethodType)
 
@@ -82,12 +87,24 @@ def call_copy(
     path = _path(model, slots, modes)
     copies = Copies(path, {id(slot.held): slot.stand_in for slot in slots}, modes)
     called = copies.model if method == "forward" else getattr(copies.model, method)
-    with contextlib.nullcontext() if traced or not path.aside else _RefuseOwn(path, slots):
-        out = called(*args, **kwargs)
+    if traced and path.aside:
+        raise RuntimeError(_reached(slots[0].name, path, "may be read in a compiled call"))
+    try:
+        with _RefuseOwn(path, slots) if path.aside else contextlib.nullcontext():
+            out = called(*args, **kwargs)
+    finally:  # what a model notes before it raises is there afterwards, as after any call
+        copies.carry_over([slot.held for slot in slots], _own)
     if not (traced or isinstance(out, _LATER)):
         _check_read(model, slots)
-    copies.carry_over([slot.held for slot in slots])
     return out
+
+
+def _own(value: Any) -> Any:
+    """In place of a patched weight that a model has kept, its own."""
+    if not (isinstance(value, Tensor) and is_patch(value)) or value.source.matrix is None:
+        return value
+    own = value.source.matrix.tensor
+    return own.mT if value.transposed else own
 
 
 def _path(model: nn.Module, slots: Sequence[Slot], modes: Mapping[nn.Module, bool]) -> Path:
@@ -114,7 +131,7 @@ def _way(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 def _warn_of_frozen_rows(model: nn.Module, slots: Sequence[Slot]) -> None:
     """Say so where others are trained beside the rows, and the rows are not."""
-    if not (model.training and torch.is_grad_enabled()):
+    if not (model.training and torch.is_grad_enabled()) or transforms_active():
         return
     patches = [(slot.weight, slot) for slot in slots if is_patch(slot.weight)]
     if not patches or any(
@@ -133,21 +150,29 @@ def _warn_of_frozen_rows(model: nn.Module, slots: Sequence[Slot]) -> None:
 
 
 def _check_read(model: nn.Module, slots: Sequence[Slot]) -> None:
-    """Raise RuntimeError where a call has read none of a patched matrix."""
+    """Raise RuntimeError where a call has read no patched matrix; warn where it left one unread."""
+    unread: dict[tuple[str, ...], None] = {}
+    read = False
     for slot in slots:
         if not (is_patch(slot.weight) and is_patch(slot.stand_in)):
             continue
         uses = slot.stand_in.source.uses
         for how in uses:
             setattr(slot.weight.source.reads, how, True)
+        read |= bool(uses)
         if not uses:
-            raise RuntimeError(
-                f"the call did not read the patched matrix {slot.matrix.names}: its rows had no "
-                f"effect. Either this {type(model).__name__} does not use it here (choose what it "
-                "does use with init_deltas(targets=...), or leave this weight out of the call), or "
-                "it reaches its modules by a way that a call cannot copy "
-                "(torch.func.functional_call changes the model itself for the length of a call)."
-            )
+            unread[slot.matrix.names] = None
+    for names in unread:
+        message = (
+            f"the call did not read the patched matrix {names}: its rows had no effect. Either "
+            f"this {type(model).__name__} does not use it here (choose what it does use with "
+            "init_deltas(targets=...), or call it without this weight), or it reaches its modules "
+            "by a way that a call cannot copy (torch.func.functional_call changes the model itself "
+            "for the length of a call)."
+        )
+        if not read:
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=4)
 
 
 class _RefuseOwn(TorchFunctionMode):
@@ -156,22 +181,26 @@ class _RefuseOwn(TorchFunctionMode):
     def __init__(self, path: Path, slots: Sequence[Slot]) -> None:
         super().__init__()
         self._own = {id(slot.held): slot.name for slot in slots}
-        self._aside = path.aside
+        self._path = path
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        for one in (*args, *(kwargs or {}).values()):
-            # A question such as .shape or .dtype is harmless.
-            if id(one) in self._own and not getattr(func, "__name__", "") == "__get__":
-                raise RuntimeError(
-                    f"{func.__name__} was given the model's own {self._own[id(one)]!r} during a "
-                    f"functional call: it was reached through {list(self._aside)}, an object or a "
-                    "global that a call cannot copy. Hold the module in a module, a list or a "
-                    "dict, or use torch.func.functional_call, which changes the model for the "
-                    "length of the call."
-                )
+        if func not in _QUESTIONS:
+            for one in tree_leaves((args, kwargs)):
+                if id(one) in self._own:
+                    what = f"was given to {func.__name__}"
+                    raise RuntimeError(_reached(self._own[id(one)], self._path, what))
         return func(*args, **(kwargs or {}))
+
+
+def _reached(name: str, path: Path, what: str) -> str:
+    return (
+        f"the model's own {name!r} {what} during a functional call: by a hook, or through "
+        f"{list(path.aside)}, an object or a global that leads to it and that a call cannot copy. "
+        "Hold the module in a module, a list or a dict, or use torch.func.functional_call, which "
+        "changes the model for the length of the call."
+    )
 
 
 def _check_arguments(

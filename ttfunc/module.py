@@ -185,6 +185,8 @@ class TokenModule(nn.Module):
             return  # before anything is written
         ids = {prefix + _key("token_indices", name) for name in self._rows}
         rest = {key: value for key, value in state_dict.items() if key not in ids}
+        # The rows stay the very leaves of the parameters, whatever the caller asks for.
+        local_metadata = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -1,27 +1,23 @@
-"""The path: the modules between a model and its token matrices, and copies of them for one call.
-
-A functional call runs on copies of the modules on the path, as an update of a persistent data
-structure does: each copy has dictionaries of its own, and all that is not on the path is shared.
-The patched weight stands in the copies, and the model is never changed, not even during the call.
-"""
+"""The path: the modules between a model and its token matrices, which a functional call copies."""
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import MethodType
-from typing import Any
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType, TracebackType
 
-import torch
 from torch import Tensor, nn
 
-from ttfunc.model.references import CALLABLES, global_references, references, substituted
+from ttfunc.model.references import CALLABLES, global_references, references
 
-_HELD = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HELD = ("_parameters", "_buffers", "_modules")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # What torch itself keeps in each module: hooks and flags.
-_PLUMBING = frozenset(vars(nn.Module()))
+PLUMBING = frozenset(vars(nn.Module()))
+# What is not looked into: it is of everybody, or of the library.
+_APART = (type, ModuleType, FrameType, CodeType, FunctionType, TracebackType)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +72,7 @@ def find_path(
                 aside[f"{type(module).__name__}.{attribute}"] = None
                 continue
             on[id(module)] = module
-            if attribute not in _HELD:
+            if attribute not in HELD:
                 leading.setdefault(id(module), {})[attribute] = None
             pending.append(id(module))
     steps = [
@@ -101,103 +97,9 @@ def joined(model: nn.Module, paths: Sequence[Path]) -> Path:
     return Path(weakref.ref(model), tuple(steps.values()), tuple(aside))
 
 
-class Copies:
-    """Copies of the modules on a path, in which others stand in the place of some tensors.
-
-    others: what stands for a tensor, by the identity of that tensor. modes: the training mode of
-    modules on the path, where it is not to be that of the original.
-    """
-
-    def __init__(
-        self, path: Path, others: Mapping[int, Tensor], modes: Mapping[nn.Module, bool]
-    ) -> None:
-        self._originals = [_alive(step) for step in path.steps]
-        self._copies = [_empty_copy(module) for module in self._originals]
-        self._others: dict[int, Any] = dict(others)
-        self._others.update(zip(map(id, self._originals), self._copies, strict=True))
-        self._placed = []
-        for module, step, copy in zip(self._originals, path.steps, self._copies, strict=True):
-            state = _state(module, step.attributes, self._others)
-            state["training"] = modes.get(module, module.training)
-            vars(copy).update(state)
-            self._placed.append((state, {part: dict(state[part]) for part in _HELD}))
-
-    @property
-    def model(self) -> nn.Module:
-        """What is called in the place of the model."""
-        return self._copies[0]
-
-    def carry_over(self, tensors: Iterable[Tensor]) -> None:
-        """Give the originals what the call has noted on the copies, in their own terms.
-
-        `tensors` are those that others stood for: what was set in their place is not kept.
-        """
-        back: dict[int, Any] = {id(self._others[id(tensor)]): tensor for tensor in tensors}
-        stand_ins = frozenset(back)
-        back.update(zip(map(id, self._copies), self._originals, strict=True))
-        for original, copy, (state, held) in zip(
-            self._originals, self._copies, self._placed, strict=True
-        ):
-            for part in _HELD:
-                ours = {name for name, one in held[part].items() if id(one) in stand_ins}
-                _carry(held[part], vars(copy)[part], vars(original)[part], back, ours)
-            _carry(state, vars(copy), vars(original), back, ())
-
-
-def _alive(step: Step) -> nn.Module:
-    module = step.module()
-    if module is None:
-        raise RuntimeError("a module of the path has been deleted. Make the parameters anew.")
-    return module
-
-
-def _empty_copy(module: nn.Module) -> nn.Module:
-    kind = type(module)
-    if isinstance(module, (torch.jit.ScriptModule, nn.DataParallel)) or hasattr(kind, "__del__"):
-        raise TypeError(
-            f"a call runs on a copy of each module between the model and its token matrix, and "
-            f"there is a {kind.__name__}, which cannot be copied (it is scripted, a DataParallel, "
-            "or has a __del__ that would run for the copy). Call the module in it, or "
-            "torch.func.functional_call(model, patch(params), ...), which changes the model for "
-            "the length of the call."
-        )
-    return object.__new__(kind)
-
-
-def _state(
-    module: nn.Module, attributes: Iterable[str], others: Mapping[int, Any]
-) -> dict[str, Any]:
-    state = dict(vars(module))
-    for part in _HELD:
-        state[part] = {name: others.get(id(one), one) for name, one in state[part].items()}
-    for name in attributes:
-        if name in _HOOKS:
-            state[name] = type(state[name])(
-                (key, substituted(hook, others) if isinstance(hook, MethodType) else hook)
-                for key, hook in state[name].items()
-            )
-        elif name in state:
-            state[name] = substituted(state[name], others)
-    return state
-
-
-def _carry(
-    placed: Mapping[str, Any],
-    found: Mapping[str, Any],
-    into: dict[str, Any],
-    back: Mapping[int, Any],
-    ours: Container[str],
-) -> None:
-    for name, value in found.items():
-        if (name not in placed or placed[name] is not value) and name not in ours:
-            into[name] = substituted(value, back)
-    for name in placed:
-        if name not in found and name not in ours:
-            into.pop(name, None)
-
-
 def _callables(module: nn.Module) -> dict[str, int]:
-    return {name: id(value) for name, value in vars(module).items() if type(value) in CALLABLES}
+    held = list(vars(module).items())  # which another thread may change
+    return {name: id(value) for name, value in held if type(value) in CALLABLES}
 
 
 def _referrers(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, bool]]]:
@@ -219,32 +121,35 @@ def _referrers(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, bool]]]
 
 
 def _leads(module: nn.Module) -> Iterator[tuple[str, object, bool]]:
-    for part in _HELD:
-        for one in getattr(module, part).values():
+    for part in HELD:
+        for one in list(getattr(module, part).values()):
             if one is not None:
                 yield part, one, False
-    for name in _HOOKS:
-        for hook in getattr(module, name).values():
+    for name in HOOKS:
+        for hook in list(getattr(module, name).values()):
             if isinstance(hook, MethodType) and isinstance(hook.__self__, nn.Module):
                 yield name, hook.__self__, False
-    for name, value in vars(module).items():
-        if name in _PLUMBING:
+    for name, value in list(vars(module).items()):
+        if name in PLUMBING:
             continue
         for one in references(value):
             if isinstance(one, (nn.Module, Tensor)):
                 yield name, one, False
-            elif hasattr(one, "__dict__"):
+            else:
                 yield from ((name, other, True) for other in _within(one))
         yield from ((name, other, True) for other in global_references(value))
 
 
-def _within(value: object, most: int = 1000) -> Iterator[object]:
+def _within(value: object, most: int = 100_000) -> Iterator[object]:
     """The modules and tensors that an object of some other class holds, or what it holds does."""
     pending, seen = [value], {id(value)}
     while pending and len(seen) < most:
-        for one in list(references(vars(pending.pop()))):
-            if isinstance(one, (nn.Module, Tensor)):
-                yield one
-            elif id(one) not in seen and hasattr(one, "__dict__"):
-                seen.add(id(one))
-                pending.append(one)
+        one = pending.pop()
+        if isinstance(one, _APART) or type(one).__module__.startswith("ttfunc"):
+            continue
+        for held in gc.get_referents(one):
+            if isinstance(held, (nn.Module, Tensor)):
+                yield held
+            elif id(held) not in seen and gc.is_tracked(held):
+                seen.add(id(held))
+                pending.append(held)

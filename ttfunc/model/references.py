@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 CALLABLES = (FunctionType, MethodType, functools.partial)
 _SEQUENCES = (list, tuple, set, frozenset, deque)
+# What can be changed in place.
+CONTAINERS = (list, set, deque, dict, OrderedDict)
 _MAPPINGS = (dict, OrderedDict)
 _FOLLOWED = {*CALLABLES, *_SEQUENCES, *_MAPPINGS, weakref.ref}
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, range, slice}
@@ -53,12 +55,45 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
     if kind in _MAPPINGS:
         return kind({key: substituted(part, others) for key, part in value.items()})
     parts: list[Any] = [substituted(part, others) for part in _parts(value)]
+    if kind is deque:
+        return deque(parts, value.maxlen)
     if kind in _SEQUENCES:
         return kind(iter(parts))
     if kind is functools.partial:
         named = dict(zip(value.keywords, parts[1 + len(value.args) :], strict=True))
         return functools.partial(parts[0], *parts[1 : 1 + len(value.args)], **named)
     return kind(*parts)  # a method of another, or a reference to it
+
+
+def refill(container: Any, content: Any) -> None:
+    """Make a list, set, dict or deque hold what another one of its class does, in their order."""
+    parts = list(content.items()) if isinstance(content, dict) else list(content)
+    held = list(container.items()) if isinstance(container, dict) else list(container)
+    if len(parts) == len(held) and all(map(_alike, parts, held)):
+        return
+    container.clear()
+    container.extend(parts) if hasattr(container, "extend") else container.update(parts)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    pairs = zip(a, b, strict=True) if type(a) is type(b) is tuple and len(a) == len(b) == 2 else ()
+    return a is b or (bool(pairs) and all(x is y for x, y in pairs))
+
+
+def mend(value: Any, others: Mapping[int, Any], most: int = 1000) -> None:
+    """Put others in the place of what an object of some other class has as attributes, in place."""
+    pending, seen = [value], {id(value)}
+    while pending and len(seen) < most:
+        one = pending.pop()
+        if isinstance(one, (nn.Module, Tensor, type, ModuleType, *CALLABLES)):
+            continue
+        for name, held in list(getattr(one, "__dict__", {}).items()):
+            other = substituted(held, others)
+            if other is not held:
+                vars(one)[name] = other
+            elif id(held) not in seen and type(held) not in _PLAIN:
+                seen.add(id(held))
+                pending.append(held)
 
 
 def global_references(value: object) -> Iterator[object]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ttfunc.model.memory import memory_of
 from ttfunc.model.targets import Matrix
 from ttfunc.torch_private import no_torch_function, transforms_active, tree_map
-from ttfunc.weight.overrides import ABOUT, BENEATH, refuse_layout, refuse_writes
+from ttfunc.weight.overrides import METADATA, PLACEHOLDER, refuse_layout, refuse_writes
 from ttfunc.weight.source import Reads, Rows, Source, versions
 
 # For each torch function that needs no copy, what stands for it (see handlers.py).
@@ -78,9 +78,11 @@ class PatchedWeight(Tensor):
     def unread(self) -> PatchedWeight:
         """The same, with no read noted yet."""
         source = self.source._replace(reads=Reads())
+        wants_grad = torch.is_grad_enabled() and source.rows.values.requires_grad
+        stale = wants_grad and not source.beneath.requires_grad  # it was made without a gradient
         # Under a transform the tensor beneath is made with where its own reads are noted.
-        if self.deferred and transforms_active():
-            if not self.source.uses:
+        if self.deferred and (stale or transforms_active()):
+            if not (stale or self.source.uses):
                 return self
             beneath = source.rows.beneath(source.base, source.reads)
             source = source._replace(beneath=beneath)
@@ -95,10 +97,10 @@ class PatchedWeight(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in ABOUT:
+        if func in METADATA:
             with no_torch_function():
                 return func(*tree_map(frozen, args), **tree_map(frozen, kwargs))
-        if func in BENEATH:
+        if func in PLACEHOLDER:
             with no_torch_function():
                 return func(*args, **kwargs)
         handler = _HANDLERS.get(func)

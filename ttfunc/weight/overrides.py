@@ -12,7 +12,7 @@ from torch import Tensor
 from ttfunc.torch_private import TensorBase, tree_leaves, writes_of
 
 # What the base answers as well: nothing is read for it.
-ABOUT = {
+METADATA = {
     getattr(Tensor, name).__get__
     for name in (
         *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
@@ -28,7 +28,7 @@ ABOUT = {
 
 # What only the tensor beneath can answer: autograd's part of it, and its layout in memory, which
 # torch.compile compares with what it finds there.
-BENEATH = {
+PLACEHOLDER = {
     getattr(Tensor, name).__get__
     for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")
 } | {Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage}

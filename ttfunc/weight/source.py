@@ -79,8 +79,9 @@ class Source(NamedTuple):
         if not traced and any(version_of(tensor) != known for tensor, known in self.made_from):
             raise ValueError(
                 "stale patch: its rows, or the matrix, were written to since it was made (by a "
-                "step of an optimizer, or load_state_dict), and it holds copies of them. Call "
-                "patch again for each step; a deferred patch follows its rows."
+                "step of an optimizer, load_state_dict, or an embedding with max_norm), and it "
+                "holds copies of them. Call patch again for each step (or patch_mixed); a "
+                "deferred patch of one adapter follows its rows."
             )
         setattr(self.reads, how, True)
 
