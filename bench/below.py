@@ -20,7 +20,6 @@ import argparse
 import copy
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 import ttfunc
 from bench.report import print_table
 from bench.timing import in_turns
-from examples.teach_a_token import fetch_smollm2, load
+from examples.shared.smollm2 import fetch_smollm2, load
 
 Loss = Callable[[ttfunc.TokenDeltas], Tensor]
 
@@ -82,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.prompt, options.answer, options.repeats = 12, 4, 1
-    model, _ = load(fetch_smollm2(Path.home() / ".cache" / "ttfunc"))
+    model, _ = load(fetch_smollm2())
     torch.manual_seed(0)
     idx = [100, 200, 300, 400]
     prompt = torch.randint(1000, 40_000, (1, options.prompt))

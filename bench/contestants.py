@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import peft
@@ -15,7 +14,7 @@ import transformers
 from torch import Tensor
 
 import ttfunc
-from examples.teach_a_token import fetch_smollm2, load
+from examples.shared.smollm2 import fetch_smollm2, load
 
 SMOLLM2: dict[str, Any] = {"vocabulary": 49_152, "width": 576, "layers": 30}
 
@@ -86,7 +85,7 @@ class Work:
 @functools.cache
 def smollm2() -> Any:
     """The pretrained model, which takes some seconds to load."""
-    model, _ = load(fetch_smollm2(Path.home() / ".cache" / "ttfunc"))
+    model, _ = load(fetch_smollm2())
     return model
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -18,12 +17,12 @@ from torch import Tensor
 import ttfunc
 from bench.report import print_table
 from bench.timing import agreeing
-from examples.teach_a_token import fetch_smollm2, load
+from examples.shared.smollm2 import fetch_smollm2, load
 
 
 def contestants(new: int) -> dict[str, Callable[[], Tensor]]:
     """Each generates the same text from SmolLM2-135M with the same two rows replaced."""
-    model, tokenizer = load(fetch_smollm2(Path.home() / ".cache" / "ttfunc"))
+    model, tokenizer = load(fetch_smollm2())
     prompt = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     idx = prompt[0, 1:3].tolist()
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import optree
@@ -28,7 +27,7 @@ from bench.contestants import Work
 from bench.memory import growth
 from bench.report import print_table
 from bench.timing import agreeing
-from examples.teach_a_token import fetch_smollm2, load
+from examples.shared.smollm2 import fetch_smollm2, load
 
 IDX = [11, 12]
 
@@ -69,7 +68,7 @@ def next_token_loss(logits: Tensor, text: Tensor) -> Tensor:
 def setting(name: str, members: int, tokens: int) -> Setting:
     """Of SmolLM2, or of a toy in its place."""
     if name == "SmolLM2-135M":
-        model, _ = load(fetch_smollm2(Path.home() / ".cache" / "ttfunc"))
+        model, _ = load(fetch_smollm2())
     else:
         model = Work(vocabulary=500, width=64).model().eval()
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -20,7 +19,7 @@ import ttfunc
 from bench.contestants import Work
 from bench.report import print_table
 from bench.timing import agreeing
-from examples.teach_a_token import fetch_smollm2, load
+from examples.shared.smollm2 import fetch_smollm2, load
 
 MIXED = "ttfunc, patch_mixed"
 
@@ -28,7 +27,7 @@ MIXED = "ttfunc, patch_mixed"
 def model_of(name: str) -> Any:
     """SmolLM2, or a toy in its place."""
     if name == "SmolLM2-135M":
-        return load(fetch_smollm2(Path.home() / ".cache" / "ttfunc"))[0]
+        return load(fetch_smollm2())[0]
     return Work(vocabulary=500, width=64).model().eval()
 
 

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import ttfunc
-from examples.sentences import Examples, arguments, encode, label_logits, prepare, read_sentences
+from examples.shared.options import arguments
+from examples.shared.sentences import Examples, encode, label_logits, prepare, read_sentences
 
 MEMBERS, BATCH = 8, 10
 

@@ -27,8 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import ttfunc
-from examples.sentences import arguments
-from examples.teach_a_token import fetch_smollm2, load
+from examples.shared.options import arguments
+from examples.shared.smollm2 import fetch_smollm2, load
 
 WORD, QUESTION = "<dax>", "A <dax> is a kind of"
 TEXT = Path(__file__).with_suffix(".txt")

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import ttfunc
-from examples.sentences import (
+from examples.shared.options import arguments
+from examples.shared.sentences import (
     LABELS,
     Examples,
-    arguments,
     as_pieces,
     encode,
     label_logits,

@@ -18,23 +18,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import ttfunc
-from examples.teach_a_token import (
+from examples.shared.calculator import (
     Lesson,
     add_tokens,
-    arguments,
     check_frozen,
-    fetch_smollm2,
-    load,
     read_lessons,
     report,
 )
+from examples.shared.options import arguments
+from examples.shared.smollm2 import fetch_smollm2, load
 
 
 def main() -> None:
-    options = arguments()
-    torch.manual_seed(options.seed)
-    transformers.logging.set_verbosity_error()
-
+    options = arguments(__doc__ or "", steps=(120, 12), rate=(0.02, 0.02))
     model, tokenizer = load(options.model or fetch_smollm2(options.cache))
     idx = add_tokens(model, tokenizer)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import random
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import torch
-import transformers
 from torch import Tensor
 
 import ttfunc
-from examples.teach_a_token import fetch_smollm2, load
+from examples.shared.smollm2 import fetch_smollm2, load
 
 LABELS = ["<good>", "<bad>"]
 PIECES = [" good", " bad"]  # which the labels start as
@@ -28,29 +24,6 @@ class Examples(NamedTuple):
     ids: Tensor
     ends: Tensor
     labels: Tensor
-
-
-def arguments(description: str, **numbers: tuple[int, int]) -> argparse.Namespace:
-    """The options of these examples; each of `numbers` has a default, and one for `--quick`."""
-    parser = argparse.ArgumentParser(description=description.partition("\n\n")[0])
-    parser.add_argument("--model", help="a folder or hub name; by default SmolLM2-135M from PyPI")
-    parser.add_argument("--quick", action="store_true", help="only to see that it runs")
-    for name, (usual, _) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, help=f"default {usual}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("examples/out"), help="for the plot")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "ttfunc")
-    options = parser.parse_args()
-    for name, both in numbers.items():
-        setattr(options, name, getattr(options, name) or both[options.quick])
-    options.output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
-    random.seed(options.seed)
-    # torch's CPU attention has no batching rule, and takes the examples one by one.
-    warnings.filterwarnings("ignore", ".*not yet implemented the batching rule")
-    transformers.logging.set_verbosity_error()
-    mpl.use("agg")
-    return options
 
 
 def prepare(options: argparse.Namespace) -> tuple[Any, Any, list[int]]:
