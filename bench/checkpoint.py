@@ -6,6 +6,7 @@ python -m bench.checkpoint [--gib 4] [--repeats 5] [--folder /tmp] [--quick]
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ttfunc
-from bench.memory import resident
+from bench.memory import growth
 from bench.report import print_table
+from bench.timing import in_turns, seconds_of
 from ttfunc.disk.checkpoint import merge_checkpoint
 from ttfunc.disk.rows_file import save
 
 SHARD = 2**30
-PARAMS = "rows.safetensors"
+ROWS_FILE = "rows.safetensors"
 
 
 def config(size: int) -> transformers.LlamaConfig:
@@ -73,7 +74,7 @@ def build(folder: Path, size: int, rows: int) -> None:
             weight = tensors["model.embed_tokens.weight"]
             embedding.model.embed_tokens = torch.nn.Embedding.from_pretrained(weight)
             params = ttfunc.init_deltas(embedding, idx[:rows], init="normal", generator=generator)
-            save(params, folder.parent / PARAMS)
+            save(params, folder.parent / ROWS_FILE)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -104,12 +105,12 @@ def copied_and_synced(source: Path, destination: Path) -> None:
 
 def merged(source: Path, destination: Path) -> None:
     """On disk."""
-    merge_checkpoint(source, source.parent / PARAMS, destination)
+    merge_checkpoint(source, source.parent / ROWS_FILE, destination)
 
 
 def merged_by_peft(source: Path, destination: Path) -> None:
     """Loading the model, wrapping it, merging, and saving it."""
-    with safe_open(source.parent / PARAMS, "pt") as file:
+    with safe_open(source.parent / ROWS_FILE, "pt") as file:
         idx = file.get_tensor("token_indices/model.embed_tokens.weight")
         rows = file.get_tensor("deltas/model.embed_tokens.weight")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
@@ -131,18 +132,24 @@ CONTESTANTS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def run(name: str, source: Path, destination: Path) -> tuple[float, int]:
-    """Seconds of one contestant, and how many bytes the memory of this process grew."""
-    transformers.utils.logging.disable_progress_bar()
-    for path in source.iterdir():  # each finds the source in the cache, as far as it fits
+def prepare(source: Path, destination: Path) -> None:
+    """Each finds no destination, the source in the cache as far as it fits, and an idle disk."""
+    shutil.rmtree(destination, ignore_errors=True)
+    for path in source.iterdir():
         with path.open("rb", buffering=0) as file:
             while file.read(SHARD // 64):
                 pass
-    os.sync()  # what was written before is not this one's
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, start = resident("VmRSS"), time.perf_counter()
-    CONTESTANTS[name](source, destination)
-    return time.perf_counter() - start, resident("VmHWM") - before
+    os.sync()
+
+
+def run(name: str, source: Path, destination: Path) -> tuple[float, int]:
+    """Seconds of one contestant, and how many bytes the memory of this process grew."""
+    transformers.utils.logging.disable_progress_bar()
+    prepare(source, destination)
+    seconds: list[float] = []
+    call = functools.partial(CONTESTANTS[name], source, destination)
+    grown = growth(lambda: seconds.append(seconds_of(call)))
+    return seconds[0], grown
 
 
 def run_apart(name: str, source: Path, destination: Path) -> tuple[float, int]:
@@ -168,55 +175,42 @@ def compare(folder: Path, size: int, repeats: int) -> None:
     """All contestants on one checkpoint; what copies takes turns."""
     source, destination = folder / "source", folder / "destination"
     build(source, size, rows=16)
-    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    growth: dict[str, int] = {}
-    matrices: dict[str, Tensor] = {}
-
-    def note(name: str, figures: tuple[float, int]) -> None:
-        seconds[name].append(figures[0])
-        growth[name] = max(figures[1], growth.get(name, 0))
-        print(f"{name}: {figures[0]:.3f} s", flush=True)
-        matrices[name] = embedding(destination)
-        shutil.rmtree(destination)
-
-    for repeat in range(repeats):
-        for name in rotated(["cp -r", "cp -r, then sync", "ttfunc"], repeat):
-            note(name, run(name, source, destination))
-    # Last, since the gigabytes that PEFT takes slow down whatever runs next.
-    for _ in range((repeats + 2) // 3):
-        note("PEFT", run_apart("PEFT", source, destination))
-    growth["ttfunc"] = run_apart("ttfunc", source, destination)[1]
-    assert torch.equal(matrices["ttfunc"], matrices["PEFT"])
-    assert not torch.equal(matrices["ttfunc"], matrices["cp -r"])
-    report(seconds, growth, sum(path.stat().st_size for path in source.iterdir()))
-
-
-def rotated(names: list[str], by: int) -> list[str]:
-    """The same, beginning with another, so that none runs always after the same one."""
-    by %= len(names)
-    return names[by:] + names[:by]
-
-
-def report(seconds: dict[str, list[float]], growth: dict[str, int], total: int) -> None:
-    """Medians, and their ratios."""
-    lines = []
-    medians = {name: statistics.median(runs) for name, runs in seconds.items()}
-    for name, median in medians.items():
-        ratios = [median / medians[base] for base in ("cp -r", "cp -r, then sync")]
-        lines.append(
-            [
-                name,
-                f"{median:.2f}",
-                *(f"{ratio:.2f}" for ratio in ratios),
-                "" if name.startswith("cp") else f"{growth[name] / 2**20:,.1f}",
-            ]
-        )
-    print_table(
-        f"a sharded folder of {total / 2**30:.2f} GiB, 16 rows; medians of "
-        f"{len(seconds['ttfunc'])} interleaved runs ({len(seconds['PEFT'])} of PEFT)",
-        ["", "seconds", "× cp -r", "× cp -r and sync", "growth of memory, MiB"],
-        lines,
+    turns = ("cp -r", "cp -r, then sync", "ttfunc")
+    seconds = in_turns(
+        {name: functools.partial(CONTESTANTS[name], source, destination) for name in turns},
+        repeats,
+        prepare=functools.partial(prepare, source, destination),
     )
+    # Last, since the gigabytes that PEFT takes slow down whatever runs next.
+    of_peft = [run_apart("PEFT", source, destination) for _ in range((repeats + 2) // 3)]
+    seconds["PEFT"] = statistics.median(taken for taken, _ in of_peft)
+    found = embedding(destination)
+    _, grown = run_apart("ttfunc", source, destination)
+    assert torch.equal(embedding(destination), found)
+    assert not torch.equal(embedding(source), found)
+    total = sum(path.stat().st_size for path in source.iterdir())
+    report(
+        f"a sharded folder of {total / 2**30:.2f} GiB, 16 rows; medians of {repeats} interleaved "
+        f"runs ({len(of_peft)} of PEFT)",
+        seconds,
+        {"ttfunc": grown, "PEFT": max(grown for _, grown in of_peft)},
+    )
+
+
+def report(title: str, seconds: dict[str, float], growths: dict[str, int]) -> None:
+    """Medians, their ratios to the two copies, and the growth of memory where it is measured."""
+    copies = ("cp -r", "cp -r, then sync")
+    lines = [
+        [
+            name,
+            f"{median:.2f}",
+            *(f"{median / seconds[copy]:.2f}" for copy in copies),
+            f"{growths[name] / 2**20:,.1f}" if name in growths else "",
+        ]
+        for name, median in seconds.items()
+    ]
+    columns = ["", "seconds", *(f"times {copy}" for copy in copies), "growth of memory, MiB"]
+    print_table(title, columns, lines)
 
 
 def main() -> None:

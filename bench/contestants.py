@@ -158,8 +158,8 @@ def _plain_step(model: Any, x: Tensor, wrap: Wrap) -> Step:
     return step
 
 
-# Those that leave the model as it is.
-CALLERS = ("frozen floor", "ttfunc", "ttfunc, dense")
+# These do not change the model, so they can share one.
+LEAVE_THE_MODEL = ("frozen floor", "ttfunc", "ttfunc, dense")
 CONTESTANTS: dict[str, Callable[..., Step]] = {
     "frozen floor": frozen_floor,
     "ttfunc": deferred,

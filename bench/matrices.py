@@ -42,7 +42,7 @@ def run(matrices: Sequence[str], repeats: int, tokens: int, rows: int = 16) -> N
 
 
 def run_memory(matrices: Sequence[str], tokens: int) -> None:
-    """MiB of the peak over the loaded model, with k = 16 and 1,024 rows, and what is above it."""
+    """MiB of the peak over the loaded model, and what is above the floor; mostly with 1,024 rows."""
     lines = []
     for model in matrices:
         vocabulary, width = MATRICES[model]
@@ -58,8 +58,11 @@ def run_memory(matrices: Sequence[str], tokens: int) -> None:
             [f"{model}, {work}, {work.matrix_bytes / MIB:,.0f} MiB", f"{floor / MIB:,.0f}", *above]
         )
         print(*lines[-1], sep="; ", flush=True)
-    columns = ["", "frozen floor", "ttfunc, k = 16", "ttfunc, k = 1,024", "dense", "PEFT"]
-    title = f"peak over the loaded model, MiB (above the floor, of the matrix), {tokens} tokens"
+    columns = ["", "frozen floor", "ttfunc, 16 rows", "ttfunc", "ttfunc, dense", "PEFT"]
+    title = (
+        f"peak over the loaded model, MiB (above the floor, of the matrix), {tokens} tokens, 1,024 "
+        "rows where no number is given"
+    )
     print_table(title, columns, lines)
 
 

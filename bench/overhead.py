@@ -6,8 +6,6 @@ python -m bench.overhead [--rows 16] [--repeats 2000]
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -17,20 +15,11 @@ import transformers
 
 import ttfunc
 from bench.report import print_table
+from bench.timing import in_turns
 
 
-def microseconds(call: Callable[[], object], repeats: int) -> float:
-    """Median of one call."""
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(taken)
-
-
-def costs(layers: int, rows: int, repeats: int) -> list[float]:
-    """Of `patch`, its dense form, ttfunc's call and torch's, on a Llama of so many layers."""
+def seconds(layers: int, rows: int, repeats: int) -> dict[str, float]:
+    """Of `patch`, ttfunc's call and torch's, on a Llama of so many layers."""
     config = transformers.LlamaConfig(
         vocab_size=49_152,
         hidden_size=576,
@@ -46,11 +35,12 @@ def costs(layers: int, rows: int, repeats: int) -> list[float]:
     model.forward = types.MethodType(lambda self: self.model.embed_tokens(token), model)
     params = ttfunc.init_deltas(model, range(rows), requires_grad=True)
     weights = ttfunc.patch(params)
-    return [
-        microseconds(lambda: ttfunc.patch(params), repeats),
-        microseconds(lambda: ttfunc.functional_call(model, weights), repeats),
-        microseconds(lambda: torch.func.functional_call(model, weights, ()), repeats),
-    ]
+    calls: dict[str, Callable[[], object]] = {
+        "patch": lambda: ttfunc.patch(params),
+        "functional_call": lambda: ttfunc.functional_call(model, weights),
+        "torch's own functional_call": lambda: torch.func.functional_call(model, weights, ()),
+    }
+    return in_turns(calls, repeats)
 
 
 def main() -> None:
@@ -58,11 +48,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=2000)
     options = parser.parse_args()
+    found = {layers: seconds(layers, options.rows, options.repeats) for layers in (2, 30)}
+    columns = ["", *found[2]]
     lines = [
-        [f"{layers} layers", *(f"{c:,.0f}" for c in costs(layers, options.rows, options.repeats))]
-        for layers in (2, 30)
+        [f"{layers} layers", *(f"{1e6 * s:,.0f}" for s in each.values())]
+        for layers, each in found.items()
     ]
-    columns = ["", "patch", "functional_call", "torch's own functional_call"]
     print_table(f"microseconds a call, {options.rows} rows", columns, lines)
 
 

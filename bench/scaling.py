@@ -19,7 +19,7 @@ from bench.report import machine, print_table
 from bench.step import times
 
 NAMES = ["frozen floor", "ttfunc", "ttfunc, dense", "PEFT"]
-START = Work(vocabulary=64_000, width=512, layers=2, tokens=64, rows=16)
+USUAL = Work(vocabulary=64_000, width=512, layers=2, tokens=64, rows=16)
 SWEEPS = {
     "vocabulary": [8_000, 32_000, 128_000, 256_000],
     "rows": [1, 16, 256, 1024, 4096, 16_000],  # up to a quarter of the vocabulary
@@ -31,7 +31,7 @@ def sweep(field: str, values: list[int], repeats: int) -> dict[str, dict[int, tu
     """Seconds, and bytes at the peak above the loaded model, of each contestant at each value."""
     found: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in NAMES}
     for value in track(values, field):
-        work = replace(START, **{field: value})  # type: ignore[arg-type]  # each field is an int
+        work = replace(USUAL, **{field: value})  # type: ignore[arg-type]  # each field is an int
         seconds = times(work, NAMES, repeats)
         for name in NAMES:
             found[name][value] = seconds[name], measure(name, work)
@@ -57,7 +57,7 @@ def draw(field: str, found: dict[str, dict[int, tuple[float, float]]], path: Pat
     for axis, label in zip(axes, ("ms a step", "peak above the loaded model, MiB"), strict=True):
         axis.set(xlabel=field, ylabel=label, xscale="log", yscale="log")
     axes[0].legend()
-    figure.suptitle(f"tied {START}, {START.tokens} tokens, {START.rows} rows, but for the {field}")
+    figure.suptitle(f"tied {USUAL}, {USUAL.tokens} tokens, {USUAL.rows} rows, but for the {field}")
     figure.savefig(path, dpi=110)
 
 

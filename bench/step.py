@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import functools
 import gc
-import statistics
-import time
 from collections.abc import Sequence
 
 import torch
 
-from bench.contestants import CALLERS, CONTESTANTS, Work, Wrap, as_it_is
+from bench.contestants import CONTESTANTS, LEAVE_THE_MODEL, Work, Wrap, as_it_is
 from bench.memory import trim_heap
 from bench.report import arguments, print_table
+from bench.timing import in_turns
 
-SECONDS = 10  # of measuring, unless once is enough
+MEASURED_SECONDS = 10.0  # unless once is enough
 
 
 def times(
     work: Work, names: Sequence[str], repeats: int, wrap: Wrap = as_it_is
 ) -> dict[str, float]:
-    """Median seconds of a step, the contestants taking turns for `SECONDS` and `repeats` at least.
+    """Median seconds of a step; the contestants take turns, `repeats` times at least.
 
     Those that leave the model as it is share one, and each step begins with nothing in the heap:
     whose buffers find pages that another has left is luck, worth up to a tenth of a small step.
@@ -31,27 +30,14 @@ def times(
     x, idx = work.text(), work.idx()
     shared = work.model()
     steps = {
-        name: CONTESTANTS[name](shared if name in CALLERS else work.model(), x, idx, wrap)
+        name: CONTESTANTS[name](shared if name in LEAVE_THE_MODEL else work.model(), x, idx, wrap)
         for name in names
     }
-    taken: dict[str, list[float]] = {name: [] for name in names}
     for step in steps.values():  # to warm up
         step()
     gc.collect()
-    end = _now(work) + SECONDS * (repeats > 1)
-    while len(taken[names[-1]]) < repeats or _now(work) < end:
-        for name, step in steps.items():
-            trim_heap()
-            start = _now(work)
-            step()
-            taken[name].append(_now(work) - start)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
-
-
-def _now(work: Work) -> float:
-    if work.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    at_least = MEASURED_SECONDS * (repeats > 1)
+    return in_turns(steps, repeats, at_least=at_least, prepare=trim_heap, device=work.device)
 
 
 def main() -> None:

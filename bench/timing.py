@@ -1,4 +1,4 @@
-"""Calls timed side by side, taking turns."""
+"""Calls timed side by side: every figure in seconds that a bench prints comes from here."""
 
 from __future__ import annotations
 
@@ -10,14 +10,41 @@ import torch
 from torch import Tensor
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each."""
+def seconds_of(call: Callable[[], object], device: str = "cpu") -> float:
+    """Of one call, to the end of what it starts on the device."""
+    start = _now(device)
+    call()
+    return _now(device) - start
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    at_least: float = 0.0,
+    prepare: Callable[[], object] = lambda: None,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Median seconds of each call, the calls taking turns.
+
+    There are `repeats` rounds, and more until `at_least` seconds are over. Each round begins with
+    another call. `prepare` runs before each call and is not timed.
+    """
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
+    names, end = list(calls), time.perf_counter() + at_least
+    rounds = 0
+    while rounds < repeats or time.perf_counter() < end:
+        for name in names:
+            prepare()
+            taken[name].append(seconds_of(calls[name], device))
+        names.append(names.pop(0))
+        rounds += 1
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
