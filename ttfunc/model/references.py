@@ -71,8 +71,18 @@ def refill(container: Any, content: Any) -> None:
     held = list(container.items()) if isinstance(container, dict) else list(container)
     if len(parts) == len(held) and all(map(_alike, parts, held)):
         return
-    container.clear()
-    container.extend(parts) if hasattr(container, "extend") else container.update(parts)
+    # An interrupt may come between any two of these: nothing is lost in between.
+    if isinstance(container, list):
+        container[:] = parts
+    elif isinstance(container, deque):
+        container.extend(parts)
+        for _ in range(len(container) - len(parts)):
+            container.popleft()
+    else:
+        kept = dict(parts) if isinstance(container, dict) else set(parts)
+        container.update(kept)
+        for key in set(container) - set(kept):
+            container.pop(key) if isinstance(container, dict) else container.discard(key)
 
 
 def _alike(a: Any, b: Any) -> bool:
