@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers.models import loss_of, make, tokens
 from ttfunc import functional_call, init_deltas, patch, patch_mixed, stack
-from ttfunc.indices import TokenIndices, stretches, token_indices, union
+from ttfunc.indices import TokenIndices, gaps, token_indices, union
 
 CPU = torch.device("cpu")
 distinct = st.lists(st.integers(0, 99), min_size=1, unique=True)
@@ -96,7 +96,7 @@ def test_the_table_finds_the_row_of_each_id(ids: list[int]):
 def test_stretches_are_all_but_the_ids(ids: list[int], above: int, most: int):
     size = max(ids) + above
     rest = sorted(set(range(size)) - set(ids))
-    found = stretches(TokenIndices(tuple(ids)), size, most)
+    found = gaps(TokenIndices(tuple(ids)), size, most)
     if sum(token - 1 not in rest for token in rest) > most:
         assert found == ()
         return
@@ -154,7 +154,7 @@ def test_what_is_known_of_ids_is_found_once_and_lives_as_long_as_they_do():
     assert union((a, b, c)).ids == (5, 2, 3, 7)
     assert union((a, b, c)) is union((a, TokenIndices((3,)), c))
     assert union((a,)) is a
-    assert stretches(a, 9, 4) is stretches(a, 9, 4)
+    assert gaps(a, 9, 4) is gaps(a, 9, 4)
     whole, other = weakref.ref(union((a, b, c))), weakref.ref(union((a, c)))
     del b
     assert whole() is None

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("ttfunc: interrupted", file=sys.stderr)
             return 130
         except (OSError, ValueError, LookupError, TypeError) as error:
-            print(f"ttfunc: error: {_told(error)}", file=sys.stderr)
+            print(f"ttfunc: error: {_message(error)}", file=sys.stderr)
             return 1
     return 0
 
@@ -179,7 +179,7 @@ def _adapter_info(path: Path) -> list[str]:
             f"    rows      {len(ids):,} × {rows.shape[1]:,}: {_listed(ids)}",
             f"    deltas    {_dtype(rows.dtype)}, {size(rows.nbytes)}",
         ]
-    if others := [*adapter.weights.values(), *adapter.left]:
+    if others := [*adapter.weights.values(), *adapter.other_keys]:
         lines.append(f"  and {len(others)} other tensors, such as {others[0]}")
     return lines
 
@@ -230,7 +230,7 @@ def _dtype(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename!r}" if error.filename is not None else ""
         text = f"{error.strerror}{where}"

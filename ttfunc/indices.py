@@ -85,7 +85,7 @@ class TokenIndices:
         return union((self, other))
 
 
-def stretches(indices: TokenIndices, size: int, most: int) -> tuple[slice, ...]:
+def gaps(indices: TokenIndices, size: int, most: int) -> tuple[slice, ...]:
     """What is left of `range(size)` without these ids, in order; empty if in more than `most`."""
     known = indices._stretches
     if (size, most) not in known:

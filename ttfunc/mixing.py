@@ -54,7 +54,7 @@ def patch_mixed(
         held = [adapter.rows.get(name) for adapter in adapters]
         row = next((row for row in held if row and row.matrix), next(filter(None, held)))
         matrix = matrix_of_rows(row)
-        if matrix.renormed:
+        if matrix.has_max_norm:
             raise ValueError(
                 f"{name!r} rescales itself as it is read (max_norm), and cannot be mixed. Call "
                 "each adapter's examples on their own."

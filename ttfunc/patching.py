@@ -53,7 +53,7 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
         matrix = matrix_of_rows(row)
         base = matrix.tensor.detach()
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
-        copied = dense or matrix.renormed
+        copied = dense or matrix.has_max_norm
         weight = patched(base, Replaced(delta, row.indices), matrix, dense=copied)
         weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights

@@ -13,7 +13,7 @@ from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk import rows_file
 from ttfunc.disk.atomic import copy_file, make_directory, stage, sync_directory
 from ttfunc.disk.folder import Checkpoint, open_checkpoint, warn_of_copies
-from ttfunc.disk.places import Place, check_finite, find_places, holds, stored_as
+from ttfunc.disk.places import Place, check_finite, find_places, holds, under_names
 from ttfunc.disk.tensors import path_of
 from ttfunc.merging import check_originals
 
@@ -119,7 +119,7 @@ def _given(
     if isinstance(params_or_path, (str, os.PathLike)):
         params_or_path = rows_file.read(params_or_path)
     check_type(params_or_path)
-    return stored_as(checkpoint, params_or_path, names)
+    return under_names(checkpoint, params_or_path, names)
 
 
 def _file(checkpoint: Checkpoint, place: Place) -> str:

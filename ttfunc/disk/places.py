@@ -15,7 +15,7 @@ from ttfunc.deltas import TokenDeltas, TokenRows
 from ttfunc.disk.atomic import open_file
 from ttfunc.disk.folder import Checkpoint
 from ttfunc.disk.header import FLOATS, Entry
-from ttfunc.disk.tensors import plain
+from ttfunc.disk.tensors import cpu_copy
 from ttfunc.names import renamed
 
 
@@ -47,7 +47,7 @@ class Place:
             yield self.entry.start + token * stride, memoryview(block)
 
 
-def stored_as(
+def under_names(
     checkpoint: Checkpoint, params: TokenDeltas, names: Mapping[str, str] | None
 ) -> TokenDeltas:
     """`params` with the names of the tensors in `checkpoint`: see `renamed`."""
@@ -67,7 +67,7 @@ def find_places(
     """
     places = []
     for key, row in params.rows.items():
-        rows = plain(values[key], f"the rows of {key!r}")
+        rows = cpu_copy(values[key], f"the rows of {key!r}")
         found = [
             Place(file, key, name, header[name], row, rows)
             for file, header in checkpoint.headers.items()

@@ -23,14 +23,14 @@ from ttfunc.deltas import TokenDeltas, TokenRows, check_type
 from ttfunc.disk.atomic import writable, write_file
 from ttfunc.disk.header import parse_json
 from ttfunc.disk.tensors import (
-    blamed_on,
     check_model,
     check_rows,
+    cpu_copy,
     differing,
-    home_of,
     opened,
     path_of,
-    plain,
+    prefix_errors,
+    rows_device,
     tensor_of,
 )
 from ttfunc.indices import token_indices
@@ -70,14 +70,14 @@ def save(
     described = []
     path = writable(path_of(path, "save(params, path)"))
     check_type(params)
-    with blamed_on(f"{str(path)!r} cannot be written"):
+    with prefix_errors(f"{str(path)!r} cannot be written"):
         for name, row in params.rows.items():
             ids = row.indices.on(torch.device("cpu")).ids
             values = (params.deltas[name], ids, row.originals)
             for part, tensor in zip(PARTS, values, strict=True):
                 if part != "token_indices":
                     check_rows(tensor, len(row.indices), row.shape[1], f"the {part} of {name!r}")
-                tensors[f"{part}/{row.names[0]}"] = plain(tensor, f"the {part} of {name!r}")
+                tensors[f"{part}/{row.names[0]}"] = cpu_copy(tensor, f"the {part} of {name!r}")
             described.append({"names": list(row.names), "shape": list(row.shape)})
         own = json.dumps({"format": FORMAT, "matrices": described})
         _matrices(own)
@@ -120,8 +120,8 @@ def load(
         matrix = _same_matrix(model, row, path)
         weight, first = matrix.tensor.detach(), matrix.names[0]
         with outside_of_modes():
-            originals = row.originals.to(home_of(weight))
-            delta = params.deltas[name].to(home_of(weight))
+            originals = row.originals.to(rows_device(weight))
+            delta = params.deltas[name].to(rows_device(weight))
             deltas[first] = delta.requires_grad_(requires_grad)
         rows[first] = replace(row, names=matrix.names, originals=originals, matrix=matrix)
         if weight.is_meta:
@@ -148,7 +148,7 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
     """
     path = path_of(path, "read(path)")
     deltas, rows = {}, {}
-    with opened(path) as file, blamed_on(f"{str(path)!r} cannot be loaded"):
+    with opened(path) as file, prefix_errors(f"{str(path)!r} cannot be loaded"):
         own = (file.metadata() or {}).get(KEY)
         if own is None:
             raise ValueError("it has no metadata of ttfunc's. For a PEFT adapter use load_peft")

@@ -29,7 +29,7 @@ def check_model(given: object, order: str) -> None:
         raise TypeError(f"a model is needed, got {type(given).__name__}. The order is {order}.")
 
 
-def home_of(weight: Tensor) -> torch.device:
+def rows_device(weight: Tensor) -> torch.device:
     """Where the rows of a matrix live: beside it, or on the CPU where it has no values."""
     return torch.device("cpu") if weight.is_meta else weight.device
 
@@ -53,7 +53,7 @@ def check_rows(tensor: Tensor, k: int, width: int, what: str) -> None:
         raise ValueError(f"{what} are {tensor.dtype}, and a float dtype of safetensors is needed")
 
 
-def plain(tensor: Tensor, what: str) -> Tensor:
+def cpu_copy(tensor: Tensor, what: str) -> Tensor:
     """A contiguous copy on the CPU. Raises ValueError where there are no values to write."""
     if is_wrapped(tensor):
         raise ValueError(f"{what} are traced by a transform. Save what it returns, after it has")
@@ -88,7 +88,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def blamed_on(what: str) -> Iterator[None]:
+def prefix_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, IndexError) as error:

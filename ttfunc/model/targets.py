@@ -27,13 +27,13 @@ class Matrix:
     names: every name that `state_dict` gives it, the first one first.
     slots: one name for each distinct (module, attribute) that holds it, with its tensor. A module
         reached by two paths is one slot.
-    renormed: an Embedding with max_norm holds it, which rescales it in place as it reads.
+    has_max_norm: an Embedding with max_norm holds it, which rescales it in place as it reads.
     path: the modules that a call copies; found anew where a call finds them changed.
     """
 
     names: tuple[str, ...]
     slots: tuple[tuple[str, Tensor], ...]
-    renormed: bool
+    has_max_norm: bool
     path: Path
 
     @property
@@ -95,7 +95,7 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
     """
     names: list[str] = []
     slots: dict[tuple[int, str], tuple[str, Tensor]] = {}
-    renormed = False
+    has_max_norm = False
     for path, module in _named_modules(model):
         for attribute, other in chain(module._parameters.items(), module._buffers.items()):
             if other is None:
@@ -105,7 +105,7 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
                 if attribute not in module._non_persistent_buffers_set:
                     names.append(name)
                 slots.setdefault((id(module), attribute), (name, other))
-                renormed |= getattr(module, "max_norm", None) is not None
+                has_max_norm |= getattr(module, "max_norm", None) is not None
             elif overlaps(other, tensor):
                 raise ValueError(
                     f"{name!r} {tuple(other.shape)} is another view of the matrix "
@@ -113,7 +113,7 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
                     "memory of its own, or make it the same parameter."
                 )
     held = [tensor for _, tensor in slots.values()]
-    return Matrix(tuple(names), tuple(slots.values()), renormed, find_path(model, held))
+    return Matrix(tuple(names), tuple(slots.values()), has_max_norm, find_path(model, held))
 
 
 def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:

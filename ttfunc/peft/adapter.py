@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttfunc.disk.atomic import open_file
 from ttfunc.disk.header import LONGEST
-from ttfunc.disk.tensors import blamed_on, check_rows, opened, tensor_of
+from ttfunc.disk.tensors import check_rows, opened, prefix_errors, tensor_of
 from ttfunc.indices import token_indices
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -37,7 +37,7 @@ class Adapter(NamedTuple):
     config: dict[str, Any]
     rows: list[AdapterRows]
     weights: dict[str, str]  # by their names in the model, the keys
-    left: list[str]
+    other_keys: list[str]
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -61,9 +61,9 @@ def read_adapter(directory: Path) -> Adapter:
             "you trust it, load it with PEFT and save it again with save_pretrained."
         )
     adapter = Adapter(config, [], {}, [])
-    with opened(path) as file, blamed_on(f"{str(path)!r} cannot be loaded"):
+    with opened(path) as file, prefix_errors(f"{str(path)!r} cannot be loaded"):
         for key in file.keys():  # noqa: SIM118 (it is no mapping)
-            _sort(file, key, adapter)
+            _classify(file, key, adapter)
         if not adapter.rows:
             raise ValueError(f"it has no tensor {PREFIX}<module>{SUFFIX[kind]}")
     if read_json(directory / CONFIG) != config:
@@ -71,7 +71,7 @@ def read_adapter(directory: Path) -> Adapter:
     return adapter
 
 
-def _sort(file: Any, key: str, adapter: Adapter) -> None:
+def _classify(file: Any, key: str, adapter: Adapter) -> None:
     """Add a tensor of the file to what the adapter has."""
     name, kind = key.removeprefix(PREFIX), adapter.config["peft_type"]
     if name == key:
@@ -90,7 +90,7 @@ def _sort(file: Any, key: str, adapter: Adapter) -> None:
         module = module.removesuffix(".base_layer").removesuffix(WRAPPER)
         adapter.weights[f"{module}.{attribute}"] = key
     elif kind == "LORA":
-        adapter.left.append(key)
+        adapter.other_keys.append(key)
     else:
         raise ValueError(f"its key {key!r} belongs to no {kind} adapter")
 
@@ -110,7 +110,7 @@ def _rows_of(file: Any, key: str, module: str, config: dict[str, Any]) -> Adapte
     return AdapterRows(module, ids, rows)
 
 
-def warn_of_left(keys: list[str], directory: Path) -> None:
+def warn_of_other_keys(keys: list[str], directory: Path) -> None:
     """Say what is not loaded; for a function that the user called."""
     if keys:
         warnings.warn(
@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError, or ValueError for anything else."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
-    with blamed_on(f"{str(path)!r} cannot be read"):
+    with prefix_errors(f"{str(path)!r} cannot be read"):
         if not path.is_file() or path.stat().st_size > LONGEST:
             raise ValueError("it is no file of JSON")
         try:

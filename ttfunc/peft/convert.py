@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from ttfunc.deltas import TokenDeltas, TokenRows, check_type
 from ttfunc.disk.tensors import (
-    blamed_on,
     check_model,
     check_rows,
+    cpu_copy,
     differing,
-    home_of,
     opened,
     path_of,
-    plain,
+    prefix_errors,
+    rows_device,
     tensor_of,
 )
 from ttfunc.indices import token_indices
@@ -38,7 +38,7 @@ from ttfunc.peft.adapter import (
     AdapterRows,
     read_adapter,
     read_json,
-    warn_of_left,
+    warn_of_other_keys,
 )
 from ttfunc.peft.rules import check_ends, check_targets, check_ties
 from ttfunc.peft.writer import write_adapter
@@ -76,7 +76,7 @@ def save_peft(
     tensors: dict[str, Tensor] = {}
     targets: dict[str, list[int]] = {}
     check_type(params)
-    with blamed_on("these parameters cannot be saved for PEFT"):
+    with prefix_errors("these parameters cannot be saved for PEFT"):
         for name, row in params.rows.items():
             rows = _float32(params.deltas[name], row, name)
             modules = [_module_of(alias) for alias in row.names]
@@ -112,7 +112,7 @@ def _module_of(name: str) -> str:
 def _float32(delta: Tensor, row: TokenRows, name: str) -> Tensor:
     what = f"the deltas of {name!r}"
     check_rows(delta, len(row.indices), row.shape[1], what)
-    rows = plain(delta, what)
+    rows = cpu_copy(delta, what)
     if rows.dtype == torch.float64 and differing(rows, rows.float().double()):
         raise ValueError(
             f"{what} are float64, with more digits than the float32 of PEFT. Round them first: "
@@ -177,7 +177,7 @@ def load_peft(
     adapter = read_adapter(directory)
     deltas: dict[str, Tensor] = {}
     rows: dict[str, TokenRows] = {}
-    with blamed_on(f"{str(directory)!r} does not fit this {type(model).__name__}"):
+    with prefix_errors(f"{str(directory)!r} does not fit this {type(model).__name__}"):
         for found in adapter.rows:
             name, row, delta = _placed(found, model, directory)
             if name in rows and (
@@ -189,7 +189,7 @@ def load_peft(
             deltas[name], rows[name] = delta.requires_grad_(requires_grad), row
         check_targets(adapter.config, model, rows)
         _check_weights(directory / WEIGHTS, adapter.weights, model, rows)
-    warn_of_left(adapter.left, directory)
+    warn_of_other_keys(adapter.other_keys, directory)
     return TokenDeltas(deltas, rows)
 
 
@@ -205,7 +205,7 @@ def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, To
     indices = token_indices(found.indices, weight.shape[0], name)
     with outside_of_modes():
         originals = weight.index_select(0, indices.on(weight.device).ids)
-        delta = found.rows.to(home_of(weight))
+        delta = found.rows.to(rows_device(weight))
     shape = (weight.shape[0], weight.shape[1])
     return name, TokenRows(matrix.names, shape, indices, originals, matrix), delta
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ttfunc.deltas import TokenDeltas, TokenRows
-from ttfunc.disk.tensors import blamed_on
+from ttfunc.disk.tensors import prefix_errors
 from ttfunc.model.targets import find_targets
 from ttfunc.peft.adapter import INDICES
 from ttfunc.peft.pattern import matching
@@ -81,7 +81,7 @@ def _targets(config: Mapping[str, Any], model: nn.Module) -> list[str]:
     standalone = config["peft_type"] == "TRAINABLE_TOKENS"
     wanted = config.get("target_modules") if standalone else config[INDICES["LORA"]]
     if standalone and isinstance(wanted, str):
-        with blamed_on("its target_modules cannot be followed"):
+        with prefix_errors("its target_modules cannot be followed"):
             return matching(wanted, names)
     if wanted is None or (not standalone and isinstance(wanted, list)):
         wanted = list(find_targets(model, None))

@@ -64,11 +64,11 @@ class PatchedWeight(Tensor):
         """Its base, which has the same shape, dtype, device and layout."""
         return self.source.base.mT if self.transposed else self.source.base
 
-    def like(self, source: Source) -> PatchedWeight:
-        """The same for another source, turned as this one is."""
+    def with_source(self, source: Source) -> PatchedWeight:
+        """The same for another source, transposed as this one is."""
         return _wrap(source, self.transposed)
 
-    def turned(self) -> PatchedWeight:
+    def transposed_view(self) -> PatchedWeight:
         """The transpose."""
         source = self.source
         if torch.compiler.is_dynamo_compiling():  # which makes no subclass of what it was given
@@ -131,7 +131,7 @@ class PatchedWeight(Tensor):
 
 
 def is_deferred(value: Any, *, transposed: bool = False) -> bool:
-    """Whether `value` stands for a matrix not yet copied, turned or not."""
+    """Whether `value` stands for a matrix not yet copied, transposed or not."""
     return isinstance(value, PatchedWeight) and value.deferred and value.transposed is transposed
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ttfunc.torch_private import IS_VIEW, tree_map
 from ttfunc.weight.deferred import PatchedWeight, frozen, implements, is_deferred
 from ttfunc.weight.overrides import einsum_as_product, transposes
-from ttfunc.weight.reads import like
+from ttfunc.weight.reads import cast_like
 
 
 def _positional(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,7 +96,7 @@ def _mm(input: Any, mat2: Any) -> Any:
 @_positional
 def _matmul(input: Any, other: Any) -> Any:
     if is_deferred(other, transposed=True):
-        return _linear(input, other.turned())
+        return _linear(input, other.transposed_view())
     if is_deferred(input) and isinstance(other, Tensor):  # W @ x is (xᵀ @ Wᵀ)ᵀ
         return _linear(other, input) if other.ndim == 1 else _linear(other.mT, input).mT
     return NotImplemented
@@ -116,7 +116,7 @@ def _addmm(
         return NotImplemented
     if not is_deferred(mat2, transposed=True):
         return NotImplemented
-    return _linear(mat1, mat2.turned(), input)
+    return _linear(mat1, mat2.transposed_view(), input)
 
 
 @implements(torch.einsum)
@@ -133,7 +133,7 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     hidden_term, _, turned_term = around[0].partition("->")
     if weight.source.rows.by_example and turned_term[0] != hidden_term[0]:
         return NotImplemented  # the batch would not come first
-    weight = weight.turned() if weight.transposed else weight
+    weight = weight.transposed_view() if weight.transposed else weight
     return torch.einsum(around[1], _linear(torch.einsum(around[0], hidden), weight))
 
 
@@ -142,7 +142,7 @@ def _einsum(equation: Any, *operands: Any) -> Any:
 def _transpose(weight: Any) -> Any:
     if not isinstance(weight, PatchedWeight) or not weight.deferred:
         return NotImplemented
-    return weight.turned()
+    return weight.transposed_view()
 
 
 @implements(Tensor.transpose, torch.transpose)
@@ -174,10 +174,10 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
         if not base.is_floating_point():
             return NotImplemented
         rows = weight.source.rows.map(
-            lambda values: func(like(values, weight.source.base), *args, **kwargs)
+            lambda values: func(cast_like(values, weight.source.base), *args, **kwargs)
         )
         beneath = rows.beneath(base, weight.source.reads)
-        return weight.like(weight.source._replace(base=base, rows=rows, beneath=beneath))
+        return weight.with_source(weight.source._replace(base=base, rows=rows, beneath=beneath))
 
     return handler
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.indices import TokenIndices, stretches, with_rows
+from ttfunc.indices import TokenIndices, gaps, with_rows
 from ttfunc.torch_private import FUNCTIONALIZE, JVP, at_work, in_dual_level, transforms_active
 from ttfunc.weight.beneath import Carrier, nan_beneath
 from ttfunc.weight.source import Reads
@@ -43,7 +43,7 @@ class Replaced(NamedTuple):
         frozen = F.embedding(tokens, base)
         hit, row = self.indices.find(tokens, base.device)
         padding_row = None if padding_idx is None else self.indices.row_of(padding_idx % len(base))
-        replaced = F.embedding(row, like(self.values, base), padding_idx=padding_row)
+        replaced = F.embedding(row, cast_like(self.values, base), padding_idx=padding_row)
         return torch.where(hit.unsqueeze(-1), replaced, frozen)
 
     def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,7 +59,7 @@ class Replaced(NamedTuple):
         """
         bias = None if bias is None else autocast(bias)
         ids = self.indices.on(base.device).ids
-        rows = autocast(like(self.values, base))
+        rows = autocast(cast_like(self.values, base))
         operands = (autocast(hidden), autocast(base), rows, bias, ids)
         if _has_no_rule():
             return _product(*operands)
@@ -70,13 +70,13 @@ class Replaced(NamedTuple):
 
     def copied(self, base: Tensor) -> Tensor:
         """The matrix itself, `(V, D)`."""
-        return with_rows(base, self.indices.on(base.device).ids, like(self.values, base))
+        return with_rows(base, self.indices.on(base.device).ids, cast_like(self.values, base))
 
     def beneath(self, base: Tensor, reads: Reads) -> Tensor:
         """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
         if no_carrier():
             return self.copied(base)
-        return nan_beneath(Carrier, like(self.values, base), base, self.indices, reads)
+        return nan_beneath(Carrier, cast_like(self.values, base), base, self.indices, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> Replaced:
         """The rows with a function applied that acts on each alone."""
@@ -154,7 +154,7 @@ def _parts(indices: TokenIndices, base: Tensor) -> tuple[slice, ...]:
     """
     if base.device.type != "cpu" or torch.compiler.is_dynamo_compiling():
         return ()
-    return stretches(indices, len(base), _most_parts(base))
+    return gaps(indices, len(base), _most_parts(base))
 
 
 def _most_parts(base: Tensor) -> int:
@@ -196,7 +196,7 @@ def no_carrier() -> bool:
     return in_dual_level() and not transforms_active()
 
 
-def like(values: Tensor, base: Tensor) -> Tensor:
+def cast_like(values: Tensor, base: Tensor) -> Tensor:
     """Rows in the dtype of the base, and on its device."""
     return values.to(base.device, base.dtype)
 
