@@ -42,7 +42,7 @@ def run(matrices: Sequence[str], repeats: int, tokens: int, rows: int = 16) -> N
 
 
 def run_memory(matrices: Sequence[str], tokens: int) -> None:
-    """MiB of the peak over the loaded model, and what is above the floor."""
+    """MiB of the peak over the loaded model, and what is above the floor, with 1,024 rows."""
     lines = []
     for model in matrices:
         vocabulary, width = MATRICES[model]
