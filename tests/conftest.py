@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.helpers")  # their failures show values, too
+
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
