@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load, load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.helpers.oracle import same_bits
 from ttfunc import merge
@@ -69,3 +69,9 @@ def names_in(folder: Path) -> list[str]:
 
 def leftovers(folder: Path) -> list[str]:
     return [name for name in names_in(folder) if ".ttfunc-" in name]
+
+
+def saved(model: nn.Module, folder: Path, *, shards: bool = False) -> Path:
+    """The model as transformers saves it."""
+    model.save_pretrained(folder, max_shard_size="1KB" if shards else "1GB")
+    return folder
