@@ -13,15 +13,7 @@ import torch
 from torch import nn
 
 from tests.helpers.oracle import same_bits, snapshot
-from tests.helpers.peft_reference import (
-    far,
-    inputs_of,
-    logits,
-    peft_deltas,
-    quiet,
-    run,
-    toy,
-)
+from tests.helpers.peft_reference import far, inputs_of, logits, peft_deltas, quiet, run, toy
 from ttfunc import TokenDeltas, merge, unmerge
 from ttfunc.peft.convert import load_peft
 

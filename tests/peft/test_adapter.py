@@ -19,14 +19,7 @@ from tests.helpers.peft_folders import (
     refused,
     save_with_peft,
 )
-from tests.helpers.peft_reference import (
-    IDX,
-    V,
-    inputs_of,
-    logits,
-    peft_of,
-    toy,
-)
+from tests.helpers.peft_reference import IDX, V, inputs_of, logits, peft_of, toy
 from tests.helpers.rows import random_rows
 from ttfunc.peft.convert import load_peft, save_peft
 

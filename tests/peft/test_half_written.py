@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.oracle import same_bits
-from tests.helpers.peft_folders import (
-    files_of,
-    save_with_peft,
-)
-from tests.helpers.peft_reference import (
-    IDX,
-    peft_of,
-    toy,
-)
+from tests.helpers.peft_folders import files_of, save_with_peft
+from tests.helpers.peft_reference import IDX, peft_of, toy
 from tests.helpers.rows import random_rows
 from ttfunc import load_peft, save_peft
 

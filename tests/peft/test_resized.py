@@ -11,19 +11,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.helpers.peft_folders import (
-    change_config,
-    check_loaded,
-    on_meta,
-    save_with_peft,
-)
-from tests.helpers.peft_reference import (
-    EMBEDDING,
-    V,
-    peft_of,
-    quiet,
-    toy,
-)
+from tests.helpers.peft_folders import change_config, check_loaded, on_meta, save_with_peft
+from tests.helpers.peft_reference import EMBEDDING, V, peft_of, quiet, toy
 from tests.helpers.rows import random_rows
 from ttfunc.peft.convert import load_peft
 

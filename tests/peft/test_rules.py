@@ -24,17 +24,7 @@ from tests.helpers.peft_folders import (
     refused,
     save_with_peft,
 )
-from tests.helpers.peft_reference import (
-    EMBEDDING,
-    HEAD,
-    IDX,
-    D,
-    V,
-    filled,
-    peft_of,
-    quiet,
-    toy,
-)
+from tests.helpers.peft_reference import EMBEDDING, HEAD, IDX, D, V, filled, peft_of, quiet, toy
 from tests.helpers.rows import random_rows
 from ttfunc import init_deltas
 from ttfunc.peft.convert import load_peft, save_peft

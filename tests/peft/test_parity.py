@@ -10,10 +10,10 @@ import optree
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ttfunc
-from tests.helpers.models import Language, loss_of, tokens
+from tests.helpers.models import Language, loss_of
 from tests.helpers.oracle import edited, same_bits
 from tests.helpers.peft_reference import (
     EMBEDDING,
@@ -36,7 +36,7 @@ from tests.helpers.peft_reference import (
     toy,
 )
 from tests.helpers.rows import random_rows
-from ttfunc import TokenDeltas, functional_call, init_deltas, merge, patch
+from ttfunc import TokenDeltas, functional_call, init_deltas, patch
 
 # --- What is trained, and what it does
 
@@ -151,121 +151,6 @@ def test_09_linear_targets(target: str):
     agree_with_peft(model, idx, targets=[target])
     with pytest.raises(TypeError, match="input_layernorm' is a LlamaRMSNorm"):
         init_deltas(model, idx, targets=["input_layernorm"])
-
-
-# --- Ties
-
-
-@pytest.mark.parametrize("name", ["llama_tied", "gemma3"])
-def test_10_a_tied_head_follows(name: str):
-    """10. Without the tokens in the input, their logits change, and no others."""
-    model = toy(name)
-    inputs = inputs_of(model)
-    params = agree_with_peft(model, inputs=inputs)
-    assert params.tied == {EMBEDDING: (EMBEDDING, HEAD)}
-    changed = run(model, params, inputs) != logits(model, inputs)
-    assert changed.flatten(0, 1).any(0).nonzero().ravel().tolist() == sorted(IDX)
-
-
-def test_11_an_untied_head_stays():
-    """11. Without the tokens in the input, nothing changes."""
-    model = toy("llama_untied")
-    params, inputs = agree_with_peft(model), inputs_of(model)
-    assert list(patch(params)) == [EMBEDDING]
-    for found in (run(model, params, inputs), logits(peft_of(model, IDX, params), inputs)):
-        assert torch.equal(found, logits(model, inputs))
-
-
-@pytest.mark.parametrize(("name", "prefix"), [("t5", ""), ("bart", "model.")])
-def test_12_encoder_decoders(name: str, prefix: str):
-    """12. All four names follow: the shared embedding, encoder, decoder and head."""
-    model = toy(name)
-    places = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    names = (*(prefix + place for place in places), HEAD)
-    params = agree_with_peft(model)
-    assert params.tied == {names[0]: names}
-    merged = merge(model.state_dict(), params)
-    assert all(torch.equal(merged[alias][IDX], params.deltas[names[0]]) for alias in names)
-
-
-def test_13_a_mapping_over_a_tie():
-    """13. Equal ids are one tied delta; PEFT unties different ones."""
-    model = toy("llama_tied")
-    assert len(agree_with_peft(model, {"embed_tokens": IDX, "lm_head": IDX}, lora=True).deltas) == 1
-    different = {"embed_tokens": [7, 3], "lm_head": [41]}
-    assert len(peft_deltas(peft_of(model, different, lora=True))) == 2
-    with pytest.raises(ValueError, match=r"'lm_head' are tied .* \(7, 3\) and \(41,\)"):
-        init_deltas(model, different)
-
-
-class Towers(nn.Module):
-    """Two models of one kind in one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text, self.speech = Language(tie=False), Language(tie=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.text(x) + self.speech(x.flip(1))
-
-
-@pytest.mark.parametrize("tower", ["text", "speech"])
-def test_14_full_paths_tell_towers_apart(tower: str):
-    """14. A path reaches one tower, a suffix both."""
-    model, path = filled(Towers()), f"{tower}.embed_tokens"
-    assert list(agree_with_peft(model, [7, 3], targets=[path]).deltas) == [f"{path}.weight"]
-    assert len(agree_with_peft(model, [7, 3], targets=["embed_tokens"]).deltas) == 2
-
-
-def test_15_scaled_embeddings():
-    """15. The embedding's own scale applies to the trained rows: 1e4 of them, or nothing."""
-    model = toy("gemma3")
-    model.model.embed_tokens.embed_scale.fill_(1e4)
-    agree(model, agree_with_peft(model))
-    inputs, params = inputs_of(model, 7, 3), random_rows(model, IDX)
-    assert run(model, params, inputs).any()
-    model.model.embed_tokens.embed_scale.fill_(0.0)
-    for found in (run(model, params, inputs, False), logits(peft_of(model, IDX, params), inputs)):
-        assert not found.any()
-
-
-@pytest.mark.parametrize("name", ["llama_untied", "llama_tied"])
-def test_16_the_padding_row(name: str):
-    """16. It gets no gradient from the input; through a tied head it does."""
-    model = toy(name)
-    inputs = inputs_of(model, 7, 0)
-    with pytest.warns(UserWarning, match="token 0 is the padding_idx"):
-        init_deltas(model, [7, 0])
-    params = agree_with_peft(model, [7, 0], inputs=inputs)
-    gradient = gradients(model, params, inputs)[EMBEDDING]
-    assert gradient.any(1).tolist() == [True, name == "llama_tied"]
-
-
-@pytest.mark.parametrize("option", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}])
-def test_17_options_of_the_embedding(option: dict):
-    """17. Rows are has_max_norm, gradients are divided by frequency."""
-    model, plain = filled(Language(tie=False, **option)), filled(Language(tie=False))
-    assert same_bits(plain.state_dict(), model.state_dict())
-    inputs = {"x": tokens(7, 7, 3)}
-    params = agree_with_peft(model, [7, 3], inputs=inputs)
-    found = gradients(model, params, inputs)["embed_tokens.weight"]
-    without = gradients(plain, random_rows(plain, [7, 3]), inputs)["embed_tokens.weight"]
-    assert not torch.allclose(found, without)
-    tied = filled(Language(**option))
-    agree(tied, random_rows(tied, [7, 3]), inputs=inputs)
-
-
-def test_17_sparse_gradients_are_for_the_matrix_alone():
-    """17. PEFT sends a sparse gradient through the copy of the rows, which takes none."""
-    model, plain = filled(Language(tie=False, sparse=True)), filled(Language(tie=False))
-    inputs = {"x": tokens(3)}
-    with pytest.raises(RuntimeError, match="unsupported for Sparse"):
-        loss_of(logits(peft_of(model, [3]), inputs)).backward()
-    found, expected = (
-        gradients(one, init_deltas(one, [3]), inputs)["embed_tokens.weight"]
-        for one in (model, plain)
-    )
-    assert torch.equal(found, expected)
 
 
 # --- How the rows are made
@@ -392,99 +277,3 @@ def test_36_kinds_of_sequences(idx):
     params = agree_with_peft(model, idx)
     assert torch.equal(params.token_indices[EMBEDDING], torch.tensor([7, 3]))
     assert same_bits(params.deltas, random_rows(model, [7, 3]).deltas)
-
-
-# --- At work
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_37_weight_decay(decay: float):
-    """37. AdamW's decay moves a row that is in no batch towards 0, step for step as in PEFT."""
-    model = toy("llama_untied")
-    params, inputs = init_deltas(model, IDX, requires_grad=True), inputs_of(model, 7, 3)
-    wrapped = peft_of(model)
-    delta, theirs = params.deltas[EMBEDDING], peft_deltas(wrapped)[EMBEDDING]
-    start = delta.detach().clone()
-    optimizer = torch.optim.AdamW([delta, theirs], 0.01, weight_decay=decay)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss_of(run(model, params, inputs, dense=False)).backward()
-        loss_of(logits(wrapped, inputs)).backward()
-        optimizer.step()
-    torch.testing.assert_close(delta, theirs.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(delta[2], start[2] * (1 - 0.01 * decay) ** 3)
-    assert torch.equal(delta[2], start[2]) == (decay == 0)
-    assert (delta[:2] - start[:2]).abs().min() > 1e-3
-
-
-@pytest.mark.parametrize("name", ["llama_tied", "t5"])
-def test_38_generate(name: str):
-    """38. Other methods of the model read the rows as well."""
-    model = toy(name)
-    params, x = random_rows(model, IDX), inputs_of(model, 7, 3)["input_ids"]
-    options = {"max_new_tokens": 5, "do_sample": False}
-    options |= {"output_logits": True, "return_dict_in_generate": True}
-    expected = peft_of(model, IDX, params).generate(input_ids=x, **options)
-    found = functional_call(model, patch(params), (x,), options, method="generate")
-    assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(found.logits, expected.logits)
-    assert far(found.logits[0], model.generate(x, **options).logits[0])
-
-
-def test_38_gradient_checkpointing():
-    """38. Blocks that are run again in backward give the same gradient."""
-    model = toy("llama_tied").train()
-    params, inputs, runs = random_rows(model, IDX, requires_grad=True), inputs_of(model, 7, 3), []
-    wrapped, expected = peft_of(model, IDX, params), gradients(model, params, inputs)[EMBEDDING]
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    with quiet():
-        for each in (model, wrapped):
-            each.gradient_checkpointing_enable({"use_reentrant": False})
-    loss_of(run(model, params, inputs, dense=False)).backward()
-    loss_of(logits(wrapped, inputs)).backward()
-    assert len(runs) == 2
-    torch.testing.assert_close(params.deltas[EMBEDDING].grad, expected)
-    torch.testing.assert_close(peft_deltas(wrapped)[EMBEDDING].grad, expected)
-
-
-def test_38_compile():
-    """38. A compiled call is one graph, with the same results."""
-    model = toy("llama_tied")
-    params, inputs = random_rows(model, IDX), {**inputs_of(model, 7, 3), "use_cache": False}
-    call = torch.compile(run, backend="aot_eager", fullgraph=True)
-    expected = logits(peft_of(model, IDX, params), inputs)
-    torch.testing.assert_close(call(model, params, inputs, False), expected)
-    assert far(call(model, init_deltas(model, IDX), inputs, False), expected)
-
-
-def test_38_deepcopy():
-    """38. A copy of the rows is apart from them; for a copy of the model rows are made anew."""
-    model = toy("llama_tied")
-    params, inputs = random_rows(model, IDX), inputs_of(model, 7, 3)
-    expected = logits(copy.deepcopy(peft_of(model, IDX, params)), inputs)
-    rows, other = copy.deepcopy(params), copy.deepcopy(model)
-    params.deltas[EMBEDDING].zero_()
-    torch.testing.assert_close(run(model, rows, inputs), expected)
-    assert far(run(model, params, inputs), expected)
-    with pytest.raises(ValueError, match="stale patch"):
-        run(other, rows, inputs)
-    torch.testing.assert_close(run(other, random_rows(other, IDX), inputs), expected)
-
-
-def test_38_resizing_and_tying_afterwards():
-    """38. PEFT's model cannot be resized or tied any more; the plain one can."""
-    model = toy("llama_tied")
-    params, inputs = random_rows(model, IDX), inputs_of(model, 7, 3)
-    with pytest.raises(TypeError, match="not an instance of"):
-        peft_of(model).resize_token_embeddings(V + 4)
-    with pytest.raises(KeyError, match="already exists"):
-        peft_of(model).tie_weights()
-    before = run(model, params, inputs)
-    model.tie_weights()
-    assert torch.equal(run(model, params, inputs), before)
-    with quiet():
-        model.resize_token_embeddings(V + 4)
-    again = init_deltas(model, IDX, init=params.deltas[EMBEDDING])
-    torch.testing.assert_close(run(model, again, inputs)[..., :V], before)
-    with pytest.raises(ValueError, match=r"has shape \(64, 16\).* made for \(60, 16\)"):
-        merge(model.state_dict(), params)
