@@ -12,14 +12,7 @@ import pytest
 import torch
 
 from tests.helpers.architecture_sizes import EXCLUDED
-from tests.helpers.architectures import (
-    ARCHITECTURES,
-    IDS,
-    in_place,
-    logits_of,
-    new_rows,
-    toy,
-)
+from tests.helpers.architectures import ARCHITECTURES, IDS, in_place, logits_of, new_rows, toy
 from tests.helpers.oracle import same_bits, snapshot
 from ttfunc import functional_call, merge, patch, unmerge
 

@@ -1,57 +1,30 @@
-"""What others build on a pytree of tensors: each client against a loop that knows no pytree."""
+"""Optimizers and pytrees of others, each against a loop that knows no pytree."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import optree
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import torchopt
 from optree.integrations.torch import tree_ravel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import grad
 
-from tests.helpers.models import V, loss_of, make, tokens
-from tests.helpers.oracle import bits, edited, row_gradients
-from tests.helpers.rows import random_rows
-from ttfunc import TokenDeltas, functional_call, init_deltas, patch
+from tests.helpers.clients import IDS, STEPS, batch, loss_at, setting, trainable
+from tests.helpers.models import V, loss_of
+from tests.helpers.oracle import edited, row_gradients
+from ttfunc import TokenDeltas
 
-with warnings.catch_warnings():  # tensordict's, of the defaults in posteriors' own classes
-    warnings.filterwarnings("ignore", ".*default of the field", FutureWarning)
-    import posteriors
-
-IDS, STEPS = [7, 3, 20], 5
 NAME = "embed_tokens.weight"
 CASES = ["tied", "untied", "biased", "encoder_decoder", "einsum"]
 
 
-def setting(case: str = "tied") -> tuple[nn.Module, TokenDeltas]:
-    model = make(case).requires_grad_(False).double()
-    return model, random_rows(model, IDS)
-
-
-def batch(step: int) -> Tensor:
-    return tokens(*IDS, seed=step)
-
-
-def loss_at(model: nn.Module, params: TokenDeltas, x: Tensor, dense: bool = False) -> Tensor:
-    return loss_of(functional_call(model, patch(params, dense=dense), (x,)))
-
-
 def slope_at(model: nn.Module, params: TokenDeltas, x: Tensor) -> TokenDeltas:
     return grad(lambda p: loss_at(model, p, x))(params)
-
-
-def trainable(params: TokenDeltas) -> TokenDeltas:
-    return optree.tree_map(lambda t: t.clone().requires_grad_(), params)
 
 
 # --- torch.optim
@@ -186,163 +159,6 @@ def test_a_gradient_through_a_step_of_torchopt_is_that_through_autograd_on_the_f
         rows = rows - 0.1 * momentum
     (expected,) = torch.autograd.grad(plain(rows, batch(2)), start)
     torch.testing.assert_close(grad(outer)(params).deltas[NAME], expected, rtol=1e-8, atol=1e-10)
-
-
-# --- posteriors
-
-
-def log_posterior_of(model: nn.Module) -> Callable[[TokenDeltas, Tensor], tuple[Tensor, Tensor]]:
-    def log_posterior(params: TokenDeltas, x: Tensor) -> tuple[Tensor, Tensor]:
-        prior = sum(-(leaf**2).sum() / 2 for leaf in optree.tree_leaves(params))
-        return prior - loss_at(model, params, x), torch.tensor([])
-
-    return log_posterior
-
-
-def score(model: nn.Module, params: TokenDeltas, x: Tensor) -> Tensor:
-    """The gradient of the same log posterior, by an edited copy."""
-    reference = edited(model, params).requires_grad_()
-    loss_of(reference(x)).backward()
-    return -params.deltas[NAME] - row_gradients(reference, params)[NAME]
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_sgld_walks_by_its_formula(inplace: bool):
-    model, params = setting()
-    lr, temperature = 0.01, 0.5
-    sampler = posteriors.sgmcmc.sgld.build(log_posterior_of(model), lr=lr, temperature=temperature)
-    state = sampler.init(optree.tree_map(torch.clone, params))
-    torch.manual_seed(3)
-    for step in range(STEPS):
-        state, _ = sampler.update(state, batch(step), inplace=inplace)
-    assert isinstance(state.params, TokenDeltas)
-
-    torch.manual_seed(3)
-    expected = params
-    for step in range(STEPS):
-        slope = score(model, expected, batch(step))
-        noise = torch.randn_like(slope) * (2 * lr * temperature) ** 0.5
-        rows = expected.deltas[NAME] + lr * slope + noise
-        expected = TokenDeltas({NAME: rows}, expected.rows)
-    torch.testing.assert_close(state.params.deltas[NAME], expected.deltas[NAME])
-
-
-def test_a_diagonal_laplace_precision_is_a_loop_over_the_examples():
-    model, params = setting()
-    transform = posteriors.laplace.diag_fisher.build(log_posterior_of(model), init_prec_diag=1.0)
-    state = transform.init(params)
-    for step in range(2):
-        state, _ = transform.update(state, batch(step))
-    examples = torch.cat([batch(0), batch(1)])
-    precision = 1 + sum(score(model, params, x.unsqueeze(0)) ** 2 for x in examples)
-    torch.testing.assert_close(state.prec_diag.deltas[NAME], precision)
-
-    torch.manual_seed(3)
-    sample = posteriors.laplace.diag_fisher.sample(state)
-    torch.manual_seed(3)
-    expected = params.deltas[NAME] + torch.randn(precision.shape) * precision**-0.5
-    torch.testing.assert_close(sample.deltas[NAME], expected)
-    assert loss_at(model, sample, batch(0)).isfinite()
-
-
-def test_a_full_laplace_precision_is_a_loop_over_the_examples():
-    model, params = setting("untied")
-    transform = posteriors.laplace.dense_fisher.build(
-        log_posterior_of(model), init_prec=torch.eye(24, dtype=torch.float64)
-    )
-    state, _ = transform.update(transform.init(params), batch(0))
-    scores = [score(model, params, x.unsqueeze(0)).ravel() for x in batch(0)]
-    expected = torch.eye(24) + sum(torch.outer(one, one) for one in scores)
-    torch.testing.assert_close(state.prec, expected)
-
-
-# --- A training state on disk
-
-
-class Training:
-    """A run of Adam on the rows, whose batches depend on how far it is."""
-
-    def __init__(self, case: str) -> None:
-        self.model = make(case).requires_grad_(False)
-        self.params = trainable(init_deltas(self.model, IDS, init="mean"))
-        self.optimizer = torch.optim.Adam(optree.tree_leaves(self.params), lr=0.1, amsgrad=True)
-        self.step = 0
-
-    def run(self, until: int) -> Training:
-        for step in range(self.step, until):
-            self.optimizer.zero_grad()
-            loss_at(self.model, self.params, batch(step)).backward()
-            self.optimizer.step()
-        self.step = until
-        return self
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that the next step depends on."""
-        moments = self.optimizer.state_dict()["state"]
-        return {
-            "step": torch.tensor(self.step),
-            **{f"rows.{name}": rows.detach() for name, rows in self.params.deltas.items()},
-            **{f"{i}.{k}": tensor for i, kept in moments.items() for k, tensor in kept.items()},
-        }
-
-
-def by_checkpoint(folder: Path) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """torch.distributed.checkpoint, with what torch.optim and a pytree give it."""
-
-    def state_of(training: Training) -> dict[str, Any]:
-        return {
-            "params": training.params.deltas,
-            "optimizer": training.optimizer.state_dict(),
-            "step": training.step,
-        }
-
-    def save(training: Training) -> None:
-        dcp.save(state_of(training), checkpoint_id=folder, no_dist=True)
-
-    def load(training: Training) -> None:
-        state = state_of(training)
-        dcp.load(state, checkpoint_id=folder, no_dist=True)  # into the tensors that are there
-        training.optimizer.load_state_dict(state["optimizer"])
-        training.step = state["step"]
-
-    return save, load
-
-
-def by_safetensors(folder: Path) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    def save(training: Training) -> None:
-        save_file(training.tensors(), folder / "state.safetensors")
-
-    def load(training: Training) -> None:
-        saved = load_file(folder / "state.safetensors")
-        training.step = int(saved.pop("step"))
-        for name, tensor in training.tensors().items():
-            if name != "step":
-                tensor.copy_(saved[name])
-
-    return save, load
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is meant
-@pytest.mark.parametrize("case", ["tied", "untied"])
-@pytest.mark.parametrize("way", [by_checkpoint, by_safetensors])
-def test_a_training_resumes_bit_for_bit(case: str, way, tmp_path: Path):
-    save, load = way(tmp_path)
-    save(Training(case).run(3))
-    resumed = Training(case).run(1)  # which makes the optimizer's tensors, to be loaded into
-    load(resumed)
-    assert resumed.step == 3
-    found, expected = resumed.run(7).tensors(), Training(case).run(7).tensors()
-    assert {name: bits(t) for name, t in found.items()} == {
-        name: bits(t) for name, t in expected.items()
-    }
-
-
-def test_a_saved_state_holds_no_matrix_of_the_base(tmp_path: Path):
-    save, _ = by_safetensors(tmp_path)
-    training = Training("tied").run(1)
-    save(training)
-    saved = load_file(tmp_path / "state.safetensors")
-    assert all(tensor.numel() <= training.params.deltas[NAME].numel() for tensor in saved.values())
 
 
 # --- optree and torch's own pytree

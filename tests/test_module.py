@@ -1,4 +1,4 @@
-"""The nn.Module bridge: what it shows of itself and of the model, copies, state dicts."""
+"""The nn.Module bridge: what it shows of itself and of the model, and what it refuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import optree
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint import state_dict as distributed
 from transformers import GenerationConfig, LlamaForCausalLM
 
 import tests.helpers.models as models
@@ -168,30 +167,6 @@ def test_moving_and_modes_reach_the_model():
     assert module.to("meta").device.type == "meta"
 
 
-def test_a_copy_has_rows_of_its_own_over_the_same_model():
-    module = bridge()
-    module.config.note = object()  # would be lost in a copy of the model
-    twin = copy.deepcopy(module)
-    assert twin.base is module.base
-    x = torch.tensor([TOKENS])
-    before = module(x).logits
-    with torch.no_grad():
-        next(twin.parameters()).zero_()
-    assert torch.equal(module(x).logits, before)
-    assert not torch.equal(twin(x).logits, before)
-
-
-def test_an_average_of_it_averages_the_rows():
-    module = bridge()
-    average = torch.optim.swa_utils.AveragedModel(module)
-    average.update_parameters(module)
-    expected = module.params().deltas[NAME].detach() / 2
-    with torch.no_grad():
-        next(module.parameters()).zero_()
-    average.update_parameters(module)
-    assert torch.equal(average.module.params().deltas[NAME], expected)
-
-
 def test_pickling_and_data_parallel_are_refused():
     with pytest.raises(TypeError, match=r"not pickled.*state_dict\(\)"):
         pickle.dumps(bridge())
@@ -218,132 +193,6 @@ def test_bad_input_is_refused():
 
 
 # State dicts
-
-
-def test_state_dict_round_trip():
-    module, other = bridge(), TokenModule(model := student(), init_deltas(model, TOKENS))
-    assert not torch.equal(other.state_dict()[ROWS], module.state_dict()[ROWS])
-    other.load_state_dict(module.state_dict())
-    assert oracle.same_bits(other.state_dict(), module.state_dict())
-    distributed.set_model_state_dict(module, distributed.get_model_state_dict(other))
-    assert oracle.same_bits(other.state_dict(), module.state_dict())
-
-
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({IDS: torch.tensor([48, 6, 49])}, r"tokens \[48, 6, 49\].*trains \[48, 5, 49\]"),
-        ({IDS: torch.tensor([5, 48, 49])}, r"tokens \[5, 48, 49\].*in the same order"),
-        ({ROWS: torch.ones(2, 16)}, r"has shape \(2, 16\), and \(3, 16\) is needed"),
-        ({ROWS: torch.ones(3, 8)}, r"has shape \(3, 8\), and \(3, 16\) is needed"),
-        ({IDS: torch.ones(3, 1)}, r"are the rows of tokens \[\[1.0\], \[1.0\], \[1.0\]\]"),
-        ({IDS: None}, r"lacks \['token_indices/model/embed_tokens/weight'\]"),
-        ({ROWS: None}, r"lacks \['deltas/model/embed_tokens/weight'\]"),
-        ({ROWS: "text"}, r"lacks \['deltas/model/embed_tokens/weight'\]"),
-    ],
-)
-def test_rows_of_another_adapter_are_refused_whole(change, message, strict):
-    module = bridge()
-    before = copy.deepcopy(module.state_dict())
-    state = {ROWS: torch.ones(3, 16), IDS: torch.tensor(TOKENS)} | change
-    state = {key: value for key, value in state.items() if value is not None}
-    with pytest.raises(RuntimeError, match=message):
-        module.load_state_dict(state, strict=strict)
-    assert oracle.same_bits(module.state_dict(), before)
-
-
-def test_of_two_matrices_both_are_loaded_or_none():
-    model = models.make("untied").requires_grad_(False)
-    module = TokenModule(model, init_deltas(model, {"embed_tokens": [1, 2], "lm_head": [3]}))
-    names = {"deltas/embed_tokens/weight", "deltas/lm_head/weight"}
-    assert dict(module.named_parameters()).keys() == names
-    before = copy.deepcopy(module.state_dict())
-    state = {key: tensor * 2 for key, tensor in before.items() if key in names}
-    state |= {"token_indices/embed_tokens/weight": torch.tensor([1, 2])}
-    state |= {"token_indices/lm_head/weight": torch.tensor([4])}
-    with pytest.raises(RuntimeError, match=r"lm_head/weight' are the rows of tokens \[4\]"):
-        module.load_state_dict(state)
-    assert oracle.same_bits(module.state_dict(), before)
-    module.load_state_dict(state | {"token_indices/lm_head/weight": torch.tensor([3])})
-    for name, delta in module.params().deltas.items():
-        assert torch.equal(delta, module.params().originals[name] * 2)
-
-
-def test_the_state_dict_of_the_model_is_refused():
-    module = bridge()
-    with pytest.raises(RuntimeError, match=r"lacks .* and has \['model.embed_tokens.weight'"):
-        module.load_state_dict(student().state_dict(), strict=False)
-
-
-def test_a_further_entry_is_refused_where_it_is_strict():
-    module = bridge()
-    state = {**module.state_dict(), "head": torch.ones(1)}
-    with pytest.raises(RuntimeError, match='Unexpected key.*"head"'):
-        module.load_state_dict(state)
-    module.load_state_dict(state, strict=False)
-
-
-def test_a_copy_does_not_move_or_switch_the_base_of_the_original():
-    module = bridge()
-    copied = copy.deepcopy(module).to("meta")
-    assert {p.device.type for p in copied.parameters()} == {"meta"}
-    assert {p.device.type for p in module.base.parameters()} == {"cpu"}
-    other = copy.deepcopy(module.train()).eval()
-    assert module.base.training
-    other(torch.tensor([[1, 2]]))
-    assert module.base.training
-    assert not copy.deepcopy(other).training
-
-
-class Normed(nn.Module):
-    """Tells in which mode each of its parts ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm, self.other = nn.Embedding(9, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
-
-    def forward(self, x):
-        self.norm(self.embed(x))
-        return self.training, self.norm.training, self.other.training
-
-
-def test_a_copy_has_modes_of_its_own():
-    model, x = Normed().requires_grad_(False), torch.arange(9)
-    module = TokenModule(model, init_deltas(model, [3])).train()
-    model.norm.eval()
-    mean = model.norm.running_mean.clone()
-    twin, evaluated = copy.deepcopy(module), copy.deepcopy(module).eval()
-    assert module(x) == twin(x) == (True, False, True)
-    assert evaluated(x) == (False, False, False)
-    assert module(x) == (True, False, True)
-    module.eval()
-    assert module(x) == (False, False, False)
-    assert twin(x) == copy.deepcopy(twin)(x) == (True, False, True)
-    assert [m.training for m in model.modules()] == [False] * 4
-    assert torch.equal(model.norm.running_mean, mean)
-    assert evaluated.train()(x) == (True, True, True)
-    assert not torch.equal(model.norm.running_mean, mean)
-
-
-@pytest.mark.parametrize("first", ["module", "teacher"])
-def test_a_copy_of_what_holds_the_model_too_copies_the_model(first: str):
-    module = bridge()
-    parts = {"module": module, "teacher": module.base}
-    container = nn.ModuleDict({first: parts.pop(first), **parts})
-    twin = copy.deepcopy(container)
-    assert twin["teacher"] is not module.base
-    assert twin["module"].base is module.base
-
-
-def test_an_average_with_buffers_keeps_the_token_ids():
-    module = bridge()
-    ema = torch.optim.swa_utils.get_ema_avg_fn(0.9)
-    average = torch.optim.swa_utils.AveragedModel(module, avg_fn=ema, use_buffers=True)
-    for _ in range(3):
-        average.update_parameters(module)
-    assert average.module.state_dict()[IDS].tolist() == TOKENS
-    module.load_state_dict(average.module.state_dict())
 
 
 def test_a_parameter_of_the_model_that_is_trained_later_is_noticed():

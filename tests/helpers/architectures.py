@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from tests.helpers.architecture_sizes import (
-    ALWAYS,
-    OVERRIDES,
-    RARE_ID,
-    TARGETS,
-    TOY_VALUES,
-)
+from tests.helpers.architecture_sizes import ALWAYS, OVERRIDES, RARE_ID, TARGETS, TOY_VALUES
 from tests.helpers.rows import random_rows
 from ttfunc import TokenDeltas
 from ttfunc.model.targets import find_targets
