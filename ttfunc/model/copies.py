@@ -7,7 +7,8 @@ copies, and the model is never changed, not even during the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from operator import is_
 from types import MethodType
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.model.path import HELD, HOOKS, PLUMBING, Path, Step
-from ttfunc.model.references import CONTAINERS, mend, refill, substituted
+from ttfunc.model.references import CONTAINERS, mend, parts_of, refill, substituted
 
 
 class Copies:
@@ -30,15 +31,14 @@ class Copies:
     ) -> None:
         self._traced = torch.compiler.is_dynamo_compiling()
         self._originals = [_alive(step) for step in path.steps]
-        self._copies = [_empty_copy(module) for module in self._originals]
+        pairs = zip(self._originals, path.steps, strict=True)
+        self._copies = [_empty_copy(module, step.slots) for module, step in pairs]
         self._others: dict[int, Any] = dict(others)
         self._others.update(zip(map(id, self._originals), self._copies, strict=True))
         self._kinds = {id(copy): type(copy) for copy in self._copies}
         self._placed = []
         for module, step, copy in zip(self._originals, path.steps, self._copies, strict=True):
-            # torch.compile would guard every attribute that is looked at.
-            names = step.attributes if self._traced else None
-            state = _state(module, names, self._others)
+            state = _state(module, step, self._others)
             state["training"] = modes.get(module, module.training)
             vars(copy).update(state)
             self._placed.append((state, {part: dict(state[part]) for part in HELD}))
@@ -77,7 +77,7 @@ def _alive(step: Step) -> nn.Module:
     return module
 
 
-def _empty_copy(module: nn.Module) -> nn.Module:
+def _empty_copy(module: nn.Module, slots: Iterable[str]) -> nn.Module:
     kind = type(module)
     if isinstance(module, (torch.jit.ScriptModule, nn.DataParallel)) or hasattr(kind, "__del__"):
         raise TypeError(
@@ -88,35 +88,27 @@ def _empty_copy(module: nn.Module) -> nn.Module:
             "the length of the call."
         )
     copy = object.__new__(kind)
-    if not torch.compiler.is_dynamo_compiling():
-        for name in _slots(kind):
-            if hasattr(module, name):
-                object.__setattr__(copy, name, getattr(module, name))
+    for name in slots:
+        if hasattr(module, name):
+            object.__setattr__(copy, name, getattr(module, name))
     return copy
 
 
-def _slots(kind: type) -> Iterator[str]:
-    """What the instances of a class keep outside of their dictionary."""
-    for base in kind.__mro__:
-        names = vars(base).get("__slots__", ())
-        yield from (names,) if isinstance(names, str) else names
-
-
-def _state(
-    module: nn.Module, names: Iterable[str] | None, others: Mapping[int, Any]
-) -> dict[str, Any]:
-    """A module's attributes with others in the place of some; all are looked at, or `names`."""
+def _state(module: nn.Module, step: Step, others: Mapping[int, Any]) -> dict[str, Any]:
+    """A module's attributes with others in the place of some."""
     state = dict(vars(module))  # at once: another thread may add to it
     for part in HELD:
         held = dict(state[part])
         state[part] = {name: others.get(id(one), one) for name, one in held.items()}
-    for name in list(state) if names is None else names:
-        if name in HOOKS and state[name]:
+    # torch.compile would guard every attribute that is looked at.
+    traced = torch.compiler.is_dynamo_compiling()
+    for name in step.attributes if traced else step.changed(state):
+        if name in HOOKS:
             state[name] = type(state[name])(
                 (key, substituted(hook, others) if isinstance(hook, MethodType) else hook)
                 for key, hook in list(state[name].items())
             )
-        elif name in state and name not in PLUMBING:
+        elif name in state:
             state[name] = substituted(state[name], others)
     return state
 
@@ -129,6 +121,8 @@ def _carry(
     own: Callable[[Any], Any],
     ours: Container[str],
 ) -> None:
+    if found.keys() == placed.keys() and all(map(is_, found.values(), placed.values())):
+        return  # in most calls
     for name, value in found.items():
         if (name not in placed or placed[name] is not value) and name not in ours:
             into[name] = own(substituted(value, back))
@@ -142,7 +136,9 @@ def _carry(
 def _refill_all(found: Mapping[str, Any], into: dict[str, Any], back: Mapping[int, Any]) -> None:
     """Give the containers of the original what the call has put into those of the copy."""
     for name, value in found.items():
-        if name in PLUMBING or type(value) not in CONTAINERS or name not in into:
+        if type(value) not in CONTAINERS or name in PLUMBING or name not in into:
+            continue
+        if into[name] is value and back.keys().isdisjoint(map(id, parts_of(value))):
             continue
         mine, fixed = into[name], substituted(value, back)
         if type(mine) is type(value) and (fixed is not value or mine is not value):

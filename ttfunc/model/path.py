@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType, TracebackType
+from typing import Any
 
 from torch import Tensor, nn
 
-from ttfunc.model.references import CALLABLES, global_references, references
+from ttfunc.model.references import CALLABLES, CONTAINERS, PLAIN, global_references, references
 
 HELD = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -26,12 +28,30 @@ class Step:
 
     attributes: those outside of its parameters, buffers and submodules that lead on along the path,
     in a list or a closure say. callables: the identities of all its own functions, such as a
-    `forward` that a tool has set: others may lead on too.
+    `forward` that a tool has set: others may lead on too. containers: identity and length of all
+    its lists and the like: others may lead on too. slots: what it keeps outside of its dictionary.
     """
 
     module: weakref.ref[nn.Module]
     attributes: tuple[str, ...]
     callables: dict[str, int]
+    containers: dict[str, tuple[int, int]]
+    slots: tuple[str, ...]
+
+    def changed(self, state: Mapping[str, Any]) -> list[str]:
+        """The attributes in which the way may lead on: as it was found, and where that changed."""
+        known = self.containers
+        return [
+            name
+            for name, value in state.items()
+            if type(value) not in PLAIN
+            and name not in PLUMBING
+            and (
+                name in self.attributes
+                or type(value) not in CONTAINERS
+                or known.get(name) != (id(value), len(value))
+            )
+        ] + [name for name in HOOKS if state[name]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +95,7 @@ def find_path(
             if attribute not in HELD:
                 leading.setdefault(id(module), {})[attribute] = None
             pending.append(id(module))
-    steps = [
-        Step(weakref.ref(module), tuple(leading.get(key, ())), _callables(module))
-        for key, module in on.items()
-    ]
+    steps = [_step(module, tuple(leading.get(key, ()))) for key, module in on.items()]
     return Path(weakref.ref(model), tuple(steps), tuple(aside))
 
 
@@ -86,15 +103,22 @@ def joined(model: nn.Module, paths: Sequence[Path]) -> Path:
     """One path for all of `paths` of a model."""
     if len(paths) == 1:
         return paths[0]
-    root = Step(weakref.ref(model), (), _callables(model))
-    steps: dict[int, Step] = {id(model): root}
+    steps: dict[int, Step] = {id(model): _step(model, ())}
     for step in (step for path in paths for step in path.steps):
         key = id(step.module())
         before = steps.get(key, step)
         attributes = dict.fromkeys((*before.attributes, *step.attributes))
-        steps[key] = Step(step.module, tuple(attributes), step.callables)
+        steps[key] = replace(step, attributes=tuple(attributes))
     aside = dict.fromkeys(name for path in paths for name in path.aside)
     return Path(weakref.ref(model), tuple(steps.values()), tuple(aside))
+
+
+def _step(module: nn.Module, attributes: tuple[str, ...]) -> Step:
+    held = list(vars(module).items())  # which another thread may change
+    containers = {n: (id(v), len(v)) for n, v in held if type(v) in CONTAINERS}
+    slots = [vars(base).get("__slots__", ()) for base in type(module).__mro__]
+    names = chain.from_iterable((one,) if isinstance(one, str) else one for one in slots)
+    return Step(weakref.ref(module), attributes, _callables(module), containers, tuple(names))
 
 
 def _callables(module: nn.Module) -> dict[str, int]:

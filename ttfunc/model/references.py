@@ -21,20 +21,21 @@ _SEQUENCES = (list, tuple, set, frozenset, deque)
 CONTAINERS = (list, set, deque, dict, OrderedDict)
 _MAPPINGS = (dict, OrderedDict)
 _FOLLOWED = {*CALLABLES, *_SEQUENCES, *_MAPPINGS, weakref.ref}
-_PLAIN = {type(None), bool, int, float, complex, str, bytes, range, slice}
+# What refers to nothing.
+PLAIN = {type(None), bool, int, float, complex, str, bytes, range, slice}
 
 
 def references(value: object, seen: set[int] | None = None) -> Iterator[object]:
     """The modules, the tensors and the objects of other classes that `value` refers to, or is."""
     seen = set() if seen is None else seen
     kind = type(value)
-    if kind in _PLAIN or id(value) in seen or isinstance(value, (type, ModuleType)):
+    if kind in PLAIN or id(value) in seen or isinstance(value, (type, ModuleType)):
         return
     seen.add(id(value))
     if isinstance(value, (nn.Module, Tensor)) or kind not in _FOLLOWED:
         yield value
         return
-    for part in _parts(value):
+    for part in parts_of(value):
         yield from references(part, seen)
 
 
@@ -47,14 +48,16 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
     if id(value) in others:
         return others[id(value)]
     kind: Any = type(value)
-    if kind not in _FOLLOWED or not any(id(one) in others for one in references(value)):
+    if kind not in _FOLLOWED or PLAIN.issuperset(map(type, parts_of(value))):
+        return value
+    if not any(id(one) in others for one in references(value)):
         return value
     if kind is FunctionType:
         return _with_cells(value, others)
     others = {**others, id(value): value}  # a list that holds itself ends here
     if kind in _MAPPINGS:
         return kind({key: substituted(part, others) for key, part in value.items()})
-    parts: list[Any] = [substituted(part, others) for part in _parts(value)]
+    parts: list[Any] = [substituted(part, others) for part in parts_of(value)]
     if kind is deque:
         return deque(parts, value.maxlen)
     if kind in _SEQUENCES:
@@ -101,7 +104,7 @@ def mend(value: Any, others: Mapping[int, Any], most: int = 1000) -> None:
             other = substituted(held, others)
             if other is not held:
                 vars(one)[name] = other
-            elif id(held) not in seen and type(held) not in _PLAIN:
+            elif id(held) not in seen and type(held) not in PLAIN:
                 seen.add(id(held))
                 pending.append(held)
 
@@ -114,13 +117,14 @@ def global_references(value: object) -> Iterator[object]:
         if id(one) in seen or type(one) not in CALLABLES:
             continue
         seen.add(id(one))
-        pending += _parts(one)
+        pending += parts_of(one)
         if isinstance(one, FunctionType):
             found = (one.__globals__.get(name) for name in one.__code__.co_names)
             yield from (held for held in found if isinstance(held, (nn.Module, Tensor)))
 
 
-def _parts(value: Any) -> list[Any]:
+def parts_of(value: Any) -> list[Any]:
+    """What a value that is followed holds itself."""
     kind = type(value)
     if kind in _MAPPINGS:
         return list(value.values())
