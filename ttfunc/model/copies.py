@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttfunc.model.path import HELD, HOOKS, PLUMBING, Path, Step
+from ttfunc.model.path import HELD, HOOKS, Path, Step
 from ttfunc.model.references import CONTAINERS, mend, parts_of, refill, substituted
 
 
@@ -38,10 +38,13 @@ class Copies:
         self._kinds = {id(copy): type(copy) for copy in self._copies}
         self._placed = []
         for module, step, copy in zip(self._originals, path.steps, self._copies, strict=True):
-            state = _state(module, step, self._others)
+            # torch.compile would guard every attribute that is looked at.
+            names = step.attributes if self._traced else step.changed(vars(module))
+            state = _state(module, names, self._others)
             state["training"] = modes.get(module, module.training)
             vars(copy).update(state)
-            self._placed.append((state, {part: dict(state[part]) for part in HELD}))
+            held = {part: dict(state[part]) for part in HELD}
+            self._placed.append((state, held, {*step.containers, *names}))
 
     @property
     def model(self) -> nn.Module:
@@ -57,15 +60,17 @@ class Copies:
         back: dict[int, Any] = {id(self._others[id(tensor)]): tensor for tensor in tensors}
         stand_ins = frozenset(back)
         back.update(zip(map(id, self._copies), self._originals, strict=True))
-        for original, copy, (state, held) in zip(
+        for original, copy, (state, held, watched) in zip(
             self._originals, self._copies, self._placed, strict=True
         ):
             for part in HELD:
-                ours = {name for name, one in held[part].items() if id(one) in stand_ins}
-                _carry(held[part], vars(copy)[part], vars(original)[part], back, own, ours)
-            _carry(state, vars(copy), vars(original), back, own, ())
+                if _differ(held[part], vars(copy)[part]):
+                    ours = {name for name, one in held[part].items() if id(one) in stand_ins}
+                    _carry(held[part], vars(copy)[part], vars(original)[part], back, own, ours)
+            if _differ(state, vars(copy)):
+                _carry(state, vars(copy), vars(original), back, own, ())
             if not self._traced:
-                _refill_all(vars(copy), vars(original), back)
+                _refill_all(vars(copy), vars(original), back, watched)
                 if type(copy) is not self._kinds[id(copy)]:  # as lazy modules do
                     original.__class__ = type(copy)
 
@@ -94,15 +99,13 @@ def _empty_copy(module: nn.Module, slots: Iterable[str]) -> nn.Module:
     return copy
 
 
-def _state(module: nn.Module, step: Step, others: Mapping[int, Any]) -> dict[str, Any]:
-    """A module's attributes with others in the place of some."""
+def _state(module: nn.Module, names: Iterable[str], others: Mapping[int, Any]) -> dict[str, Any]:
+    """A module's attributes with others in the place of some; those of `names` are looked at."""
     state = dict(vars(module))  # at once: another thread may add to it
     for part in HELD:
         held = dict(state[part])
         state[part] = {name: others.get(id(one), one) for name, one in held.items()}
-    # torch.compile would guard every attribute that is looked at.
-    traced = torch.compiler.is_dynamo_compiling()
-    for name in step.attributes if traced else step.changed(state):
+    for name in names:
         if name in HOOKS:
             state[name] = type(state[name])(
                 (key, substituted(hook, others) if isinstance(hook, MethodType) else hook)
@@ -113,6 +116,12 @@ def _state(module: nn.Module, step: Step, others: Mapping[int, Any]) -> dict[str
     return state
 
 
+def _differ(placed: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether any value is another object now: in most calls none is."""
+    same = found.keys() == placed.keys()
+    return not (same and all(map(is_, found.values(), placed.values())))
+
+
 def _carry(
     placed: Mapping[str, Any],
     found: Mapping[str, Any],
@@ -121,8 +130,6 @@ def _carry(
     own: Callable[[Any], Any],
     ours: Container[str],
 ) -> None:
-    if found.keys() == placed.keys() and all(map(is_, found.values(), placed.values())):
-        return  # in most calls
     for name, value in found.items():
         if (name not in placed or placed[name] is not value) and name not in ours:
             into[name] = own(substituted(value, back))
@@ -133,10 +140,13 @@ def _carry(
             into.pop(name, None)
 
 
-def _refill_all(found: Mapping[str, Any], into: dict[str, Any], back: Mapping[int, Any]) -> None:
+def _refill_all(
+    found: Mapping[str, Any], into: dict[str, Any], back: Mapping[int, Any], names: Iterable[str]
+) -> None:
     """Give the containers of the original what the call has put into those of the copy."""
-    for name, value in found.items():
-        if type(value) not in CONTAINERS or name in PLUMBING or name not in into:
+    for name in names:
+        value = found.get(name)
+        if type(value) not in CONTAINERS or name not in into:
             continue
         if into[name] is value and back.keys().isdisjoint(map(id, parts_of(value))):
             continue

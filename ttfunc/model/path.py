@@ -43,7 +43,7 @@ class Step:
         known = self.containers
         return [
             name
-            for name, value in state.items()
+            for name, value in list(state.items())
             if type(value) not in PLAIN
             and name not in PLUMBING
             and (
@@ -115,7 +115,11 @@ def joined(model: nn.Module, paths: Sequence[Path]) -> Path:
 
 def _step(module: nn.Module, attributes: tuple[str, ...]) -> Step:
     held = list(vars(module).items())  # which another thread may change
-    containers = {n: (id(v), len(v)) for n, v in held if type(v) in CONTAINERS}
+    containers = {
+        name: (id(value), len(value))
+        for name, value in held
+        if type(value) in CONTAINERS and name not in PLUMBING
+    }
     slots = [vars(base).get("__slots__", ()) for base in type(module).__mro__]
     names = chain.from_iterable((one,) if isinstance(one, str) else one for one in slots)
     return Step(weakref.ref(module), attributes, _callables(module), containers, tuple(names))

@@ -119,17 +119,17 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
 def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
     """How many (module, attribute) of `model` hold one of these very tensors."""
     wanted = {id(tensor) for tensor in tensors}
-    # model.modules() does the same at twice the time, and this runs at every call.
+    # model.modules() does the same at some times the cost, and this runs at every call.
     pending, seen, count = [model], {id(model)}, 0
-    while pending:
-        module = pending.pop()
-        for held in (module._parameters, module._buffers):
-            if held:  # most modules have neither
-                count += sum(map(wanted.__contains__, map(id, held.values())))
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                pending.append(child)
+    for module in pending:
+        for held in (module._parameters, module._buffers):  # most modules have neither
+            if held and not wanted.isdisjoint(map(id, list(held.values()))):
+                count += sum(id(tensor) in wanted for tensor in held.values())
+        if module._modules:
+            for child in list(module._modules.values()):
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    pending.append(child)
     return count
 
 
