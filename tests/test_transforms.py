@@ -195,3 +195,13 @@ def test_an_operation_without_a_jvp_fails_as_it_does_without_ttfunc():
     ):
         with pytest.raises(NotImplementedError, match="forward AD with _scaled_dot_product"):
             jvp(f, (primal,), (optree.tree_map(torch.ones_like, primal),))
+
+
+def test_a_patch_made_in_a_transform_that_the_rows_are_not_part_of():
+    model, params = setting("tied")
+
+    def loss(x: Tensor) -> Tensor:
+        return loss_of(functional_call(model, patch(params), (x[None],)))
+
+    expected = torch.stack([loss(x) for x in X])
+    torch.testing.assert_close(vmap(loss)(X), expected)

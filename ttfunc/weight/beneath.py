@@ -18,9 +18,9 @@ from ttfunc.indices import TokenIndices, with_rows
 from ttfunc.torch_private import (
     COMPARISONS,
     forbid_writes,
+    is_wrapped,
     outside_of_dispatch,
     plain_torch_function,
-    transforms_active,
     tree_map,
 )
 from ttfunc.weight.overrides import refuse_layout, refuse_writes
@@ -138,6 +138,6 @@ def nan_beneath(
     Where a transform is at work, what reads it past the weight is noted in `reads`.
     """
     ids = indices.on(base.device).ids
-    transformed = transforms_active()
+    transformed = is_wrapped(rows)  # else the weight has no wrapper to take its class off
     carried: Tensor = carrier.apply(rows, base, ids, transformed, reads)  # type: ignore[no-untyped-call]
     return carried
