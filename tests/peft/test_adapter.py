@@ -55,7 +55,7 @@ def change_keys(directory: Path, change) -> None:
         ({"token_indices": []}, "no token indices"),
         ({"token_indices": [7, 3, 4.0]}, "must be integers, got float"),
         ({"token_indices": [7, 3, True]}, "got the boolean True"),
-        ({"token_indices": [7, 3, "4"]}, "must be integers, got str"),
+        ({"token_indices": [7, 3, "4"]}, "must be integers, got the text"),
         ({"token_indices": 7}, "are 7, not a list"),
         ({"token_indices": "734"}, "not a list"),
         ({"target_modules": "("}, "is no pattern"),
