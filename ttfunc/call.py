@@ -61,7 +61,9 @@ def functional_call(
         ValueError: a patch made from another model, or from this one before its weights were
             replaced or tied; one weight given twice.
         TypeError: weights that are no mapping; a model that cannot be copied.
-        RuntimeError: the call read none of a patched matrix, so that its rows had no effect.
+        RuntimeError: the call read no patched matrix, so that the rows had no effect (it warns
+            where it read some and left others); or it read the model's own matrix, through an
+            object that cannot be copied.
         AttributeError: the model has no such method.
     """
     _check_arguments(model, weights, kwargs, method, misplaced)

@@ -10,7 +10,7 @@ from torch import nn
 from tests.helpers.models import D, V, make, tokens
 from tests.helpers.oracle import snapshot
 from tests.helpers.rows import random_rows
-from ttfunc import functional_call, patch
+from ttfunc import functional_call, init_deltas, patch
 
 X = tokens(7, 3)
 
@@ -40,3 +40,11 @@ def test_bart_without_ties_does_not_read_its_input_embedding():
     model = transformers.BartForConditionalGeneration(config).eval()
     with pytest.raises(RuntimeError, match="did not read the patched matrix"):
         functional_call(model, patch(random_rows(model)), (X,))
+
+
+def test_one_of_two_matrices_that_a_call_does_not_read_is_warned_of():
+    model = make("untied")
+    weights = patch(init_deltas(model, {"embed_tokens": [7, 3], "lm_head": [3]}))
+    with pytest.warns(UserWarning, match=r"did not read.*'lm_head.weight'.*no effect") as caught:
+        functional_call(model, weights, X, method="embed")
+    assert caught[0].filename == __file__

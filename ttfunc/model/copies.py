@@ -35,7 +35,6 @@ class Copies:
         self._copies = [_empty_copy(module, step.slots) for module, step in pairs]
         self._others: dict[int, Any] = dict(others)
         self._others.update(zip(map(id, self._originals), self._copies, strict=True))
-        self._kinds = {id(copy): type(copy) for copy in self._copies}
         self._placed = []
         for module, step, copy in zip(self._originals, path.steps, self._copies, strict=True):
             # torch.compile would guard every attribute that is looked at.
@@ -71,7 +70,7 @@ class Copies:
                 _carry(state, vars(copy), vars(original), back, own, ())
             if not self._traced:
                 _refill_all(vars(copy), vars(original), back, watched)
-                if type(copy) is not self._kinds[id(copy)]:  # as lazy modules do
+                if type(copy) is not type(original):  # as lazy modules do
                     original.__class__ = type(copy)
 
 

@@ -10,6 +10,7 @@ import functools
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
+from operator import is_
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -70,9 +71,10 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
 
 def refill(container: Any, content: Any) -> None:
     """Make a list, set, dict or deque hold what another one of its class does, in their order."""
-    parts = list(content.items()) if isinstance(content, dict) else list(content)
-    held = list(container.items()) if isinstance(container, dict) else list(container)
-    if len(parts) == len(held) and all(map(_alike, parts, held)):
+    parts, held = list(content), list(container)  # of dicts the keys
+    if isinstance(container, dict):
+        parts, held = [*parts, *content.values()], [*held, *container.values()]
+    if len(parts) == len(held) and all(map(is_, parts, held)):
         return
     # An interrupt may come between any two of these: nothing is lost in between.
     if isinstance(container, list):
@@ -82,15 +84,9 @@ def refill(container: Any, content: Any) -> None:
         for _ in range(len(container) - len(parts)):
             container.popleft()
     else:
-        kept = dict(parts) if isinstance(container, dict) else set(parts)
-        container.update(kept)
-        for key in set(container) - set(kept):
+        container.update(content)
+        for key in set(container) - set(content):
             container.pop(key) if isinstance(container, dict) else container.discard(key)
-
-
-def _alike(a: Any, b: Any) -> bool:
-    pairs = zip(a, b, strict=True) if type(a) is type(b) is tuple and len(a) == len(b) == 2 else ()
-    return a is b or (bool(pairs) and all(x is y for x, y in pairs))
 
 
 def mend(value: Any, others: Mapping[int, Any], most: int = 1000) -> None:

@@ -1,4 +1,4 @@
-"""What a patched weight is made of, and the tensor that carries it through a model."""
+"""What a patched weight is made of, and how it was read."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Rows(Protocol):
 
 
 class Source(NamedTuple):
-    """What a patched weight is made of: `(V, D)` base and rows, alike in dtype and device.
+    """What a patched weight is made of: a `(V, D)` base, and rows, cast to it when they are read.
 
     beneath: the `(V, D)` tensor that the weight is to whatever gets past `__torch_function__`.
     copy: the patched matrix, of a dense one. memory: where the model's own matrix lay. made_from:
