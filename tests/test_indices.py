@@ -87,7 +87,8 @@ def test_the_table_finds_the_row_of_each_id(ids: list[int]):
     table = indices.on(CPU)
     assert table.ids.tolist() == ids
     assert table.sorted.tolist() == sorted(ids)
-    assert table.ids[table.row].tolist() == sorted(ids)
+    assert table.id_at.tolist() == [*sorted(ids), -1]
+    assert table.ids[table.row_at[:-1]].tolist() == sorted(ids)
     assert [indices.row_of(token) for token in ids] == list(range(len(ids)))
     assert indices.row_of(100) is None
 

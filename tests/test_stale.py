@@ -21,8 +21,9 @@ X = tokens(7, 3)
 def test_a_fresh_patch_is_fresh():
     model = make("tied")
     source = patch(random_rows(model))[NAME].source
-    check_fresh(model, NAME, model.embed_tokens.weight, source)
-    check_fresh(model, "lm_head.weight", model.embed_tokens.weight, source)
+    check_fresh(model, source.matrix, [model.embed_tokens.weight] * 2, source)
+    with pytest.raises(ValueError, match="stale patch: the parameter 'lm_head.weight'"):
+        check_fresh(model, source.matrix, [model.embed_tokens.weight, None], source)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import optree
 import pytest
@@ -29,6 +31,7 @@ from ttfunc.torch_private import (
     in_dual_level,
     is_traceable_wrapper_subclass,
     is_wrapped,
+    keeps_signature,
     no_torch_function,
     outside_of_dispatch,
     outside_of_modes,
@@ -332,3 +335,29 @@ def test_no_other_module_uses_a_private_name():
                     "Tensor",
                 }:
                     assert node.attr in allowed, (path, ast.unparse(node))
+
+
+def test_apply_asks_for_a_signature_that_may_be_known():
+    """Whoever sets `__signature__` is believed, and the arguments are bound to it."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        @keeps_signature
+        def forward(x: Tensor, factor: float = 2.0) -> Tensor:
+            return x * factor
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            _, ctx.factor = inputs
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            return grad * ctx.factor, None
+
+    x = torch.ones(3, requires_grad=True)
+    Doubled.apply(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0, 2.0, 2.0]
+    assert list(inspect.signature(Doubled.forward).parameters) == ["x", "factor"]
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        Doubled.apply(x, 2.0, 3.0)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ttfunc.model.copies import Copies
-from ttfunc.model.path import Path, find_path, joined
+from ttfunc.model.path import Path, Visit, find_path
+from ttfunc.model.targets import way_to
 from ttfunc.slots import Slot, find_slots, is_patch
 from ttfunc.torch_private import transforms_active, tree_leaves
 from ttfunc.weight.overrides import METADATA, PLACEHOLDER
@@ -67,9 +68,16 @@ def functional_call(
         AttributeError: the model has no such method.
     """
     _check_arguments(model, weights, kwargs, method, misplaced)
-    with _explained(args, kwargs):
-        args = args if isinstance(args, tuple) else (args,)
-        return call_copy(model, weights, args, dict(kwargs or {}), method)
+    given = args if isinstance(args, tuple) else (args,)
+    try:
+        return call_copy(model, weights, given, kwargs or {}, method)
+    except Exception as error:
+        if isinstance(args, Mapping) and kwargs is None:
+            error.add_note(
+                f"functional_call passed a {type(args).__name__} with {list(args)} as the one "
+                "positional argument. For keyword arguments of the model write kwargs={...}."
+            )
+        raise
 
 
 def call_copy(
@@ -83,16 +91,18 @@ def call_copy(
     """`functional_call` in which the modules of `modes` are in these training modes."""
     modes = modes or {}
     slots = find_slots(model, weights)
+    if not (slots or modes):  # no weight but its own
+        return (model if method == "forward" else getattr(model, method))(*args, **kwargs)
     traced = torch.compiler.is_dynamo_compiling()
     if not traced:
         _warn_of_frozen_rows(model, slots)
-    path = _path(model, slots, modes)
-    copies = Copies(path, {id(slot.held): slot.stand_in for slot in slots}, modes)
+    visits, aside = _visits(model, slots, modes)
+    copies = Copies(visits, {id(slot.held): slot.stand_in for slot in slots}, modes)
     called = copies.model if method == "forward" else getattr(copies.model, method)
-    if traced and path.aside:
-        raise RuntimeError(_reached(slots[0].name, path, "may be read in a compiled call"))
+    if traced and aside:
+        raise RuntimeError(_reached(slots[0].name, aside, "may be read in a compiled call"))
     try:
-        with _RefuseOwn(path, slots) if path.aside else contextlib.nullcontext():
+        with _RefuseOwn(aside, slots) if aside else contextlib.nullcontext():
             out = called(*args, **kwargs)
     finally:  # what a model notes before it raises is there afterwards, as after any call
         copies.carry_over([slot.held for slot in slots], _own)
@@ -109,26 +119,36 @@ def _own(value: Any) -> Any:
     return own.mT if value.transposed else own
 
 
-def _path(model: nn.Module, slots: Sequence[Slot], modes: Mapping[nn.Module, bool]) -> Path:
-    """What is to be copied: as it was found when the parameters were made, if it is so still."""
+def _visits(
+    model: nn.Module, slots: Sequence[Slot], modes: Mapping[nn.Module, bool]
+) -> tuple[list[Visit], tuple[str, ...]]:
+    """What is to be copied, and what else leads to the matrices.
+
+    The paths are those that were found when the parameters were made, where they hold still.
+    """
     if modes or any(slot.matrix.path.model() is not model for slot in slots):
-        return find_path(model, [slot.held for slot in slots], modes)
-    matrices = list({id(slot.matrix): slot.matrix for slot in slots}.values())
-    for matrix in matrices:
-        way = [module for name in matrix.names for module in _way(model, name)]
-        if not matrix.path.leads_through(way):
+        path = find_path(model, [slot.held for slot in slots], modes)
+        return list(_now(path).values()), path.aside
+    on: dict[int, Visit] = {}
+    aside: tuple[str, ...] = ()
+    for matrix in {id(slot.matrix): slot.matrix for slot in slots}.values():
+        ways = {slot.name: slot.way for slot in slots if slot.matrix is matrix}
+        through = [one for name in matrix.names for one in ways.get(name) or way_to(model, name)]
+        visits = matrix.path.visits()
+        if visits is None or not all(id(module) in visits for module in through):
             matrix.path = find_path(model, [tensor for _, tensor in matrix.slots])
-    return joined(model, [matrix.path for matrix in matrices])
+            visits = _now(matrix.path)
+        for key, visit in visits.items():
+            on[key] = visit if key not in on else visit.joined(on[key])
+        aside += matrix.path.aside
+    return list(on.values()), aside
 
 
-def _way(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The modules from the model to the one that holds the parameter of that name."""
-    module: nn.Module | None = model
-    for part in name.split("."):
-        if module is None:
-            return
-        yield module
-        module = module._modules.get(part)
+def _now(path: Path) -> dict[int, Visit]:
+    visits = path.visits()
+    if visits is None:
+        raise RuntimeError("the model was changed by another thread as the call began. Try again.")
+    return visits
 
 
 def _warn_of_frozen_rows(model: nn.Module, slots: Sequence[Slot]) -> None:
@@ -155,7 +175,7 @@ def _check_read(model: nn.Module, slots: Sequence[Slot]) -> None:
     """Raise RuntimeError where a call has read no patched matrix; warn where it left one unread."""
     unread: dict[tuple[str, ...], None] = {}
     read = False
-    for slot in slots:
+    for slot in {id(slot.stand_in): slot for slot in slots}.values():
         if not (is_patch(slot.weight) and is_patch(slot.stand_in)):
             continue
         uses = slot.stand_in.source.uses
@@ -180,10 +200,10 @@ def _check_read(model: nn.Module, slots: Sequence[Slot]) -> None:
 class _RefuseOwn(TorchFunctionMode):
     """Raises where a function is given the model's own tensor in place of the one of the call."""
 
-    def __init__(self, path: Path, slots: Sequence[Slot]) -> None:
+    def __init__(self, aside: Sequence[str], slots: Sequence[Slot]) -> None:
         super().__init__()
         self._own = {id(slot.held): slot.name for slot in slots}
-        self._path = path
+        self._aside = aside
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -192,14 +212,14 @@ class _RefuseOwn(TorchFunctionMode):
             for one in tree_leaves((args, kwargs)):
                 if id(one) in self._own:
                     what = f"was given to {func.__name__}"
-                    raise RuntimeError(_reached(self._own[id(one)], self._path, what))
+                    raise RuntimeError(_reached(self._own[id(one)], self._aside, what))
         return func(*args, **(kwargs or {}))
 
 
-def _reached(name: str, path: Path, what: str) -> str:
+def _reached(name: str, aside: Sequence[str], what: str) -> str:
     return (
         f"the model's own {name!r} {what} during a functional call: by a hook, or through "
-        f"{list(path.aside)}, an object or a global that leads to it and that a call cannot copy. "
+        f"{list(aside)}, an object or a global that leads to it and that a call cannot copy. "
         "Hold the module in a module, a list or a dict, or use torch.func.functional_call, which "
         "changes the model for the length of the call."
     )
@@ -236,17 +256,3 @@ def _check_arguments(
         )
     if not (isinstance(method, str) and callable(getattr(model, method, None))):
         raise AttributeError(f"{type(model).__name__} has no method {method!r} to call.")
-
-
-@contextlib.contextmanager
-def _explained(args: object, kwargs: object) -> Iterator[None]:
-    """Add to an error of the model what may be meant, where it was given a dict as one argument."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(args, Mapping) and kwargs is None:
-            error.add_note(
-                f"functional_call passed a {type(args).__name__} with {list(args)} as the one "
-                "positional argument. For keyword arguments of the model write kwargs={...}."
-            )
-        raise

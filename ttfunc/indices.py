@@ -19,11 +19,16 @@ from ttfunc.torch_private import outside_of_modes
 
 
 class Table(NamedTuple):
-    """The ids on one device, `(k,)` int64 each: as given; sorted; the row of each sorted one."""
+    """The ids on one device, int64: `(k,)` as given, and sorted.
+
+    id_at, row_at: `(k + 1,)`, of a place among the sorted ones the id and its row; no id comes to
+    the place behind the last, where the id is -1.
+    """
 
     ids: Tensor
     sorted: Tensor
-    row: Tensor
+    id_at: Tensor
+    row_at: Tensor
 
 
 class TokenIndices:
@@ -63,7 +68,9 @@ class TokenIndices:
             with outside_of_modes():
                 ids = torch.tensor(self.ids, dtype=torch.int64, device="cpu")
                 ordered, row = torch.sort(ids)
-                table = Table(ids.to(device), ordered.to(device), row.to(device))
+                nowhere = ids.new_tensor([-1])
+                id_at, row_at = torch.cat((ordered, nowhere)), torch.cat((row, nowhere + 1))
+                table = Table(*(one.to(device) for one in (ids, ordered, id_at, row_at)))
             self._tables[device] = table
         return self._tables[device]
 
@@ -72,8 +79,7 @@ class TokenIndices:
         table = self.on(device)
         # Static shapes and no table of V entries: a binary search among the k ids.
         place = torch.searchsorted(table.sorted, tokens.to(table.sorted.dtype).contiguous())
-        place = place.clamp(max=len(self) - 1)
-        return table.sorted[place] == tokens, table.row[place]
+        return table.id_at[place] == tokens, table.row_at[place]
 
     def joined(self, other: TokenIndices) -> TokenIndices:
         """These ids, then `other`'s. Raises ValueError when an id is in both."""

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ttfunc.model.targets import Matrix, count_slots, held_under, matrix_of
+from ttfunc.model.targets import Matrix, count_slots, held_at, held_under, matrix_of, way_to
 from ttfunc.names import did_you_mean
 from ttfunc.stale import check_fresh
 from ttfunc.weight.deferred import PatchedWeight
@@ -18,10 +18,12 @@ from ttfunc.weight.deferred import PatchedWeight
 class Slot(NamedTuple):
     """A place of the model, what it holds, and the weight that is to stand there in a call.
 
-    stand_in: the weight itself, or the same with reads of its own to count: others may share it.
+    way: the modules from the model to the place. stand_in: the weight itself, or the same with
+    reads of its own to count: others may share it.
     """
 
     name: str
+    way: list[nn.Module]
     held: Tensor
     weight: Tensor
     stand_in: Tensor
@@ -31,44 +33,50 @@ class Slot(NamedTuple):
 def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
     """One for each place of the model that holds one of the weights."""
     slots: dict[str, Slot] = {}
-    own: dict[int, Matrix] = {}
     for name, weight in weights.items():
+        if name in slots and slots[name].weight is weight:  # by another name of the same matrix
+            continue
         source = weight.source if is_patch(weight) else None
         matrix = source.matrix if source is not None else None
-        if matrix is not None and name in matrix.names:
-            own[id(matrix)] = matrix
-        else:  # under a name of the caller's own, as in a wrapper of the model
+        if matrix is None or name not in matrix.names:
+            # under a name of the caller's own, as in a wrapper of the model
             matrix = matrix_of(model, _named(model, name))
         if source is not None and source.rows.by_example:
             _check_batch_first(model)
+        ways = [way_to(model, one) for one, _ in matrix.slots]
+        held = [held_at(way, one) for way, (one, _) in zip(ways, matrix.slots, strict=True)]
+        if source is not None and source.matrix is not None:
+            check_fresh(model, matrix, held, source)
+        elif weight.shape != matrix.tensor.shape:
+            raise ValueError(
+                f"the weight for {name!r} has shape {tuple(weight.shape)}, and that of "
+                f"{type(model).__name__} has {tuple(matrix.tensor.shape)}."
+            )
         counted = is_patch(weight) and not torch.compiler.is_dynamo_compiling()
         stand_in = weight.unread() if counted else weight  # type: ignore[attr-defined]
-        for one, tensor in matrix.slots:
-            if source is not None and source.matrix is not None:
-                check_fresh(model, one, tensor, source)
-            elif weight.shape != tensor.shape:
-                raise ValueError(
-                    f"the weight for {one!r} has shape {tuple(weight.shape)}, and that of "
-                    f"{type(model).__name__} has {tuple(tensor.shape)}."
-                )
-            now = held_under(model, one)
-            slot = Slot(one, tensor if now is None else now, weight, stand_in, matrix)
+        for (one, tensor), way, now in zip(matrix.slots, ways, held, strict=True):
+            slot = Slot(one, way, tensor if now is None else now, weight, stand_in, matrix)
             if slots.setdefault(one, slot).weight is not weight:
                 raise ValueError(
                     f"{name!r} and another of the names {list(weights)} are one tied weight of "
                     f"{type(model).__name__} ({one!r}). Give it once."
                 )
-    _check_ties(model, [one for matrix in own.values() for one, _ in matrix.slots])
-    return list(slots.values())
+    found = list(slots.values())
+    _check_ties(model, [slot for slot in found if _is_of(slot.weight, slot.matrix)])
+    return found
 
 
-def _check_ties(model: nn.Module, names: Sequence[str]) -> None:
-    if not names or torch.compiler.is_dynamo_compiling():  # which traces no sets of ids
+def _is_of(weight: Tensor, matrix: Matrix) -> bool:
+    return is_patch(weight) and weight.source.matrix is matrix
+
+
+def _check_ties(model: nn.Module, slots: Sequence[Slot]) -> None:
+    if not slots or torch.compiler.is_dynamo_compiling():  # which traces no sets of ids
         return
-    if count_slots(model, [held_under(model, name) for name in names]) != len(names):
+    if count_slots(model, [slot.held for slot in slots]) != len(slots):
         raise ValueError(
-            f"{type(model).__name__} ties {names[0]!r} to more than it did when the parameters "
-            "were made. Make them anew with init_deltas after tying the weights."
+            f"{type(model).__name__} ties {slots[0].name!r} to more than it did when the "
+            "parameters were made. Make them anew with init_deltas after tying the weights."
         )
 
 

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from ttfunc.model.memory import memory_of
-from ttfunc.model.targets import Matrix, held_under
+from ttfunc.model.targets import Matrix
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.source import Source
 
 
-def check_fresh(model: nn.Module, name: str, tensor: Tensor, source: Source) -> None:
-    """Raise ValueError unless the model holds `tensor` there, and it is what was patched."""
-    now = held_under(model, name)
-    if isinstance(now, PatchedWeight) and now.source.matrix is not None:
-        # A call of a copy, inside of a call: a weight of the outer one stands in its place.
-        now = next((one for slot, one in now.source.matrix.slots if one is tensor), now)
-    matrix = source.matrix
-    same = now is tensor and (matrix is None or any(tensor is one for _, one in matrix.slots))
+def check_fresh(
+    model: nn.Module, matrix: Matrix, held: Sequence[Tensor | None], source: Source
+) -> None:
+    """Raise ValueError unless each slot of `matrix` holds its tensor, and it is what was patched.
+
+    held: what the model holds in these slots now.
+    """
     # Resizing and casting may keep the Parameter and replace what is in it. (torch.compile reads no
     # pointers; a patch that is made in the compiled function is fresh.)
     memory = None if torch.compiler.is_dynamo_compiling() else source.memory
-    if same and (memory is None or memory_of(tensor) == memory):
-        return
-    raise ValueError(
-        f"stale patch: the parameter {name!r} that it was made from "
-        f"{_what_is_there(now)} in this {type(model).__name__}: {_why(model, name, now, matrix)}"
-    )
+    known = None
+    for (name, tensor), now in zip(matrix.slots, held, strict=True):
+        if isinstance(now, PatchedWeight) and now.source.matrix is not None:
+            # A call of a copy, inside of a call: a weight of the outer one stands in its place.
+            now = next((one for _, one in now.source.matrix.slots if one is tensor), now)
+        if now is tensor and (tensor is known or _is_patched(tensor, source, matrix, memory)):
+            known = tensor
+            continue
+        raise ValueError(
+            f"stale patch: the parameter {name!r} that it was made from "
+            f"{_what_is_there(now)} in this {type(model).__name__}: "
+            f"{_why(model, name, now, source.matrix)}"
+        )
+
+
+def _is_patched(tensor: Tensor, source: Source, matrix: Matrix, memory: object) -> bool:
+    own = source.matrix
+    if not (own is None or own is matrix or any(tensor is one for _, one in own.slots)):
+        return False
+    return memory is None or memory_of(tensor) == memory
 
 
 def _what_is_there(now: Tensor | None) -> str:

@@ -7,7 +7,7 @@ copies, and the model is never changed, not even during the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from operator import is_
 from types import MethodType
 from typing import Any
@@ -15,35 +15,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttfunc.model.path import HELD, HOOKS, Path, Step
-from ttfunc.model.references import CONTAINERS, mend, parts_of, refill, substituted
+from ttfunc.model.path import HELD, HOOKS, Visit
+from ttfunc.model.references import CONTAINERS, mend, refill, substituted
+
+_NONE: Mapping[str, Any] = {}
 
 
 class Copies:
-    """Copies of the modules on a path, in which others stand in the place of some tensors.
+    """Copies of the visited modules, in which others stand in the place of some tensors.
 
     others: what stands for a tensor, by the identity of that tensor. modes: the training mode of
-    modules on the path, where it is not to be that of the original.
+    modules that is not to be that of the original.
     """
 
     def __init__(
-        self, path: Path, others: Mapping[int, Tensor], modes: Mapping[nn.Module, bool]
+        self,
+        visits: Sequence[Visit],
+        others: Mapping[int, Tensor],
+        modes: Mapping[nn.Module, bool],
     ) -> None:
-        self._traced = torch.compiler.is_dynamo_compiling()
-        self._originals = [_alive(step) for step in path.steps]
-        pairs = zip(self._originals, path.steps, strict=True)
-        self._copies = [_empty_copy(module, step.slots) for module, step in pairs]
+        self._originals = [visit.module for visit in visits]
+        self._copies = [_empty_copy(visit.module, visit.slots) for visit in visits]
         self._others: dict[int, Any] = dict(others)
         self._others.update(zip(map(id, self._originals), self._copies, strict=True))
         self._placed = []
-        for module, step, copy in zip(self._originals, path.steps, self._copies, strict=True):
-            # torch.compile would guard every attribute that is looked at.
-            names = step.attributes if self._traced else step.changed(vars(module))
-            state = _state(module, names, self._others)
-            state["training"] = modes.get(module, module.training)
+        for visit, copy in zip(visits, self._copies, strict=True):
+            state = _state(visit, self._others)
+            if modes:
+                state["training"] = modes.get(visit.module, visit.module.training)
             vars(copy).update(state)
-            held = {part: dict(state[part]) for part in HELD}
-            self._placed.append((state, held, {*step.containers, *names}))
+            # Those that are empty, as most are, need no note of what was in them.
+            held = [dict(state[part]) if state[part] else _NONE for part in HELD]
+            self._placed.append((state, held, visit.containers))
 
     @property
     def model(self) -> nn.Module:
@@ -59,26 +62,21 @@ class Copies:
         back: dict[int, Any] = {id(self._others[id(tensor)]): tensor for tensor in tensors}
         stand_ins = frozenset(back)
         back.update(zip(map(id, self._copies), self._originals, strict=True))
-        for original, copy, (state, held, watched) in zip(
+        traced = torch.compiler.is_dynamo_compiling()
+        for original, copy, (state, held, containers) in zip(
             self._originals, self._copies, self._placed, strict=True
         ):
-            for part in HELD:
-                if _differ(held[part], vars(copy)[part]):
-                    ours = {name for name, one in held[part].items() if id(one) in stand_ins}
-                    _carry(held[part], vars(copy)[part], vars(original)[part], back, own, ours)
-            if _differ(state, vars(copy)):
-                _carry(state, vars(copy), vars(original), back, own, ())
-            if not self._traced:
-                _refill_all(vars(copy), vars(original), back, watched)
+            found = vars(copy)
+            for part, placed in zip(HELD, held, strict=True):
+                if (placed or found[part]) and _differ(placed, found[part]):
+                    ours = {name for name, one in placed.items() if id(one) in stand_ins}
+                    _carry(placed, found[part], vars(original)[part], back, own, ours)
+            if _differ(state, found):
+                _carry(state, found, vars(original), back, own, ())
+            if not traced:
+                _refill_all(found, vars(original), back, containers)
                 if type(copy) is not type(original):  # as lazy modules do
                     original.__class__ = type(copy)
-
-
-def _alive(step: Step) -> nn.Module:
-    module = step.module()
-    if module is None:
-        raise RuntimeError("a module of the path has been deleted. Make the parameters anew.")
-    return module
 
 
 def _empty_copy(module: nn.Module, slots: Iterable[str]) -> nn.Module:
@@ -98,13 +96,16 @@ def _empty_copy(module: nn.Module, slots: Iterable[str]) -> nn.Module:
     return copy
 
 
-def _state(module: nn.Module, names: Iterable[str], others: Mapping[int, Any]) -> dict[str, Any]:
-    """A module's attributes with others in the place of some; those of `names` are looked at."""
-    state = dict(vars(module))  # at once: another thread may add to it
+def _state(visit: Visit, others: Mapping[int, Any]) -> dict[str, Any]:
+    """What was visited, with others in the place of some."""
+    state = visit.state
     for part in HELD:
-        held = dict(state[part])
-        state[part] = {name: others.get(id(one), one) for name, one in held.items()}
-    for name in names:
+        held = dict(state[part])  # at once: another thread may add to it
+        for name, one in held.items():
+            if id(one) in others:
+                held[name] = others[id(one)]
+        state[part] = held
+    for name in visit.watched:
         if name in HOOKS:
             state[name] = type(state[name])(
                 (key, substituted(hook, others) if isinstance(hook, MethodType) else hook)
@@ -117,8 +118,8 @@ def _state(module: nn.Module, names: Iterable[str], others: Mapping[int, Any]) -
 
 def _differ(placed: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     """Whether any value is another object now: in most calls none is."""
-    same = found.keys() == placed.keys()
-    return not (same and all(map(is_, found.values(), placed.values())))
+    same = list(found) == list(placed) and all(map(is_, found.values(), placed.values()))
+    return not same
 
 
 def _carry(
@@ -140,15 +141,15 @@ def _carry(
 
 
 def _refill_all(
-    found: Mapping[str, Any], into: dict[str, Any], back: Mapping[int, Any], names: Iterable[str]
+    found: dict[str, Any], into: dict[str, Any], back: Mapping[int, Any], names: Collection[str]
 ) -> None:
     """Give the containers of the original what the call has put into those of the copy."""
-    for name in names:
-        value = found.get(name)
-        if type(value) not in CONTAINERS or name not in into:
+    for value, mine in zip(map(found.get, names), map(into.get, names), strict=True):
+        if (value is mine and not value) or type(value) not in CONTAINERS:
             continue
-        if into[name] is value and back.keys().isdisjoint(map(id, parts_of(value))):
+        held: Any = value.values() if isinstance(value, dict) else value
+        if value is mine and back.keys().isdisjoint(map(id, held)):
             continue
-        mine, fixed = into[name], substituted(value, back)
+        fixed = substituted(value, back)
         if type(mine) is type(value) and (fixed is not value or mine is not value):
             refill(mine, fixed)

@@ -4,54 +4,74 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from ttfunc.model.references import CALLABLES, CONTAINERS, PLAIN, global_references, references
+from ttfunc.model.references import global_references, references
+from ttfunc.model.sight import PLUMBING, Sight, callables
 
 HELD = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# What torch itself keeps in each module: hooks and flags.
-PLUMBING = frozenset(vars(nn.Module()))
 # What is not looked into: it is of everybody, or of the library.
 _APART = (type, ModuleType, FrameType, CodeType, FunctionType, TracebackType)
 
 
-@dataclass(frozen=True, eq=False)
+class Visit(NamedTuple):
+    """A module of the path at a call.
+
+    state: a copy of its dictionary, of which the attributes of `watched` may lead on, and those of
+    `containers` are lists and the like. slots: what it keeps outside of the dictionary.
+    """
+
+    module: nn.Module
+    state: dict[str, Any]
+    watched: Collection[str]
+    containers: Collection[str]
+    slots: tuple[str, ...]
+
+    def joined(self, other: Visit) -> Visit:
+        """The same module on two paths."""
+        return self._replace(watched={*self.watched, *other.watched})
+
+
+@dataclass(eq=False)
 class Step:
     """A module on the path.
 
     attributes: those outside of its parameters, buffers and submodules that lead on along the path,
-    in a list or a closure say. callables: the identities of all its own functions, such as a
-    `forward` that a tool has set: others may lead on too. containers: identity and length of all
-    its lists and the like: others may lead on too. slots: what it keeps outside of its dictionary.
+    in a list or a closure say. sight: how it was when it was visited last. slots: what it keeps
+    outside of its dictionary.
     """
 
     module: weakref.ref[nn.Module]
     attributes: tuple[str, ...]
-    callables: dict[str, int]
-    containers: dict[str, tuple[int, int]]
+    sight: Sight
     slots: tuple[str, ...]
 
-    def changed(self, state: Mapping[str, Any]) -> list[str]:
-        """The attributes in which the way may lead on: as it was found, and where that changed."""
-        known = self.containers
-        return [
-            name
-            for name, value in list(state.items())
-            if type(value) not in PLAIN
-            and name not in PLUMBING
-            and (
-                name in self.attributes
-                or type(value) not in CONTAINERS
-                or known.get(name) != (id(value), len(value))
-            )
-        ] + [name for name in HOOKS if state[name]]
+    def visit(self) -> Visit | None:
+        """The module as it is now; None where it is gone, or has got a function since."""
+        module = self.module()
+        if module is None:
+            return None
+        state = vars(module).copy()  # at once: another thread may add to it
+        if torch.compiler.is_dynamo_compiling():  # which would guard all that is looked at
+            same = callables(state) == self.sight.callables
+            return Visit(module, state, self.attributes, (), self.slots) if same else None
+        if not self.sight.holds(state):
+            sight = self.sight.renewed(state)
+            if sight.callables != self.sight.callables:
+                return None
+            self.sight = sight
+        watched, containers = self.sight.watched, self.sight.containers
+        if hooks := [name for name in HOOKS if state[name]]:
+            watched, containers = watched.union(hooks), (*containers, *hooks)
+        return Visit(module, state, watched, containers, self.slots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +86,15 @@ class Path:
     steps: tuple[Step, ...]
     aside: tuple[str, ...]
 
-    def leads_through(self, modules: Iterable[nn.Module]) -> bool:
-        """Whether all of these are on the path, and no module of it has got a function since."""
-        on = [(step.module(), step) for step in self.steps]
-        if any(module is None or _callables(module) != step.callables for module, step in on):
-            return False
-        return all(any(module is other for other, _ in on) for module in modules)
+    def visits(self) -> dict[int, Visit] | None:
+        """Its modules as they are now, by identity; None where one may lead elsewhere by now."""
+        found: dict[int, Visit] = {}
+        for step in self.steps:
+            visit = step.visit()
+            if visit is None:
+                return None
+            found[id(visit.module)] = visit
+        return found
 
 
 def find_path(
@@ -99,35 +122,11 @@ def find_path(
     return Path(weakref.ref(model), tuple(steps), tuple(aside))
 
 
-def joined(model: nn.Module, paths: Sequence[Path]) -> Path:
-    """One path for all of `paths` of a model."""
-    if len(paths) == 1:
-        return paths[0]
-    steps: dict[int, Step] = {id(model): _step(model, ())}
-    for step in (step for path in paths for step in path.steps):
-        key = id(step.module())
-        before = steps.get(key, step)
-        attributes = dict.fromkeys((*before.attributes, *step.attributes))
-        steps[key] = replace(step, attributes=tuple(attributes))
-    aside = dict.fromkeys(name for path in paths for name in path.aside)
-    return Path(weakref.ref(model), tuple(steps.values()), tuple(aside))
-
-
 def _step(module: nn.Module, attributes: tuple[str, ...]) -> Step:
-    held = list(vars(module).items())  # which another thread may change
-    containers = {
-        name: (id(value), len(value))
-        for name, value in held
-        if type(value) in CONTAINERS and name not in PLUMBING
-    }
     slots = [vars(base).get("__slots__", ()) for base in type(module).__mro__]
     names = chain.from_iterable((one,) if isinstance(one, str) else one for one in slots)
-    return Step(weakref.ref(module), attributes, _callables(module), containers, tuple(names))
-
-
-def _callables(module: nn.Module) -> dict[str, int]:
-    held = list(vars(module).items())  # which another thread may change
-    return {name: id(value) for name, value in held if type(value) in CALLABLES}
+    sight = Sight.of(vars(module).copy(), attributes)
+    return Step(weakref.ref(module), attributes, sight, tuple(names))
 
 
 def _referrers(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, bool]]]:

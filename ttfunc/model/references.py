@@ -22,6 +22,8 @@ _SEQUENCES = (list, tuple, set, frozenset, deque)
 CONTAINERS = (list, set, deque, dict, OrderedDict)
 _MAPPINGS = (dict, OrderedDict)
 _FOLLOWED = {*CALLABLES, *_SEQUENCES, *_MAPPINGS, weakref.ref}
+# What cannot, though what it holds may.
+FIXED = _FOLLOWED.difference(CONTAINERS)
 # What refers to nothing.
 PLAIN = {type(None), bool, int, float, complex, str, bytes, range, slice}
 
@@ -49,16 +51,22 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
     if id(value) in others:
         return others[id(value)]
     kind: Any = type(value)
-    if kind not in _FOLLOWED or PLAIN.issuperset(map(type, parts_of(value))):
+    if kind not in _FOLLOWED:
         return value
-    if not any(id(one) in others for one in references(value)):
+    held = parts_of(value)
+    if _FOLLOWED.isdisjoint(map(type, held)):  # as of most
+        if others.keys().isdisjoint(map(id, held)):
+            return value
+    elif kind is not MethodType and not any(id(one) in others for one in references(value)):
         return value
     if kind is FunctionType:
         return _with_cells(value, others)
     others = {**others, id(value): value}  # a list that holds itself ends here
     if kind in _MAPPINGS:
         return kind({key: substituted(part, others) for key, part in value.items()})
-    parts: list[Any] = [substituted(part, others) for part in parts_of(value)]
+    parts: list[Any] = [substituted(part, others) for part in held]
+    if kind is MethodType:
+        return value if all(map(is_, parts, held)) else MethodType(*parts)
     if kind is deque:
         return deque(parts, value.maxlen)
     if kind in _SEQUENCES:
@@ -66,7 +74,7 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
     if kind is functools.partial:
         named = dict(zip(value.keywords, parts[1 + len(value.args) :], strict=True))
         return functools.partial(parts[0], *parts[1 : 1 + len(value.args)], **named)
-    return kind(*parts)  # a method of another, or a reference to it
+    return kind(*parts)  # a reference to another
 
 
 def refill(container: Any, content: Any) -> None:

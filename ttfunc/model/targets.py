@@ -118,31 +118,47 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
 
 def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
     """How many (module, attribute) of `model` hold one of these very tensors."""
-    wanted = {id(tensor) for tensor in tensors}
-    # model.modules() does the same at some times the cost, and this runs at every call.
-    pending, seen, count = [model], {id(model)}, 0
+    # model.modules() does the same at many times the cost, and this runs at every call.
+    pending, seen = [model], {id(None)}
+    held: list[object] = []
     for module in pending:
-        for held in (module._parameters, module._buffers):  # most modules have neither
-            if held and not wanted.isdisjoint(map(id, list(held.values()))):
-                count += sum(id(tensor) in wanted for tensor in held.values())
-        if module._modules:
-            for child in list(module._modules.values()):
-                if child is not None and id(child) not in seen:
+        state = module.__dict__
+        if own := state["_parameters"]:
+            held += own.values()
+        if own := state["_buffers"]:
+            held += own.values()
+        if own := state["_modules"]:
+            for child in list(own.values()):
+                if id(child) not in seen:
                     seen.add(id(child))
                     pending.append(child)
-    return count
+    wanted = {id(tensor) for tensor in tensors}
+    return sum(map(wanted.__contains__, map(id, held)))
+
+
+def way_to(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules from the model to the one that holds that name, or as far as there are any."""
+    way = [model]
+    for part in name.split(".")[:-1]:
+        module = way[-1]._modules.get(part)
+        if module is None:
+            break
+        way.append(module)
+    return way
+
+
+def held_at(way: list[nn.Module], name: str) -> Tensor | None:
+    """The parameter or buffer at the end of the way to its name; None where there is none."""
+    if len(way) <= name.count("."):
+        return None
+    holder, attribute = way[-1], name.rpartition(".")[2]
+    parameter = holder._parameters.get(attribute)
+    return holder._buffers.get(attribute) if parameter is None else parameter
 
 
 def held_under(model: nn.Module, name: str) -> Tensor | None:
     """The parameter or buffer that the model has under `name` now."""
-    *path, attribute = name.split(".")
-    module: nn.Module | None = model
-    for part in path:
-        module = None if module is None else module._modules.get(part)
-    if module is None:
-        return None
-    parameter = module._parameters.get(attribute)
-    return module._buffers.get(attribute) if parameter is None else parameter
+    return held_at(way_to(model, name), name)
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -19,6 +19,7 @@ from ttfunc.torch_private import (
     COMPARISONS,
     forbid_writes,
     is_wrapped,
+    keeps_signature,
     outside_of_dispatch,
     plain_torch_function,
     tree_map,
@@ -83,6 +84,7 @@ class Carrier(torch.autograd.Function):
     """The NaN, with the gradient of the matrix `base.index_copy(0, ids, rows)`."""
 
     @classmethod
+    @keeps_signature
     def forward(
         cls, rows: Tensor, base: Tensor, ids: Tensor, transformed: bool, reads: Reads
     ) -> Tensor:

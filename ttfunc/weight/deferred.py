@@ -77,7 +77,7 @@ class PatchedWeight(Tensor):
 
     def unread(self) -> PatchedWeight:
         """The same, with no read noted yet."""
-        source = self.source._replace(reads=Reads())
+        source = Source(*self.source[:-1], Reads())
         wants_grad = torch.is_grad_enabled() and source.rows.values.requires_grad
         stale = wants_grad and not source.beneath.requires_grad  # it was made without a gradient
         # Under a transform the tensor beneath is made with where its own reads are noted.

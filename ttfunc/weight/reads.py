@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttfunc.indices import TokenIndices, gaps, with_rows
-from ttfunc.torch_private import FUNCTIONALIZE, JVP, at_work, in_dual_level, transforms_active
+from ttfunc.torch_private import (
+    FUNCTIONALIZE,
+    JVP,
+    at_work,
+    in_dual_level,
+    keeps_signature,
+    transforms_active,
+)
 from ttfunc.weight.beneath import Carrier, nan_beneath
 from ttfunc.weight.source import Reads
 
@@ -99,6 +106,7 @@ class _TracedProduct(torch.autograd.Function):
     """
 
     @staticmethod
+    @keeps_signature
     def forward(
         hidden: Tensor,
         base: Tensor,
