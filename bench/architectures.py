@@ -56,7 +56,7 @@ def main() -> None:
         params = new_rows(model, name)
         reference, _ = in_place(model, name, params)
         expected = logits_of(reference(**inputs)).detach()
-        if any(len(row.names) > 1 for row in params.rows.values()):
+        if any(len(row.names) > 1 for row in params.specs.values()):
             tied.append(name)
         for way in ways:
             try:

@@ -50,7 +50,7 @@ def test_patched_is_edited(name: str):
     assert same_bits(unmerge(merged.state_dict(), params), state)
 
     # torch's own cannot serve a module that is reached by two paths: it leaves its patch in it.
-    (matrix,) = (row.matrix for row in params.rows.values())
+    (matrix,) = (row.matrix for row in params.specs.values())
     if len(matrix.names) == len(matrix.slots):
         theirs = torch.func.functional_call(model, patch(params), (), inputs)
         assert torch.equal(logits_of(theirs), logits)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from tests.helpers.crowd import crowd
 from tests.helpers.models import D, Language, V, make, tokens
 from tests.helpers.oracle import edited, snapshot
 from tests.helpers.rows import adapters, random_rows
@@ -38,6 +39,13 @@ def test_threads_with_different_adapters_never_mix(case: str):
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(work, range(4))) == [0, 0, 0, 0]
     assert snapshot(model) == before
+
+
+def test_threads_of_which_some_compile_never_mix():
+    done = crowd(4000)
+    assert done["eager"] == 4000
+    assert done["compilations"] >= 2
+    assert done["compiled"] >= 200
 
 
 def test_calls_of_a_wrapper_of_the_model_do_not_mix_with_its_own():
@@ -155,7 +163,7 @@ def test_eager_calls_beside_a_compilation_are_those_alone():
         (grad,) = torch.autograd.grad(out.sin().sum(), params.deltas[NAME])
         with forward_ad.dual_level():
             rows = forward_ad.make_dual(other.deltas[NAME], torch.ones(2, D))
-            dual = functional_call(tied, patch(TokenDeltas({NAME: rows}, other.rows)), (X,))
+            dual = functional_call(tied, patch(TokenDeltas({NAME: rows}, other.specs)), (X,))
             tangent = forward_ad.unpack_dual(dual).tangent
         return out, grad, tangent
 

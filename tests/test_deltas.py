@@ -76,7 +76,7 @@ def test_a_nan_in_the_originals_equals_itself():
 def test_copies_and_pickles_leave_the_base_behind():
     model = nn.Embedding(100_000, 8)
     params = init_deltas(model, [3, 7], init="mean")
-    assert copy.deepcopy(params).rows["weight"].matrix is params.rows["weight"].matrix
+    assert copy.deepcopy(params).specs["weight"].matrix is params.specs["weight"].matrix
     assert copy.deepcopy(params).deltas["weight"] is not params.deltas["weight"]
 
     data = pickle.dumps(params)
@@ -106,7 +106,7 @@ def test_combine_joins_rows_in_order():
     assert torch.equal(both.originals[NAME], model.embed_tokens.weight[[5, 1, 3]])
     assert both.deltas["lm_head.weight"] is b.deltas["lm_head.weight"]
     assert combine(a) is a
-    assert combine(a, b).rows[NAME].indices is both.rows[NAME].indices
+    assert combine(a, b).specs[NAME].indices is both.specs[NAME].indices
 
 
 def test_combine_refuses_overlap_other_models_and_nothing():
@@ -164,7 +164,7 @@ def test_stacked_and_plain_rows_do_not_combine():
 def test_deltas_without_rows_are_refused():
     params = init_deltas(make("tied"), [1])
     with pytest.raises(
-        ValueError, match=r"for \['other'\] and the rows for \['embed_tokens.weight"
+        ValueError, match=r"for \['other'\] and the specs for \['embed_tokens.weight"
     ):
         dataclasses.replace(params, deltas={"other": torch.zeros(1, 8)})
 

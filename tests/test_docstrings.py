@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ttfunc
-from ttfunc.weight.reads import Replaced
+from ttfunc.weight.reads import SharedRows
 
 PACKAGE = Path(ttfunc.__file__).parent
 MODULES = [
@@ -26,8 +26,8 @@ CENTRAL = [
     ttfunc.stack,
     ttfunc.patch_mixed,
     ttfunc.TokenModule,
-    Replaced.lookup,
-    Replaced.product,
+    SharedRows.lookup,
+    SharedRows.product,
 ]
 
 

@@ -183,7 +183,7 @@ def test_no_module_keeps_what_a_step_was_given():
             loss_of(functional_call(model, patch(a, b), (tokens(7, 20),))).backward()
         stack([a, b])
         functional_call(model, patch_mixed([a, b], [0, 1, -1]), (tokens(7, 20),))
-        indices = [row.indices for p in (a, b) for row in p.rows.values()]
+        indices = [row.indices for p in (a, b) for row in p.specs.values()]
         return [weakref.ref(one) for one in [*indices, *(t for i in indices for t in i.on(CPU))]]
 
     left = step()

@@ -178,7 +178,7 @@ def test_a_model_that_turns_its_batch_is_refused():
     config = transformers.XLNetConfig(vocab_size=V, d_model=D, n_layer=1, n_head=2, d_inner=16)
     model = transformers.XLNetLMHeadModel(config).eval().requires_grad_(False)
     params = init_deltas(model, [7], init="mean")
-    with pytest.raises(ValueError, match="XLNet turns its batch"):
+    with pytest.raises(ValueError, match="a model of type .xlnet. turns its batch"):
         functional_call(model, patch_mixed([params], [0] * 6), (tokens(7, batch=6),))
 
 

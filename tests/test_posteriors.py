@@ -54,7 +54,7 @@ def test_sgld_walks_by_its_formula(inplace: bool):
         slope = score(model, expected, batch(step))
         noise = torch.randn_like(slope) * (2 * lr * temperature) ** 0.5
         rows = expected.deltas[NAME] + lr * slope + noise
-        expected = TokenDeltas({NAME: rows}, expected.rows)
+        expected = TokenDeltas({NAME: rows}, expected.specs)
     torch.testing.assert_close(state.params.deltas[NAME], expected.deltas[NAME])
 
 

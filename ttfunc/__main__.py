@@ -165,7 +165,7 @@ def _is_params(path: Path) -> bool:
 
 def _params_info(path: Path) -> list[str]:
     params = rows_file.read(path)
-    rows = sum(len(row.indices) for row in params.rows.values())
+    rows = sum(len(spec.indices) for spec in params.specs.values())
     head = f"{path}: {rows} trained rows ({size(path.stat().st_size)})"
     return [head, *_matrices(params)]
 
@@ -186,12 +186,12 @@ def _adapter_info(path: Path) -> list[str]:
 
 def _matrices(params: TokenDeltas) -> list[str]:
     lines = []
-    for key, row in params.rows.items():
+    for key, spec in params.specs.items():
         delta, originals = params.deltas[key], params.originals[key]
         lines += [
-            f"  {' = '.join(row.names)}",
-            f"    rows      {len(row.indices):,} of {row.shape[0]:,} × {row.shape[1]:,}: "
-            f"{_listed(row.indices.ids)}",
+            f"  {' = '.join(spec.names)}",
+            f"    rows      {len(spec.indices):,} of {spec.shape[0]:,} × {spec.shape[1]:,}: "
+            f"{_listed(spec.indices.ids)}",
             f"    deltas    {_dtype(delta.dtype)}, {size(delta.nbytes)}",
             f"    originals {_dtype(originals.dtype)}, {size(originals.nbytes)}",
         ]

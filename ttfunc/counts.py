@@ -53,17 +53,17 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
     stored = sum(delta.nbytes for delta in deltas)
     held = dict(model.named_parameters(remove_duplicate=False))
     matrices = {}
-    for name, row in params.rows.items():
-        wrapped = row.matrix is not None and any(p is row.matrix.tensor for p in held.values())
-        if not wrapped and (name not in held or tuple(held[name].shape) != row.shape):
+    for name, spec in params.specs.items():
+        wrapped = spec.matrix is not None and any(p is spec.matrix.tensor for p in held.values())
+        if not wrapped and (name not in held or tuple(held[name].shape) != spec.shape):
             raise ValueError(
-                f"{type(model).__name__} has no matrix {name!r} of shape {row.shape}, which the "
+                f"{type(model).__name__} has no matrix {name!r} of shape {spec.shape}, which the "
                 "parameters were made for. Give their model."
             )
-        tied = f", tied with {', '.join(row.names[1:])}" if len(row.names) > 1 else ""
+        tied = f", tied with {', '.join(spec.names[1:])}" if len(spec.names) > 1 else ""
         delta = params.deltas[name]
         matrices[name] = (
-            f"{len(row.indices):,} of {row.shape[0]:,} rows × {row.shape[1]:,}, "
+            f"{len(spec.indices):,} of {spec.shape[0]:,} rows × {spec.shape[1]:,}, "
             f"{str(delta.dtype).removeprefix('torch.')}{tied}"
         )
     # Parameters over the same memory (a tie that torch does not know of) are one.

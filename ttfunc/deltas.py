@@ -17,7 +17,7 @@ from ttfunc.torch_private import OPTREE_GLOBAL, outside_of_modes, torch_pytree
 
 
 @dataclass(frozen=True, eq=False)
-class TokenRows:
+class RowSpec:
     """What stays fixed about the rows of one matrix. Compares by content; never copied.
 
     names: all names of the matrix. shape: its `(V, D)`. indices: which rows. originals: the
@@ -34,7 +34,7 @@ class TokenRows:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return isinstance(other, TokenRows) and (
+        return isinstance(other, RowSpec) and (
             (self.names, self.shape, self.indices) == (other.names, other.shape, other.indices)
             and same_bits(self.originals, other.originals)
         )
@@ -42,11 +42,11 @@ class TokenRows:
     def __hash__(self) -> int:
         return hash((self.names, self.shape, self.indices))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TokenRows:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowSpec:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenRows, (self.names, self.shape, self.indices, self.originals, None)
+        return RowSpec, (self.names, self.shape, self.indices, self.originals, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,34 +54,39 @@ class TokenDeltas:
     """Replacement rows for the token matrices of a model: a pytree of optree and of torch.
 
     deltas: one `(k, D)` float leaf for each distinct matrix, keyed by its first name in the model.
-    rows: the static part, under the same keys; read it through the properties.
+    specs: the static part, under the same keys; read it through the properties.
     """
 
     deltas: dict[str, Tensor]
-    rows: dict[str, TokenRows]
+    specs: dict[str, RowSpec]
 
     def __post_init__(self) -> None:
-        if self.deltas.keys() != self.rows.keys():
+        if self.deltas.keys() != self.specs.keys():
             raise ValueError(
-                f"the deltas are for {sorted(self.deltas)} and the rows for {sorted(self.rows)}: "
+                f"the deltas are for {sorted(self.deltas)} and the specs for {sorted(self.specs)}: "
                 "each matrix needs both. Replace values, not names."
             )
+
+    @property
+    def rows(self) -> dict[str, RowSpec]:
+        """The specs, by the name that they had before."""
+        return self.specs
 
     @property
     def token_indices(self) -> dict[str, Tensor]:
         """The token ids, `(k,)` int64 on the CPU: row i of every array belongs to id i."""
         cpu = torch.device("cpu")
-        return {name: row.indices.on(cpu).ids.clone() for name, row in self.rows.items()}
+        return {name: spec.indices.on(cpu).ids.clone() for name, spec in self.specs.items()}
 
     @property
     def originals(self) -> dict[str, Tensor]:
         """The `(k, D)` rows as they were, in the dtype of the matrix."""
-        return {name: row.originals for name, row in self.rows.items()}
+        return {name: spec.originals for name, spec in self.specs.items()}
 
     @property
     def tied(self) -> dict[str, tuple[str, ...]]:
         """All names of each matrix, its own first one included."""
-        return {name: row.names for name, row in self.rows.items()}
+        return {name: spec.names for name, spec in self.specs.items()}
 
     def __iter__(self) -> NoReturn:
         raise TypeError(
@@ -107,8 +112,8 @@ class TokenDeltas:
 
     def __repr__(self) -> str:
         parts = [
-            f"{' = '.join(row.names)}: {len(row.indices)} of {row.shape[0]} rows"
-            for row in self.rows.values()
+            f"{' = '.join(spec.names)}: {len(spec.indices)} of {spec.shape[0]} rows"
+            for spec in self.specs.values()
         ]
         return f"TokenDeltas({'; '.join(parts)})"
 
@@ -138,27 +143,27 @@ def check_type(params: object) -> None:
 
 
 def _union(a: TokenDeltas, b: TokenDeltas) -> TokenDeltas:
-    deltas, rows = {**a.deltas, **b.deltas}, {**a.rows, **b.rows}
+    deltas, specs = {**a.deltas, **b.deltas}, {**a.specs, **b.specs}
     check_one_model([a, b])
-    for name in [name for name in a.rows if name in b.rows]:
-        rows[name] = _joined_rows(a.rows[name], b.rows[name])
+    for name in [name for name in a.specs if name in b.specs]:
+        specs[name] = _joined_rows(a.specs[name], b.specs[name])
         deltas[name] = _joined(a.deltas[name], b.deltas[name], name)
-    return TokenDeltas(deltas, rows)
+    return TokenDeltas(deltas, specs)
 
 
 def check_one_model(params: Sequence[TokenDeltas]) -> None:
     """Raise ValueError where a name stands for matrices of different models."""
-    first: dict[str, TokenRows] = {}
-    for row in (row for given in params for row in given.rows.values()):
-        for name in row.names:
-            other = first.setdefault(name, row)
-            same = (row.names, row.shape) == (other.names, other.shape)
-            if not same or _other_model(row.matrix, other.matrix):
+    first: dict[str, RowSpec] = {}
+    for spec in (spec for given in params for spec in given.specs.values()):
+        for name in spec.names:
+            other = first.setdefault(name, spec)
+            same = (spec.names, spec.shape) == (other.names, other.shape)
+            if not same or _other_model(spec.matrix, other.matrix):
                 raise ValueError(
                     f"{name!r} belongs to the matrix {other.names} of shape {other.shape} in one "
-                    f"of the parameters, and to {row.names} of shape {row.shape} in another: they "
-                    "were made from different models, or the model was tied in between. Make all "
-                    "with init_deltas on the same model."
+                    f"of the parameters, and to {spec.names} of shape {spec.shape} in another: "
+                    "they were made from different models, or the model was tied in between. Make "
+                    "all with init_deltas on the same model."
                 )
 
 
@@ -174,8 +179,8 @@ def _joined(a: Tensor, b: Tensor, name: str) -> Tensor:
 def check_shapes(params: TokenDeltas) -> None:
     """Raise where a delta is not one `(k, D)` float tensor: ValueError, or TypeError."""
     for name, delta in params.deltas.items():
-        row = params.rows[name]
-        expected = (len(row.indices), row.shape[1])
+        spec = params.specs[name]
+        expected = (len(spec.indices), spec.shape[1])
         if not isinstance(delta, Tensor) or not delta.is_floating_point():
             what = delta.dtype if isinstance(delta, Tensor) else type(delta).__name__
             raise TypeError(f"the delta of {name!r} is {what}: a floating-point tensor is needed.")
@@ -186,7 +191,7 @@ def check_shapes(params: TokenDeltas) -> None:
             )
 
 
-def _joined_rows(a: TokenRows, b: TokenRows) -> TokenRows:
+def _joined_rows(a: RowSpec, b: RowSpec) -> RowSpec:
     with outside_of_modes():
         originals = torch.cat([a.originals, b.originals.to(a.originals.device)])
     return replace(
@@ -216,12 +221,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def _flatten(params: TokenDeltas) -> tuple[list[Tensor], Any]:
     # Sorted, because optree and torch order the keys of a dict differently.
     names = tuple(sorted(params.deltas))
-    return [params.deltas[name] for name in names], (names, tuple(params.rows[n] for n in names))
+    return [params.deltas[name] for name in names], (names, tuple(params.specs[n] for n in names))
 
 
 def _unflatten(context: Any, leaves: Iterable[Any]) -> TokenDeltas:
-    names, rows = context
-    return TokenDeltas(dict(zip(names, leaves, strict=True)), dict(zip(names, rows, strict=True)))
+    names, specs = context
+    return TokenDeltas(dict(zip(names, leaves, strict=True)), dict(zip(names, specs, strict=True)))
 
 
 def _flatten_with_keys(params: TokenDeltas) -> tuple[list[tuple[Any, Tensor]], Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ttfunc.torch_private import outside_of_modes
 
 
-class Table(NamedTuple):
+class IdTable(NamedTuple):
     """The ids on one device, int64: `(k,)` as given, and sorted.
 
     id_at, row_at: `(k + 1,)`, of a place among the sorted ones the id and its row; no id comes to
@@ -42,7 +42,7 @@ class TokenIndices:
         self.ids = ids
         self._hash = hash(ids)
         self._rows = {token: row for row, token in enumerate(ids)}
-        self._tables: dict[torch.device, Table] = {}
+        self._tables: dict[torch.device, IdTable] = {}
         self._stretches: dict[tuple[int, int], tuple[slice, ...]] = {}
         self._unions: dict[tuple[weakref.ref[TokenIndices], ...], TokenIndices] = {}
 
@@ -62,7 +62,7 @@ class TokenIndices:
         """The row that belongs to `token`, or None."""
         return self._rows.get(token)
 
-    def on(self, device: torch.device) -> Table:
+    def on(self, device: torch.device) -> IdTable:
         """The tables on `device`."""
         if device not in self._tables:
             with outside_of_modes():
@@ -70,7 +70,7 @@ class TokenIndices:
                 ordered, row = torch.sort(ids)
                 nowhere = ids.new_tensor([-1])
                 id_at, row_at = torch.cat((ordered, nowhere)), torch.cat((row, nowhere + 1))
-                table = Table(*(one.to(device) for one in (ids, ordered, id_at, row_at)))
+                table = IdTable(*(one.to(device) for one in (ids, ordered, id_at, row_at)))
             self._tables[device] = table
         return self._tables[device]
 

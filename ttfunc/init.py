@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas, TokenRows
+from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.indices import TokenIndices, token_indices
 from ttfunc.model.targets import Matrix, Targets, find_targets, matrix_of
 from ttfunc.torch_private import version_of, warn_of_untested
@@ -66,7 +66,7 @@ def init_deltas(
         raise TypeError(
             f"dtype={dtype!r} cannot be trained: give a floating-point dtype such as torch.float32."
         )
-    deltas, rows = {}, {}
+    deltas, specs = {}, {}
     for matrix, indices in _requests(model, idx, targets):
         weight = matrix.tensor.detach()
         name, ids = matrix.names[0], indices.on(weight.device).ids
@@ -75,8 +75,8 @@ def init_deltas(
         delta = start.to(weight.device, dtype or _delta_dtype(weight.dtype), copy=True)
         deltas[name] = delta.requires_grad_(requires_grad)
         shape = (weight.shape[0], weight.shape[1])
-        rows[name] = TokenRows(matrix.names, shape, indices, originals, matrix)
-    return TokenDeltas(deltas, rows)
+        specs[name] = RowSpec(matrix.names, shape, indices, originals, matrix)
+    return TokenDeltas(deltas, specs)
 
 
 def _requests(
@@ -139,20 +139,9 @@ def _start(
     generator: torch.Generator | None,
 ) -> Tensor:
     if isinstance(init, str):
-        if init == "base":
-            return originals
-        wide = _delta_dtype(weight.dtype)
-        mean = weight.mean(0, dtype=wide).expand(originals.shape)
-        if init == "mean":
-            return mean
-        if init == "normal":
-            noise = torch.randn(
-                originals.shape, generator=generator, device=weight.device, dtype=wide
-            )
-            # torch has no spread of floats of eight bits.
-            drawn = weight.to(wide) if weight.element_size() == 1 else weight
-            return mean + noise * drawn.std(0, correction=0).to(wide)
-        raise ValueError(f"init={init!r} is unknown. {_INITS}")
+        if init not in _KINDS:
+            raise ValueError(f"init={init!r} is unknown. {_INITS}")
+        return _KINDS[init](weight, ids, generator)
     if not (isinstance(init, Tensor) or callable(init)):
         raise TypeError(f"init is a {type(init).__name__}. {_INITS}")
     start = init if isinstance(init, Tensor) else _called(init, weight, ids, name)
@@ -165,6 +154,25 @@ def _start(
     if start.is_complex():
         raise TypeError(f"init gives {start.dtype} for {name!r}: give real numbers.")
     return start.detach()
+
+
+def _base(weight: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
+    return weight.index_select(0, ids)
+
+
+def _mean(weight: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
+    return weight.mean(0, dtype=_delta_dtype(weight.dtype)).expand(len(ids), -1)
+
+
+def _normal(weight: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
+    mean = _mean(weight, ids, generator)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    # torch has no spread of floats of eight bits.
+    wide = weight.to(mean.dtype) if weight.element_size() == 1 else weight
+    return mean + noise * wide.std(0, correction=0).to(mean.dtype)
+
+
+_KINDS = {"base": _base, "mean": _mean, "normal": _normal}
 
 
 def _called(

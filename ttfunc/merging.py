@@ -10,7 +10,7 @@ from reprlib import repr as shown
 import torch
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas, TokenRows, combine
+from ttfunc.deltas import RowSpec, TokenDeltas, combine
 from ttfunc.state_dict import Group, called, groups_of
 from ttfunc.torch_private import is_wrapped, outside_of_modes
 
@@ -60,12 +60,12 @@ def merge(
     """
     together = called(state_dict, combine(params, *more), names)
     groups = groups_of(state_dict, together)
-    for key in together.rows:
+    for key in together.specs:
         _warn_of_others(state_dict, [group for group in groups if group.key == key])
     merged = _written(state_dict, groups, together.deltas)
     if check_finite:
-        for name, row, aliases in groups:  # each has a dtype of its own
-            _check_finite(merged[aliases[0]], row, name)
+        for name, spec, aliases in groups:  # each has a dtype of its own
+            _check_finite(merged[aliases[0]], spec, name)
     return merged
 
 
@@ -87,8 +87,8 @@ def unmerge(
     """
     together = called(state_dict, combine(params, *more), names)
     groups = groups_of(state_dict, together)
-    for _, row, aliases in groups:
-        check_originals(aliases[0], state_dict[aliases[0]].dtype, row.originals.dtype)
+    for _, spec, aliases in groups:
+        check_originals(aliases[0], state_dict[aliases[0]].dtype, spec.originals.dtype)
     return _written(state_dict, groups, together.originals)
 
 
@@ -108,9 +108,9 @@ def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group]) -> No
     if len(groups) < 2 or torch.compiler.is_dynamo_compiling():
         return
     held = [state_dict[group.aliases[0]] for group in groups]
-    if not all(map(_is_plain, [*held, groups[0].row.originals])):
+    if not all(map(_is_plain, [*held, groups[0].spec.originals])):
         return
-    original = [_holds(matrix, group.row) for matrix, group in zip(held, groups, strict=True)]
+    original = [_holds(matrix, group.spec) for matrix, group in zip(held, groups, strict=True)]
     if all(original) or not any(original):
         return
     pairs = list(zip(original, groups, strict=True))
@@ -119,7 +119,7 @@ def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group]) -> No
         for have in (True, False)
     }
     warnings.warn(
-        f"the rows of tokens {shown(list(groups[0].row.indices.ids))} in {names[False]} are not "
+        f"the rows of tokens {shown(list(groups[0].spec.indices.ids))} in {names[False]} are not "
         f"the originals of the parameters, which {names[True]} has: the names are one matrix in "
         "the model, and not in this state dict. The trained rows replace both, and unmerge will "
         "write the originals to both. Keep this state dict.",
@@ -132,11 +132,11 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_wrapped(tensor)
 
 
-def _holds(matrix: Tensor, row: TokenRows) -> bool:
+def _holds(matrix: Tensor, spec: RowSpec) -> bool:
     """Whether the matrix has the originals, in its dtype."""
     with outside_of_modes():
-        ids = row.indices.on(matrix.device).ids
-        originals = row.originals.detach().to(matrix.device, matrix.dtype)
+        ids = spec.indices.on(matrix.device).ids
+        originals = spec.originals.detach().to(matrix.device, matrix.dtype)
         found = matrix.detach().index_select(0, ids)
         return torch.equal(found.view(torch.uint8), originals.contiguous().view(torch.uint8))
 
@@ -148,11 +148,11 @@ def _written(
     result: dict[str, Tensor] = (
         copy.copy(state_dict) if isinstance(state_dict, dict) else dict(state_dict)
     )
-    for key, row, aliases in groups:
+    for key, spec, aliases in groups:
         # From the result: another adapter may have written to one of these names before.
         matrix = result[aliases[0]]
         rows = values[key].to(matrix.device, matrix.dtype)
-        written = _with_rows(matrix, row.indices.on(matrix.device).ids, rows)
+        written = _with_rows(matrix, spec.indices.on(matrix.device).ids, rows)
         result.update(dict.fromkeys(aliases, written))
     return result
 
@@ -165,12 +165,12 @@ def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
     return as_bytes.view(matrix.dtype)
 
 
-def _check_finite(matrix: Tensor, row: TokenRows, name: str) -> None:
-    rows = matrix.detach().index_select(0, row.indices.on(matrix.device).ids)
+def _check_finite(matrix: Tensor, spec: RowSpec, name: str) -> None:
+    rows = matrix.detach().index_select(0, spec.indices.on(matrix.device).ids)
     if rows.element_size() == 1:  # torch has no isfinite for floats of eight bits
         rows = rows.float()
     finite = torch.isfinite(rows).all(dim=1).tolist()
-    if bad := [token for token, fine in zip(row.indices.ids, finite, strict=True) if not fine]:
+    if bad := [token for token, fine in zip(spec.indices.ids, finite, strict=True) if not fine]:
         raise ValueError(
             f"the rows of tokens {bad} for {name!r} are not finite in {matrix.dtype}. Train with a "
             "smaller step, or merge into a wider dtype."

@@ -13,7 +13,7 @@ from ttfunc.indices import outside_of_autocast, union
 from ttfunc.patching import matrix_of_rows
 from ttfunc.stacking import aligned, scattered
 from ttfunc.weight.deferred import patched
-from ttfunc.weight.per_example import Mixed
+from ttfunc.weight.per_example import PerExampleRows
 
 
 def patch_mixed(
@@ -50,10 +50,10 @@ def patch_mixed(
     adapters = aligned(adapters)
     numbers = _numbers(assignment, len(adapters))
     weights: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter.rows):
-        held = [adapter.rows.get(name) for adapter in adapters]
-        row = next((row for row in held if row and row.matrix), next(filter(None, held)))
-        matrix = matrix_of_rows(row)
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.specs):
+        held = [adapter.specs.get(name) for adapter in adapters]
+        spec = next((spec for spec in held if spec and spec.matrix), next(filter(None, held)))
+        matrix = matrix_of_rows(spec)
         if matrix.has_max_norm:
             raise ValueError(
                 f"{name!r} rescales itself as it is read (max_norm), and cannot be mixed. Call "
@@ -68,8 +68,10 @@ def patch_mixed(
     return weights
 
 
-def _mixed(name: str, adapters: Sequence[TokenDeltas], base: Tensor, assignment: Tensor) -> Mixed:
-    held = [(a.deltas[name], a.rows[name].indices) if name in a.rows else None for a in adapters]
+def _mixed(
+    name: str, adapters: Sequence[TokenDeltas], base: Tensor, assignment: Tensor
+) -> PerExampleRows:
+    held = [(a.deltas[name], a.specs[name].indices) if name in a.specs else None for a in adapters]
     indices = union(tuple(ids for _, ids in filter(None, held)))
     nothing = base.new_zeros(len(indices), base.shape[1])
     none = torch.zeros(len(indices), dtype=torch.bool, device=base.device)
@@ -78,7 +80,9 @@ def _mixed(name: str, adapters: Sequence[TokenDeltas], base: Tensor, assignment:
         scattered(torch.ones_like(none[: len(one[1])]), one[1], none, indices) if one else none
         for one in held
     ]
-    return Mixed(torch.stack([*values, nothing]), torch.stack([*own, none]), indices, assignment)
+    return PerExampleRows(
+        torch.stack([*values, nothing]), torch.stack([*own, none]), indices, assignment
+    )
 
 
 def _numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]:

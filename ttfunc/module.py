@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.call import call_copy, functional_call
-from ttfunc.deltas import TokenDeltas, TokenRows
+from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.patching import check_current, patch
 
 CHECKPOINTING = {
@@ -73,7 +73,7 @@ class TokenModule(nn.Module):
                 "would see them. Freeze the model first: model.requires_grad_(False)."
             )
         # Past nn.Module's own __setattr__, which would make it a submodule.
-        self.__dict__.update(base=model, _rows=dict(params.rows), training=model.training)
+        self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
         self._modes = None
         parameters = {name: _parameter(delta, name) for name, delta in params.deltas.items()}
         for name, parameter in parameters.items():
@@ -177,8 +177,8 @@ class TokenModule(nn.Module):
         # Even where it is not strict: Trainer never is, and would go on with untrained rows.
         faults = [
             fault
-            for name, row in self._rows.items()
-            for fault in _faults(name, row, state_dict, prefix)
+            for name, spec in self._rows.items()
+            for fault in _faults(name, spec, state_dict, prefix)
         ]
         if faults:
             error_msgs += faults
@@ -272,7 +272,7 @@ def _subclass(model_class: type[nn.Module], module_class: type[TokenModule]) -> 
     return type(model_class.__name__, (module_class,), space)
 
 
-def _faults(name: str, row: TokenRows, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
+def _faults(name: str, spec: RowSpec, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
     """What keeps the entries of a state dict from being the rows of these tokens."""
     rows, ids = (prefix + _key(part, name) for part in ("deltas", "token_indices"))
     if missing := [key for key in (rows, ids) if not isinstance(state_dict.get(key), Tensor)]:
@@ -281,12 +281,12 @@ def _faults(name: str, row: TokenRows, state_dict: Mapping[str, Any], prefix: st
             "TokenModule over the same matrices gave."
         )
         return
-    expected = (len(row.indices), row.shape[1])
+    expected = (len(spec.indices), spec.shape[1])
     if tuple(state_dict[rows].shape) != expected:
         yield f"{rows!r} has shape {tuple(state_dict[rows].shape)}, and {expected} is needed."
-    elif state_dict[ids].tolist() != list(row.indices.ids):
+    elif state_dict[ids].tolist() != list(spec.indices.ids):
         yield (
             f"{rows!r} are the rows of tokens {shown(state_dict[ids].tolist())}, and this module "
-            f"trains {shown(list(row.indices.ids))}: make it from init_deltas with the same "
+            f"trains {shown(list(spec.indices.ids))}: make it from init_deltas with the same "
             "ids, in the same order."
         )

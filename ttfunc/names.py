@@ -13,7 +13,7 @@ from reprlib import repr as shown
 
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas, TokenRows
+from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.model.targets import Matrix, matrix_of
 
 # What wrappers put into the names of a model, and who does.
@@ -37,7 +37,7 @@ def renamed(
     names: Mapping[str, str] | None,
     held: Collection[str],
     where: str,
-    missing: Callable[[TokenRows, str], str],
+    missing: Callable[[RowSpec, str], str],
 ) -> TokenDeltas:
     """`params` by the names that are `held` elsewhere, in place of the model's.
 
@@ -49,7 +49,7 @@ def renamed(
         return params
     if not isinstance(names, Mapping) or not all(isinstance(n, str) for n in names.values()):
         raise TypeError(f"names must map strings to strings, got {shown(names)}.")
-    known = {name: row for row in params.rows.values() for name in row.names}
+    known = {name: spec for spec in params.specs.values() for name in spec.names}
     for name, other in names.items():
         told = f"names has {other!r} for {name!r}, and "
         if name not in known:
@@ -65,8 +65,8 @@ def renamed(
     if twice := [name for name, times in called.items() if times > 1]:
         raise ValueError(f"names leads to {twice} more than once: a tensor has one name each.")
     rows = {
-        key: replace(row, names=tuple(names.get(name, name) for name in row.names))
-        for key, row in params.rows.items()
+        key: replace(spec, names=tuple(names.get(name, name) for name in spec.names))
+        for key, spec in params.specs.items()
     }
     return TokenDeltas(params.deltas, rows)
 

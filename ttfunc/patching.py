@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes, check_type, combine
+from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes, check_type, combine
 from ttfunc.model.memory import same_memory
 from ttfunc.model.targets import Matrix
 from ttfunc.weight.deferred import patched
-from ttfunc.weight.reads import Replaced
+from ttfunc.weight.reads import SharedRows
 
 
 def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[str, Tensor]:
@@ -49,12 +49,12 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
     together = combine(params, *more)
     check_shapes(together)
     for name, delta in together.deltas.items():
-        row = together.rows[name]
-        matrix = matrix_of_rows(row)
+        spec = together.specs[name]
+        matrix = matrix_of_rows(spec)
         base = matrix.tensor.detach()
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
         copied = dense or matrix.has_max_norm
-        weight = patched(base, Replaced(delta, row.indices), matrix, dense=copied)
+        weight = patched(base, SharedRows(delta, spec.indices), matrix, dense=copied)
         weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights
 
@@ -63,13 +63,13 @@ def check_current(params: TokenDeltas) -> None:
     """Raise what `patch` would: for other types and shapes, and for stale parameters."""
     check_type(params)
     check_shapes(params)
-    for row in params.rows.values():
-        matrix_of_rows(row)
+    for spec in params.specs.values():
+        matrix_of_rows(spec)
 
 
-def matrix_of_rows(row: TokenRows) -> Matrix:
+def matrix_of_rows(spec: RowSpec) -> Matrix:
     """Where the rows belong. Raises RuntimeError if nowhere, ValueError if it is not as it was."""
-    name, matrix = row.names[0], row.matrix
+    name, matrix = spec.names[0], spec.matrix
     if matrix is None:
         raise RuntimeError(
             f"the parameters for {name!r} belong to no model: pickling leaves the base behind. "
@@ -77,9 +77,9 @@ def matrix_of_rows(row: TokenRows) -> Matrix:
             "init_deltas(model, idx), params)."
         )
     held = matrix.tensor
-    if tuple(held.shape) != row.shape:
+    if tuple(held.shape) != spec.shape:
         raise ValueError(
-            f"stale parameters: {name!r} had shape {row.shape} when they were made, and has "
+            f"stale parameters: {name!r} had shape {spec.shape} when they were made, and has "
             f"{tuple(held.shape)} now. Make them anew with init_deltas on the model as it is."
         )
     if apart := [n for n, other in matrix.slots if not _is_tied(other, held)]:

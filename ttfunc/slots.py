@@ -13,6 +13,7 @@ from ttfunc.model.targets import Matrix, count_slots, held_at, held_under, matri
 from ttfunc.names import did_you_mean
 from ttfunc.stale import check_fresh
 from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.per_example import check_batch_first
 
 
 class Slot(NamedTuple):
@@ -42,7 +43,7 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
             # under a name of the caller's own, as in a wrapper of the model
             matrix = matrix_of(model, _named(model, name))
         if source is not None and source.rows.by_example:
-            _check_batch_first(model)
+            check_batch_first(model)
         ways = [way_to(model, one) for one, _ in matrix.slots]
         held = [held_at(way, one) for way, (one, _) in zip(ways, matrix.slots, strict=True)]
         if source is not None and source.matrix is not None:
@@ -87,14 +88,6 @@ def _named(model: nn.Module, name: str) -> Tensor:
         hint = did_you_mean(name, names)
         raise KeyError(f"{type(model).__name__} has no parameter or buffer named {name!r}.{hint}")
     return current
-
-
-def _check_batch_first(model: nn.Module) -> None:
-    if getattr(getattr(model, "config", None), "model_type", None) == "xlnet":
-        raise ValueError(
-            "a mixed patch needs the examples in the first dimension, and XLNet turns its batch "
-            "before it looks tokens up. Call each adapter's examples on their own."
-        )
 
 
 def is_patch(weight: Tensor) -> TypeGuard[PatchedWeight]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ttfunc.deltas import (
+    RowSpec,
     TokenDeltas,
-    TokenRows,
     check_one_model,
     check_shapes,
     check_type,
@@ -49,15 +49,15 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
         TypeError: what is no TokenDeltas.
     """
     adapters = aligned(params_list)
-    names = dict.fromkeys(name for adapter in adapters for name in adapter.rows)
-    deltas, rows = {}, {}
+    names = dict.fromkeys(name for adapter in adapters for name in adapter.specs)
+    deltas, specs = {}, {}
     for name in names:
-        row = _common([adapter.rows[name] for adapter in adapters if name in adapter.rows])
-        rows[name] = row
-        filled = [_filled(adapter, name, row) for adapter in adapters]
+        spec = _common([adapter.specs[name] for adapter in adapters if name in adapter.specs])
+        specs[name] = spec
+        filled = [_filled(adapter, name, spec) for adapter in adapters]
         with outside_of_autocast(filled[0].device):
             deltas[name] = torch.stack(filled)
-    return TokenDeltas(deltas, rows)
+    return TokenDeltas(deltas, specs)
 
 
 def aligned(params_list: Iterable[TokenDeltas]) -> list[TokenDeltas]:
@@ -83,30 +83,30 @@ def scattered(delta: Tensor, indices: TokenIndices, into: Tensor, among: TokenIn
     return with_rows(into, places, delta.to(into.device, into.dtype))
 
 
-def _common(rows: list[TokenRows]) -> TokenRows:
-    indices = union(tuple(row.indices for row in rows))
+def _common(specs: list[RowSpec]) -> RowSpec:
+    indices = union(tuple(spec.indices for spec in specs))
     with outside_of_modes():
-        first = rows[0].originals
-        wide = functools.reduce(torch.promote_types, (row.originals.dtype for row in rows))
+        first = specs[0].originals
+        wide = functools.reduce(torch.promote_types, (spec.originals.dtype for spec in specs))
         originals = first.new_zeros(len(indices), first.shape[1], dtype=wide)
-        for row in rows:
-            originals = scattered(row.originals, row.indices, originals, indices)
-        for row in rows:
-            _, places = indices.find(row.indices.on(first.device).ids, first.device)
-            same = same_bits(originals[places], row.originals.to(first.device, wide))
+        for spec in specs:
+            originals = scattered(spec.originals, spec.indices, originals, indices)
+        for spec in specs:
+            _, places = indices.find(spec.indices.on(first.device).ids, first.device)
+            same = same_bits(originals[places], spec.originals.to(first.device, wide))
             if not same:
                 raise ValueError(
-                    f"the adapters for {row.names[0]!r} were made when the model had other rows, "
+                    f"the adapters for {spec.names[0]!r} were made when the model had other rows, "
                     "or another dtype: their originals of one token differ. Make them anew with "
                     "init_deltas on the model as it is."
                 )
-    matrix = next((row.matrix for row in rows if row.matrix is not None), None)
-    return replace(rows[0], indices=indices, originals=originals, matrix=matrix)
+    matrix = next((spec.matrix for spec in specs if spec.matrix is not None), None)
+    return replace(specs[0], indices=indices, originals=originals, matrix=matrix)
 
 
-def _filled(adapter: TokenDeltas, name: str, row: TokenRows) -> Tensor:
-    if name not in adapter.rows:
-        return row.originals
+def _filled(adapter: TokenDeltas, name: str, spec: RowSpec) -> Tensor:
+    if name not in adapter.specs:
+        return spec.originals
     delta = adapter.deltas[name]
-    into = row.originals.to(delta.device, delta.dtype)
-    return scattered(delta, adapter.rows[name].indices, into, row.indices)
+    into = spec.originals.to(delta.device, delta.dtype)
+    return scattered(delta, adapter.specs[name].indices, into, spec.indices)

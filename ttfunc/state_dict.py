@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ttfunc.deltas import TokenDeltas, TokenRows, check_shapes
+from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes
 from ttfunc.model.memory import same_memory
 from ttfunc.names import advice, renamed, through_wrappers
 
@@ -18,7 +18,7 @@ class Group(NamedTuple):
     """Names of one matrix of the parameters that are one tensor in a state dict."""
 
     key: str
-    row: TokenRows
+    spec: RowSpec
     aliases: list[str]
 
 
@@ -33,20 +33,20 @@ def called(
             "merge(model.state_dict(), params), and the same for unmerge."
         )
     begins = f"the state dict has no such tensor. It begins with {list(state_dict)[:3]}."
-    return renamed(params, names, state_dict, "the state dict", lambda row, other: begins)
+    return renamed(params, names, state_dict, "the state dict", lambda spec, other: begins)
 
 
 def groups_of(state_dict: Mapping[str, Tensor], params: TokenDeltas) -> list[Group]:
     """The tensors to write to. Raises KeyError, TypeError or ValueError where that cannot be."""
     groups = []
-    for key, row in params.rows.items():
-        held = {alias: state_dict[alias] for alias in row.names if alias in state_dict}
-        _check_found(state_dict, row, held)
+    for key, spec in params.specs.items():
+        held = {alias: state_dict[alias] for alias in spec.names if alias in state_dict}
+        _check_found(state_dict, spec, held)
         for alias, matrix in held.items():
-            _check_matrix(alias, matrix, row)
-        groups += [Group(key, row, aliases) for _, aliases in _distinct(state_dict, held)]
+            _check_matrix(alias, matrix, spec)
+        groups += [Group(key, spec, aliases) for _, aliases in _distinct(state_dict, held)]
     for one, other in itertools.combinations(groups, 2):
-        both = sorted(set(one.row.indices.ids) & set(other.row.indices.ids))
+        both = sorted(set(one.spec.indices.ids) & set(other.spec.indices.ids))
         if both and one.aliases == other.aliases:
             raise ValueError(
                 f"{one.key!r} and {other.key!r} are one tensor in the state dict, and both have "
@@ -56,37 +56,37 @@ def groups_of(state_dict: Mapping[str, Tensor], params: TokenDeltas) -> list[Gro
 
 
 def _check_found(
-    state_dict: Mapping[str, Tensor], row: TokenRows, held: Mapping[str, Tensor]
+    state_dict: Mapping[str, Tensor], spec: RowSpec, held: Mapping[str, Tensor]
 ) -> None:
     if not held:
         raise KeyError(
-            f"the state dict has none of the names {row.names} of the token matrix."
-            f"{advice(row.names, state_dict) or ' Is it of the same model?'} It begins with "
+            f"the state dict has none of the names {spec.names} of the token matrix."
+            f"{advice(spec.names, state_dict) or ' Is it of the same model?'} It begins with "
             f"{list(state_dict)[:3]}."
         )
-    absent = [name for name in row.names if name not in held]
+    absent = [name for name in spec.names if name not in held]
     others = through_wrappers(absent, state_dict) if absent else {}
     for name, other in others.items():
         matrix = state_dict[other]
         if isinstance(matrix, Tensor) and any(_is_same(matrix, known) for known in held.values()):
             continue
         raise KeyError(
-            f"the state dict has {list(held)} for the token matrix {row.names}, and for {name!r} "
+            f"the state dict has {list(held)} for the token matrix {spec.names}, and for {name!r} "
             f"not that name, but {other!r}, which would be left as it is. Say so: names={others!r}."
         )
 
 
-def _check_matrix(alias: str, matrix: object, row: TokenRows) -> None:
+def _check_matrix(alias: str, matrix: object, spec: RowSpec) -> None:
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
         what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
         raise TypeError(
             f"{alias!r} in the state dict is {what}, which holds no rows to replace: a "
             "floating-point tensor is needed. Merge before quantising."
         )
-    if tuple(matrix.shape) != row.shape:
+    if tuple(matrix.shape) != spec.shape:
         raise ValueError(
             f"{alias!r} in the state dict has shape {tuple(matrix.shape)}, and the "
-            f"parameters were made for {row.shape}. Use the state dict of that model."
+            f"parameters were made for {spec.shape}. Use the state dict of that model."
         )
 
 

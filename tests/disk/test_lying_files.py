@@ -51,7 +51,7 @@ def is_readable(path: Path, params: TokenDeltas) -> bool:
     for kind in ("deltas", "token_indices", "originals"):
         a, b = ([bits(t) for t in getattr(each, kind).values()] for each in (found, params))
         assert a == b
-    assert all(row.matrix is None and name == row.names[0] for name, row in found.rows.items())
+    assert all(row.matrix is None and name == row.names[0] for name, row in found.specs.items())
     return True
 
 

@@ -49,7 +49,7 @@ def test_every_dtype_keeps_its_bits(dtype: torch.dtype, tmp_path):
     model = make("tied")
     params = init_deltas(model, [7, 3])
     noise = torch.randint(0, 256, (2, 2, D * dtype.itemsize), dtype=torch.uint8).view(dtype)
-    row = replace(params.rows[NAME], originals=noise[1])
+    row = replace(params.specs[NAME], originals=noise[1])
     params = TokenDeltas({NAME: noise[0]}, {NAME: row})
     save(params, tmp_path / "rows")
     found = read(tmp_path / "rows")
@@ -136,7 +136,7 @@ def test_in_inference_mode_what_is_loaded_can_be_trained_after(tmp_path):
         (lambda p: init_deltas(make("tied").to("meta"), IDX), "on the meta device"),
         (
             lambda p: TokenDeltas(
-                {**p.deltas, "a": p.deltas[NAME]}, {**p.rows, "a": replace(p.rows[NAME])}
+                {**p.deltas, "a": p.deltas[NAME]}, {**p.specs, "a": replace(p.specs[NAME])}
             ),
             "given twice",
         ),

@@ -46,7 +46,7 @@ def test_leaves_of_all_kinds(leaf, tmp_path):
 def test_originals_and_deltas_in_one_memory(tmp_path):
     model = make("tied")
     params = init_deltas(model, IDX)
-    params = TokenDeltas({NAME: params.originals[NAME]}, params.rows)
+    params = TokenDeltas({NAME: params.originals[NAME]}, params.specs)
     save(params, tmp_path / "rows")
     assert same(read(tmp_path / "rows"), params)
 

@@ -38,7 +38,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def expected(source: Path, params) -> dict[str, bytes]:
     """The slow way: each file is loaded, merged by `ttfunc.merge`, and its bytes are exchanged."""
     files = contents(source)
-    names = {name for row in params.rows.values() for name in row.names}
+    names = {name for row in params.specs.values() for name in row.names}
     for path in source.glob("*.safetensors"):
         raw, state = path.read_bytes(), load_file(path)
         if held := names & state.keys():
@@ -53,9 +53,9 @@ def expected(source: Path, params) -> dict[str, bytes]:
 
 def keyed(params, held: Iterable[str]):
     """The parameters of those matrices alone that have one of these names."""
-    keep = [key for key, row in params.rows.items() if set(row.names) & set(held)]
+    keep = [key for key, row in params.specs.items() if set(row.names) & set(held)]
     return type(params)(
-        {key: params.deltas[key] for key in keep}, {key: params.rows[key] for key in keep}
+        {key: params.deltas[key] for key in keep}, {key: params.specs[key] for key in keep}
     )
 
 

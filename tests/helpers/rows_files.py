@@ -14,7 +14,7 @@ IDX = [7, 5, 11]  # in no order
 def same(a: TokenDeltas, b: TokenDeltas) -> bool:
     """Equal in every bit, and in the order of the rows."""
     return (
-        a.rows == b.rows and same_bits(a.deltas, b.deltas) and same_bits(a.originals, b.originals)
+        a.specs == b.specs and same_bits(a.deltas, b.deltas) and same_bits(a.originals, b.originals)
     )
 
 

@@ -60,7 +60,7 @@ def rows_of(params: TokenDeltas) -> dict[str, Tensor]:
 
 
 def filled(params: TokenDeltas, rows: dict[str, Tensor]) -> TokenDeltas:
-    return TokenDeltas(rows, params.rows)
+    return TokenDeltas(rows, params.specs)
 
 
 def dot(a: TokenDeltas, b: TokenDeltas) -> Tensor:

@@ -175,7 +175,7 @@ def test_there_and_back_again(tmp_path):
     save_peft(theirs, tmp_path / "ours")
     check_peft_reads(tmp_path / "ours", model, theirs)
     ours = load_peft(tmp_path / "ours", model)
-    assert ours.rows == theirs.rows
+    assert ours.specs == theirs.specs
     assert same_bits(ours.deltas, theirs.deltas)
 
 
@@ -215,7 +215,8 @@ class Bare(nn.Module):
         (lambda p: init_deltas(nn.Embedding(V, D), IDX, targets=""), "and not 'weight'"),
         (
             lambda p: TokenDeltas(
-                {**p.deltas, "a": p.deltas[EMBEDDING]}, {**p.rows, "a": replace(p.rows[EMBEDDING])}
+                {**p.deltas, "a": p.deltas[EMBEDDING]},
+                {**p.specs, "a": replace(p.specs[EMBEDDING])},
             ),
             "belongs to two matrices",
         ),

@@ -139,7 +139,7 @@ def test_08_one_list_for_several_targets():
     model, targets = toy("llama_untied"), ["embed_tokens", "lm_head"]
     both, inputs = agree_with_peft(model, targets=targets), inputs_of(model, 7, 3)
     for still in (EMBEDDING, HEAD):
-        one = TokenDeltas({**both.deltas, still: both.originals[still]}, both.rows)
+        one = TokenDeltas({**both.deltas, still: both.originals[still]}, both.specs)
         agree(model, one, peft_of(model, IDX, one, target_modules=targets))
         assert far(run(model, one, inputs), run(model, both, inputs))
 

@@ -114,7 +114,7 @@ def test_16_the_padding_row(name: str):
 
 @pytest.mark.parametrize("option", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}])
 def test_17_options_of_the_embedding(option: dict):
-    """17. Rows are has_max_norm, gradients are divided by frequency."""
+    """17. Rows are renormed, gradients are divided by frequency."""
     model, plain = filled(Language(tie=False, **option)), filled(Language(tie=False))
     assert same_bits(plain.state_dict(), model.state_dict())
     inputs = {"x": tokens(7, 7, 3)}

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tests.helpers.sizes import Sizes
 from ttfunc.indices import TokenIndices
 from ttfunc.weight import reads
-from ttfunc.weight.reads import Replaced
+from ttfunc.weight.reads import SharedRows
 
 V, D = 17, 5
 ids = st.lists(st.integers(0, V - 1), min_size=1, max_size=V, unique=True)
@@ -36,7 +36,7 @@ def copied(base: Tensor, rows: Tensor, indices: TokenIndices) -> Tensor:
 def test_lookup(ids: list[int], seed: int, padding: int | None):
     base, rows, indices = operands(ids, seed)
     tokens = torch.randint(0, V, (3, 4), generator=torch.Generator().manual_seed(seed))
-    found = Replaced(rows, indices).lookup(tokens, base, padding)
+    found = SharedRows(rows, indices).lookup(tokens, base, padding)
     expected = F.embedding(tokens, copied(base, rows, indices), padding)
     assert torch.equal(found, expected)
     weight = torch.randn_like(expected)
@@ -52,14 +52,14 @@ def test_lookup_takes_every_shape_of_tokens(shape: tuple[int, ...], dtype: torch
     base, rows, indices = operands([3, 1])
     tokens = torch.randint(0, V, shape).to(dtype)
     expected = F.embedding(tokens, copied(base, rows, indices))
-    assert torch.equal(Replaced(rows, indices).lookup(tokens, base), expected)
+    assert torch.equal(SharedRows(rows, indices).lookup(tokens, base), expected)
 
 
 @pytest.mark.parametrize("token", [V, -1])
 def test_lookup_refuses_what_an_embedding_refuses(token: int):
     base, rows, indices = operands([V - 1])
     with pytest.raises(IndexError, match="index out of range"):
-        Replaced(rows, indices).lookup(torch.tensor([token]), base)
+        SharedRows(rows, indices).lookup(torch.tensor([token]), base)
 
 
 @given(
@@ -74,7 +74,7 @@ def test_product(ids: list[int], seed: int, biased: bool, flat: bool, most: int)
     hidden = torch.randn((D,) if flat else (2, 3, D), dtype=torch.float64, requires_grad=True)
     bias = torch.randn(V, dtype=torch.float64, requires_grad=True) if biased else None
     with mock.patch.object(reads, "_most_parts", return_value=most):
-        found = Replaced(rows, indices).product(hidden, base, bias)
+        found = SharedRows(rows, indices).product(hidden, base, bias)
     expected = F.linear(hidden, copied(base, rows, indices), bias)
     torch.testing.assert_close(found, expected)
     inputs = [x for x in (hidden, rows, bias) if x is not None]
@@ -89,7 +89,7 @@ def test_product(ids: list[int], seed: int, biased: bool, flat: bool, most: int)
 def test_product_of_nothing(shape: tuple[int, ...]):
     base, rows, indices = operands([3, 1])
     hidden = torch.randn(*shape, D, dtype=torch.float64, requires_grad=True)
-    found = Replaced(rows, indices).product(hidden, base)
+    found = SharedRows(rows, indices).product(hidden, base)
     assert found.shape == (*shape, V)
     by_hidden, by_rows = torch.autograd.grad(found.sum(), (hidden, rows))
     assert by_hidden.shape == hidden.shape
@@ -102,7 +102,7 @@ def test_a_matrix_of_no_columns_or_of_one_row(shape: tuple[int, int], hidden: tu
     base, rows = torch.randn(shape), torch.randn(1, shape[1], requires_grad=True)
     h = torch.randn(*hidden, shape[1], requires_grad=True)
     indices = TokenIndices((0,))
-    found = Replaced(rows, indices).product(h, base)
+    found = SharedRows(rows, indices).product(h, base)
     expected = F.linear(h, copied(base, rows, indices))
     torch.testing.assert_close(found, expected)
     for one, other in zip(
@@ -122,7 +122,7 @@ def test_product_has_all_derivatives(biased: bool, most: int, monkeypatch):
     bias = torch.randn(V, dtype=torch.float64, requires_grad=True) if biased else None
 
     def f(hidden, rows, bias=None):
-        return Replaced(rows, indices).product(hidden, base, bias)
+        return SharedRows(rows, indices).product(hidden, base, bias)
 
     inputs = (hidden, rows) if bias is None else (hidden, rows, bias)
     checks = {"check_forward_ad": True, "check_batched_grad": True}
@@ -134,8 +134,8 @@ def test_a_base_that_requires_grad_gets_none_and_keeps_its_values():
     base, rows, indices = operands([3, 1])
     base.requires_grad_()
     before = base.detach().clone()
-    hidden = Replaced(rows, indices).lookup(torch.tensor([[3, 4]]), base.detach())
-    Replaced(rows, indices).product(hidden, base.detach()).sum().backward()
+    hidden = SharedRows(rows, indices).lookup(torch.tensor([[3, 4]]), base.detach())
+    SharedRows(rows, indices).product(hidden, base.detach()).sum().backward()
     assert base.grad is None
     assert torch.equal(base, before)
 
@@ -150,7 +150,7 @@ def test_the_product_saves_nothing_of_the_size_of_its_result():
         return tensor
 
     with saved_tensors_hooks(saved, lambda tensor: tensor):
-        Replaced(rows, indices).product(hidden, base)
+        SharedRows(rows, indices).product(hidden, base)
     assert sorted(sizes) == sorted(x.numel() for x in (hidden, base, rows, torch.zeros(2)))
 
 
@@ -169,7 +169,7 @@ def test_a_large_old_row_cancels_nothing(scale: int, ids: list[int]):
 
     truth = factor.double() @ copied(base, rows, indices).double()
     exact = (gradient(F.linear(hidden, copied(base, rows, indices))) - truth).norm()
-    assert (gradient(Replaced(rows, indices).product(hidden, base)) - truth).norm() <= 2 * exact
+    assert (gradient(SharedRows(rows, indices).product(hidden, base)) - truth).norm() <= 2 * exact
 
 
 def test_the_product_makes_no_second_buffer_where_few_parts_are_kept():
@@ -177,7 +177,7 @@ def test_the_product_makes_no_second_buffer_where_few_parts_are_kept():
     def largest(ids: list[int], dtype: torch.dtype) -> int:
         base, rows, indices = operands(ids, dtype=dtype)
         hidden = torch.randn(50, D, dtype=dtype, requires_grad=True)
-        logits = Replaced(rows, indices).product(hidden, base)
+        logits = SharedRows(rows, indices).product(hidden, base)
         gradient = torch.randn_like(logits)
         with Sizes() as sizes:
             torch.autograd.grad(logits, hidden, gradient)
@@ -197,7 +197,7 @@ def test_product_under_autocast(hidden_dtype: torch.dtype):
     hidden = torch.randn(4, D).to(hidden_dtype).requires_grad_()
     bias = torch.randn(V)
     with torch.autocast("cpu", torch.bfloat16):
-        found = Replaced(rows, indices).product(hidden, base, bias)
+        found = SharedRows(rows, indices).product(hidden, base, bias)
         expected = F.linear(hidden, copied(base, rows, indices), bias)
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected)
@@ -208,5 +208,5 @@ def test_product_under_autocast(hidden_dtype: torch.dtype):
         # bfloat16 keeps 8 bits, of the largest of the numbers that are added up.
         torch.testing.assert_close(one, other, rtol=0, atol=0.02 * other.abs().max().item())
     assert torch.autograd.gradcheck(  # float64 is left as it is, as torch leaves it
-        lambda r: Replaced(r, indices).product(hidden.double(), base.double()), rows.double()
+        lambda r: SharedRows(r, indices).product(hidden.double(), base.double()), rows.double()
     )

@@ -13,7 +13,7 @@ from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk import rows_file
 from ttfunc.disk.atomic import copy_file, make_directory, stage, sync_directory
 from ttfunc.disk.folder import Checkpoint, open_checkpoint, warn_of_copies
-from ttfunc.disk.places import Place, check_finite, find_places, holds, under_names
+from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
 from ttfunc.disk.tensors import path_of
 from ttfunc.merging import check_originals
 
@@ -60,19 +60,20 @@ def merge_checkpoint(
     """
     checkpoint = _opened(source, destination)
     params = _given(params_or_path, checkpoint, names)
-    places = find_places(checkpoint, params, params.deltas)
-    for place in places:
-        check_finite(place)
-        originals = params.originals[place.key]
-        if not originals.is_meta and not holds(checkpoint.root, place, originals.cpu()):
+    matrices = find_matrices(checkpoint, params, params.deltas)
+    for stored in matrices:
+        check_finite(stored)
+        originals = params.originals[stored.key]
+        if not originals.is_meta and not holds(checkpoint.root, stored, originals.cpu()):
             warnings.warn(
-                f"the rows of {place.name!r} in {_file(checkpoint, place)} ({place.dtype}) are not "
-                f"the originals ({originals.dtype}) of the parameters, and unmerge_checkpoint will "
-                "not give them back. Is it another model, or was it merged into before? Keep it.",
+                f"the rows of {stored.name!r} in {_file(checkpoint, stored)} ({stored.dtype}) are "
+                f"not the originals ({originals.dtype}) of the parameters, and unmerge_checkpoint "
+                "will not give them back. Is it another model, or was it merged into before? Keep "
+                "it.",
                 stacklevel=2,
             )
     warn_of_copies(checkpoint)
-    _write_copy(checkpoint, places, Path(destination), progress)
+    _write_copy(checkpoint, matrices, Path(destination), progress)
 
 
 def unmerge_checkpoint(
@@ -98,19 +99,19 @@ def unmerge_checkpoint(
     """
     checkpoint = _opened(source, destination)
     params = _given(params_or_path, checkpoint, names)
-    places = find_places(checkpoint, params, params.originals)
-    for place in places:
-        check_originals(place.name, place.dtype, place.rows.dtype)
-        deltas = params.deltas[place.key].detach()
-        if not deltas.is_meta and not holds(checkpoint.root, place, deltas.cpu()):
+    matrices = find_matrices(checkpoint, params, params.originals)
+    for stored in matrices:
+        check_originals(stored.name, stored.dtype, stored.rows.dtype)
+        deltas = params.deltas[stored.key].detach()
+        if not deltas.is_meta and not holds(checkpoint.root, stored, deltas.cpu()):
             warnings.warn(
-                f"the rows of {place.name!r} in {_file(checkpoint, place)} are not those that "
+                f"the rows of {stored.name!r} in {_file(checkpoint, stored)} are not those that "
                 "merging these parameters writes: was it merged with others? The originals "
                 "replace them all the same.",
                 stacklevel=2,
             )
     warn_of_copies(checkpoint)
-    _write_copy(checkpoint, places, Path(destination), progress)
+    _write_copy(checkpoint, matrices, Path(destination), progress)
 
 
 def _given(
@@ -122,8 +123,8 @@ def _given(
     return under_names(checkpoint, params_or_path, names)
 
 
-def _file(checkpoint: Checkpoint, place: Place) -> str:
-    return repr(str(checkpoint.root / place.file))
+def _file(checkpoint: Checkpoint, stored: StoredMatrix) -> str:
+    return repr(str(checkpoint.root / stored.file))
 
 
 def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
@@ -150,7 +151,7 @@ def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
 
 def _write_copy(
     checkpoint: Checkpoint,
-    places: Sequence[Place],
+    matrices: Sequence[StoredMatrix],
     destination: Path,
     progress: Progress | None,
 ) -> None:
@@ -168,7 +169,7 @@ def _write_copy(
         for name in folders:
             make_directory(checkpoint.root / name, partial / name)
         for name in checkpoint.files:
-            _copy_one(checkpoint, name, places, partial, advance)
+            _copy_one(checkpoint, name, matrices, partial, advance)
         for name in reversed(folders):
             sync_directory(partial / name)
         checkpoint.check_unchanged()  # all of it is as it was at one time
@@ -179,11 +180,13 @@ def _write_copy(
 def _copy_one(
     checkpoint: Checkpoint,
     name: str,
-    places: Sequence[Place],
+    matrices: Sequence[StoredMatrix],
     partial: Path,
     advance: Callable[[int], None],
 ) -> None:
-    edits = (edit for place in places if place.file == name for edit in place.edits(place.rows))
+    edits = (
+        edit for stored in matrices if stored.file == name for edit in stored.edits(stored.rows)
+    )
     # An error of what is told of the progress is not the file's.
     with closing(copy_file(checkpoint.root / name, partial / name, edits)) as copying:
         for count in copying:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttfunc.disk.atomic import open_file
-from ttfunc.disk.header import LONGEST, Entry, parse_json, read_header
+from ttfunc.disk.header import LONGEST, TensorEntry, parse_json, read_header
 
 INDEX = "model.safetensors.index.json"
 _TICK = 20_000_000  # nanoseconds, above those of the clock by which kernels stamp files
@@ -43,7 +43,7 @@ class Checkpoint:
     root: Path
     folders: list[str]
     files: dict[str, Stamp]
-    headers: dict[str, dict[str, Entry]]
+    headers: dict[str, dict[str, TensorEntry]]
 
     @property
     def size(self) -> int:

@@ -38,7 +38,7 @@ BITS = {name: 8 * dtype.itemsize for name, dtype in FLOATS.items()} | _OTHERS
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file: its dtype as the file names it, and its bytes `[start, end)` there."""
 
     dtype: str
@@ -47,7 +47,7 @@ class Entry:
     end: int
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file by name, in the order of the file.
 
     What is accepted here the safetensors library accepts, with the same bytes for each tensor; but
@@ -59,7 +59,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         return parse_header(file, os.fstat(file.fileno()).st_size, str(path))
 
 
-def parse_header(file: BinaryIO, size: int, label: str) -> dict[str, Entry]:
+def parse_header(file: BinaryIO, size: int, label: str) -> dict[str, TensorEntry]:
     """`read_header` of an open file of `size` bytes; errors call it `label`."""
     first = file.read(8)
     if first == b"version ":
@@ -112,7 +112,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _entries(header: Any, base: int) -> dict[str, Entry]:
+def _entries(header: Any, base: int) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise ValueError(f"it is a {type(header).__name__}, not an object")
     metadata = header.pop("__metadata__", {})
@@ -121,7 +121,7 @@ def _entries(header: Any, base: int) -> dict[str, Entry]:
     return {name: _entry(name, fields, base) for name, fields in header.items()}
 
 
-def _entry(name: str, fields: Any, base: int) -> Entry:
+def _entry(name: str, fields: Any, base: int) -> TensorEntry:
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} needs dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -138,7 +138,7 @@ def _entry(name: str, fields: Any, base: int) -> Entry:
             f"{name!r} has {end - start} bytes, which are not those of shape {shown(shape)} "
             f"in {dtype}"
         )
-    return Entry(dtype, tuple(shape), base + start, base + end)
+    return TensorEntry(dtype, tuple(shape), base + start, base + end)
 
 
 def _numel(name: str, shape: list[int]) -> int:
@@ -155,7 +155,7 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def _check_coverage(entries: dict[str, Entry], position: int, size: int) -> None:
+def _check_coverage(entries: dict[str, TensorEntry], position: int, size: int) -> None:
     """Each byte after the header belongs to exactly one tensor."""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != position or entry.end < position:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas, TokenRows, check_type
+from ttfunc.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.disk.atomic import writable, write_file
 from ttfunc.disk.header import parse_json
 from ttfunc.disk.tensors import (
@@ -71,14 +71,14 @@ def save(
     path = writable(path_of(path, "save(params, path)"))
     check_type(params)
     with prefix_errors(f"{str(path)!r} cannot be written"):
-        for name, row in params.rows.items():
-            ids = row.indices.on(torch.device("cpu")).ids
-            values = (params.deltas[name], ids, row.originals)
+        for name, spec in params.specs.items():
+            ids = spec.indices.on(torch.device("cpu")).ids
+            values = (params.deltas[name], ids, spec.originals)
             for part, tensor in zip(PARTS, values, strict=True):
                 if part != "token_indices":
-                    check_rows(tensor, len(row.indices), row.shape[1], f"the {part} of {name!r}")
-                tensors[f"{part}/{row.names[0]}"] = cpu_copy(tensor, f"the {part} of {name!r}")
-            described.append({"names": list(row.names), "shape": list(row.shape)})
+                    check_rows(tensor, len(spec.indices), spec.shape[1], f"the {part} of {name!r}")
+                tensors[f"{part}/{spec.names[0]}"] = cpu_copy(tensor, f"the {part} of {name!r}")
+            described.append({"names": list(spec.names), "shape": list(spec.shape)})
         own = json.dumps({"format": FORMAT, "matrices": described})
         _matrices(own)
     write_file(Path(os.path.realpath(path)), serialized(tensors, {**_strings(metadata), KEY: own}))
@@ -115,26 +115,26 @@ def load(
     path = path_of(path, "load(path, model)")
     check_model(model, "load(path, model)")
     params = _called(read(path), model, names, path)
-    deltas, rows = {}, {}
-    for name, row in params.rows.items():
-        matrix = _same_matrix(model, row, path)
+    deltas, specs = {}, {}
+    for name, spec in params.specs.items():
+        matrix = _same_matrix(model, spec, path)
         weight, first = matrix.tensor.detach(), matrix.names[0]
         with outside_of_modes():
-            originals = row.originals.to(rows_device(weight))
+            originals = spec.originals.to(rows_device(weight))
             delta = params.deltas[name].to(rows_device(weight))
             deltas[first] = delta.requires_grad_(requires_grad)
-        rows[first] = replace(row, names=matrix.names, originals=originals, matrix=matrix)
+        specs[first] = replace(spec, names=matrix.names, originals=originals, matrix=matrix)
         if weight.is_meta:
             continue
-        found = weight.index_select(0, row.indices.on(weight.device).ids)
-        if other := [row.indices.ids[i] for i in differing(found, originals)]:
+        found = weight.index_select(0, spec.indices.on(weight.device).ids)
+        if other := [spec.indices.ids[i] for i in differing(found, originals)]:
             warnings.warn(
                 f"the rows of tokens {shown(other)} in {first!r} are not those that {str(path)!r} "
                 "was trained from: this is another model, or one resized and initialised anew. The "
                 "trained rows replace them all the same; unmerge writes the file's originals.",
                 stacklevel=2,
             )
-    return TokenDeltas(deltas, rows)
+    return TokenDeltas(deltas, specs)
 
 
 def read(path: str | os.PathLike[str]) -> TokenDeltas:
@@ -147,7 +147,7 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
         ValueError: it is damaged, of a newer format or not from `save`; the message names the file.
     """
     path = path_of(path, "read(path)")
-    deltas, rows = {}, {}
+    deltas, specs = {}, {}
     with opened(path) as file, prefix_errors(f"{str(path)!r} cannot be loaded"):
         own = (file.metadata() or {}).get(KEY)
         if own is None:
@@ -164,8 +164,8 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
             check_rows(delta, len(indices), shape[1], f"the deltas of {names[0]!r}")
             check_rows(originals, len(indices), shape[1], f"the originals of {names[0]!r}")
             deltas[names[0]] = delta
-            rows[names[0]] = TokenRows(names, shape, indices, originals, None)
-    return TokenDeltas(deltas, rows)
+            specs[names[0]] = RowSpec(names, shape, indices, originals, None)
+    return TokenDeltas(deltas, specs)
 
 
 def _matrices(own: str) -> list[tuple[tuple[str, ...], tuple[int, int]]]:
@@ -213,12 +213,12 @@ def _called(
     params: TokenDeltas, model: nn.Module, names: Mapping[str, str] | None, path: Path
 ) -> TokenDeltas:
     """The parameters by the names of `model`."""
-    held, known = names_of(model), [name for row in params.rows.values() for name in row.names]
+    held, known = names_of(model), [name for spec in params.specs.values() for name in spec.names]
     missing = f"this {type(model).__name__} has no such parameter."
     params = renamed(
-        params, names, held, f"this {type(model).__name__}", lambda row, other: missing
+        params, names, held, f"this {type(model).__name__}", lambda spec, other: missing
     )
-    called = [name for row in params.rows.values() for name in row.names]
+    called = [name for spec in params.specs.values() for name in spec.names]
     absent = [name for name in called if name not in held]
     if absent and names is None and (told := advice(known, held)):
         raise KeyError(
@@ -228,18 +228,18 @@ def _called(
     return params
 
 
-def _same_matrix(model: nn.Module, row: TokenRows, path: Path) -> Matrix:
+def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:
     """The matrix of `model` that has the names, the shape and the ties of the file."""
-    matrix = matrix_named(model, row.names[0], path)
+    matrix = matrix_named(model, spec.names[0], path)
     shape = tuple(matrix.tensor.shape)
-    if shape != row.shape:
+    if shape != spec.shape:
         raise ValueError(
-            f"{str(path)!r} has rows of a matrix {row.names[0]!r} of shape {row.shape}, and this "
+            f"{str(path)!r} has rows of a matrix {spec.names[0]!r} of shape {spec.shape}, and this "
             f"{type(model).__name__} has it in {shape}. Resize the model as it was, or use that one"
         )
-    if set(matrix.names) != set(row.names):
+    if set(matrix.names) != set(spec.names):
         raise ValueError(
-            f"{str(path)!r} was trained where {row.names} were one matrix and no others, and in "
+            f"{str(path)!r} was trained where {spec.names} were one matrix and no others, and in "
             f"this {type(model).__name__} it is {matrix.names}. Tie the model as it was."
         )
     return matrix

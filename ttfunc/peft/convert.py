@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas, TokenRows, check_type
+from ttfunc.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.disk.tensors import (
     check_model,
     check_rows,
@@ -77,13 +77,13 @@ def save_peft(
     targets: dict[str, list[int]] = {}
     check_type(params)
     with prefix_errors("these parameters cannot be saved for PEFT"):
-        for name, row in params.rows.items():
-            rows = _float32(params.deltas[name], row, name)
-            modules = [_module_of(alias) for alias in row.names]
+        for name, spec in params.specs.items():
+            rows = _float32(params.deltas[name], spec, name)
+            modules = [_module_of(alias) for alias in spec.names]
             if tensors.keys() & modules:
                 raise ValueError(f"a name belongs to two matrices in {params}")
             tensors.update({module: rows.clone() for module in modules})
-            targets[modules[0]] = list(row.indices.ids)
+            targets[modules[0]] = list(spec.indices.ids)
         if not targets:
             raise ValueError(f"there are no rows in {params}")
 
@@ -109,9 +109,9 @@ def _module_of(name: str) -> str:
     return module
 
 
-def _float32(delta: Tensor, row: TokenRows, name: str) -> Tensor:
+def _float32(delta: Tensor, spec: RowSpec, name: str) -> Tensor:
     what = f"the deltas of {name!r}"
-    check_rows(delta, len(row.indices), row.shape[1], what)
+    check_rows(delta, len(spec.indices), spec.shape[1], what)
     rows = cpu_copy(delta, what)
     if rows.dtype == torch.float64 and differing(rows, rows.float().double()):
         raise ValueError(
@@ -176,24 +176,24 @@ def load_peft(
     check_model(model, "load_peft(directory, model)")
     adapter = read_adapter(directory)
     deltas: dict[str, Tensor] = {}
-    rows: dict[str, TokenRows] = {}
+    specs: dict[str, RowSpec] = {}
     with prefix_errors(f"{str(directory)!r} does not fit this {type(model).__name__}"):
         for found in adapter.rows:
-            name, row, delta = _placed(found, model, directory)
-            if name in rows and (
-                rows[name].indices != row.indices or differing(deltas[name], delta)
+            name, spec, delta = _placed(found, model, directory)
+            if name in specs and (
+                specs[name].indices != spec.indices or differing(deltas[name], delta)
             ):
                 raise ValueError(
-                    f"it has different rows or token indices for {row.names}, which are tied here"
+                    f"it has different rows or token indices for {spec.names}, which are tied here"
                 )
-            deltas[name], rows[name] = delta.requires_grad_(requires_grad), row
-        check_targets(adapter.config, model, rows)
-        _check_weights(directory / WEIGHTS, adapter.weights, model, rows)
+            deltas[name], specs[name] = delta.requires_grad_(requires_grad), spec
+        check_targets(adapter.config, model, specs)
+        _check_weights(directory / WEIGHTS, adapter.weights, model, specs)
     warn_of_other_keys(adapter.other_keys, directory)
-    return TokenDeltas(deltas, rows)
+    return TokenDeltas(deltas, specs)
 
 
-def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, TokenRows, Tensor]:
+def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, RowSpec, Tensor]:
     """The name of the matrix that the rows belong to, the rows as they are there, the new ones."""
     matrix = matrix_named(model, f"{found.module}.weight", source)
     weight, name = matrix.tensor.detach(), matrix.names[0]
@@ -207,14 +207,14 @@ def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, To
         originals = weight.index_select(0, indices.on(weight.device).ids)
         delta = found.rows.to(rows_device(weight))
     shape = (weight.shape[0], weight.shape[1])
-    return name, TokenRows(matrix.names, shape, indices, originals, matrix), delta
+    return name, RowSpec(matrix.names, shape, indices, originals, matrix), delta
 
 
 def _check_weights(
-    path: Path, keys: Mapping[str, str], model: nn.Module, rows: Mapping[str, TokenRows]
+    path: Path, keys: Mapping[str, str], model: nn.Module, specs: Mapping[str, RowSpec]
 ) -> None:
     """Raises ValueError where PEFT would write other base weights into the model than it has."""
-    replaced = {name: list(row.indices.ids) for row in rows.values() for name in row.names}
+    replaced = {name: list(spec.indices.ids) for spec in specs.values() for name in spec.names}
     for name, key in keys.items():
         held = matrix_named(model, name, path).tensor.detach()
         with opened(path) as file:

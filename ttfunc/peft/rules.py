@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas, TokenRows
+from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.disk.tensors import prefix_errors
 from ttfunc.model.targets import find_targets
 from ttfunc.peft.adapter import INDICES
@@ -29,13 +29,13 @@ def check_ties(params: TokenDeltas, model: nn.Module) -> None:
     says_so = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     headed = getattr(head, "weight", None)
-    for name, row in params.rows.items():
-        embedding = row.matrix is not None and row.matrix.tensor is _input_weight(model)
+    for name, spec in params.specs.items():
+        embedding = spec.matrix is not None and spec.matrix.tensor is _input_weight(model)
         apart = embedding and isinstance(headed, Tensor) and headed is not _input_weight(model)
-        if (len(row.names) > 1 and not says_so) or (apart and says_so and len(row.names) == 1):
+        if (len(spec.names) > 1 and not says_so) or (apart and says_so and len(spec.names) == 1):
             raise ValueError(
                 f"tie_word_embeddings is {says_so} in the config of {type(model).__name__}, and "
-                f"{name!r} is {row.names}: PEFT reads the config, and would not do the same. Set "
+                f"{name!r} is {spec.names}: PEFT reads the config, and would not do the same. Set "
                 "it as the model is."
             )
 
@@ -45,26 +45,26 @@ def _input_weight(model: nn.Module) -> object:
 
 
 def check_targets(
-    config: Mapping[str, Any], model: nn.Module, rows: Mapping[str, TokenRows]
+    config: Mapping[str, Any], model: nn.Module, specs: Mapping[str, RowSpec]
 ) -> None:
     """Raises ValueError unless the matrices with rows are those that the config is for."""
     targeted = {f"{module}.weight" for module in _targets(config, model)}
-    if missing := sorted(targeted - {name for row in rows.values() for name in row.names}):
+    if missing := sorted(targeted - {name for spec in specs.values() for name in spec.names}):
         raise ValueError(
             f"it has no rows for its targets {missing}. It was trained on a model that ties them "
             "to others, or is damaged"
         )
-    if others := [row.names for row in rows.values() if not targeted & set(row.names)]:
+    if others := [spec.names for spec in specs.values() if not targeted & set(spec.names)]:
         raise ValueError(
             f"it has rows for {others}, which is none of its targets {sorted(targeted)}. It was "
             "trained on a model that ties them: tie this one"
         )
-    for row in rows.values():
-        apart = set(row.names) - targeted
-        if apart and row.names and not _ties(model, targeted):
+    for spec in specs.values():
+        apart = set(spec.names) - targeted
+        if apart and spec.names and not _ties(model, targeted):
             raise ValueError(
-                f"PEFT trained {sorted(targeted & set(row.names))} without {sorted(apart)}, and in "
-                "this model they are one matrix: the rows would be in both. Untie the model"
+                f"PEFT trained {sorted(targeted & set(spec.names))} without {sorted(apart)}, and "
+                "in this model they are one matrix: the rows would be in both. Untie the model"
             )
 
 

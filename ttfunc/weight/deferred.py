@@ -18,7 +18,7 @@ from ttfunc.model.memory import memory_of
 from ttfunc.model.targets import Matrix
 from ttfunc.torch_private import no_torch_function, transforms_active, tree_map
 from ttfunc.weight.overrides import METADATA, PLACEHOLDER, refuse_layout, refuse_writes
-from ttfunc.weight.source import Reads, Rows, Source, versions
+from ttfunc.weight.source import Reads, RowPatch, Source, versions
 
 # For each torch function that needs no copy, what stands for it (see handlers.py).
 _HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -72,20 +72,21 @@ class PatchedWeight(Tensor):
         """The transpose."""
         source = self.source
         if torch.compiler.is_dynamo_compiling():  # which makes no subclass of what it was given
-            source = source._replace(beneath=source.rows.beneath(source.base, source.reads))
+            source = source._replace(placeholder=source.rows.placeholder(source.base, source.reads))
         return _wrap(source, not self.transposed)
 
     def unread(self) -> PatchedWeight:
         """The same, with no read noted yet."""
         source = Source(*self.source[:-1], Reads())
         wants_grad = torch.is_grad_enabled() and source.rows.values.requires_grad
-        stale = wants_grad and not source.beneath.requires_grad  # it was made without a gradient
-        # Under a transform the tensor beneath is made with where its own reads are noted.
+        # It may have been made under no_grad.
+        stale = wants_grad and not source.placeholder.requires_grad
+        # Under a transform the placeholder is made with where its own reads are noted.
         if self.deferred and (stale or transforms_active()):
             if not (stale or self.source.uses):
                 return self
-            beneath = source.rows.beneath(source.base, source.reads)
-            source = source._replace(beneath=beneath)
+            placeholder = source.rows.placeholder(source.base, source.reads)
+            source = source._replace(placeholder=placeholder)
         return _wrap(source, self.transposed)
 
     @classmethod
@@ -113,7 +114,7 @@ class PatchedWeight(Tensor):
             return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
     # What gets past __torch_function__ comes to the dispatcher, below autograd: the gradient of the
-    # copy goes to the tensor beneath, which carries it to the rows.
+    # copy goes to the placeholder, which hands it on to the rows.
     __torch_dispatch__ = _OfEach()
 
     @classmethod
@@ -142,7 +143,7 @@ def frozen(value: Any) -> Any:
 
 def patched(
     base: Tensor,
-    rows: Rows,
+    rows: RowPatch,
     matrix: Matrix | None,
     *,
     dense: bool,
@@ -151,23 +152,24 @@ def patched(
     """The weight with `rows` in place, copied at once (`dense`) or deferred.
 
     `rows` that are copies of other tensors are stale once these (`copied_from`) are written to.
-    The memory beneath a deferred weight is one NaN, expanded: whatever gets past the dispatcher,
+    The memory of a deferred weight is one NaN, expanded: whatever gets past the dispatcher,
     too, sees an error or NaN, never the base.
     """
     reads = Reads()
-    copy = rows.copied(base) if dense else None
-    beneath = rows.beneath(base, reads) if copy is None else copy
+    copy = rows.materialise(base) if dense else None
+    placeholder = rows.placeholder(base, reads) if copy is None else copy
     memory = None
     if matrix is not None and not torch.compiler.is_dynamo_compiling():  # which reads no pointers
         memory = memory_of(matrix.tensor)
     made_from = versions(*copied_from) if copy is None else versions(base, rows.values)
-    source = Source(base, rows, matrix, beneath, copy, memory, made_from, reads)
+    source = Source(base, rows, matrix, placeholder, copy, memory, made_from, reads)
     return _wrap(source, transposed=False)
 
 
 def _wrap(source: Source, transposed: bool) -> PatchedWeight:
     # By its name: torch.compile cannot trace this for a class that it is handed.
-    weight = (source.beneath.mT if transposed else source.beneath).as_subclass(PatchedWeight)
+    plain = source.placeholder.mT if transposed else source.placeholder
+    weight = plain.as_subclass(PatchedWeight)
     weight.source, weight.transposed = source, transposed
     return weight
 
@@ -179,7 +181,7 @@ def _dense(value: Any) -> Any:
     source = value.source
     source.note("dense")
     # The copy is not kept for the next read, which may be under another grad mode or transform.
-    copy = source.rows.copied(source.base) if source.copy is None else source.copy
+    copy = source.rows.materialise(source.base) if source.copy is None else source.copy
     return copy.mT if value.transposed else copy
 
 

@@ -176,8 +176,10 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
         rows = weight.source.rows.map(
             lambda values: func(cast_like(values, weight.source.base), *args, **kwargs)
         )
-        beneath = rows.beneath(base, weight.source.reads)
-        return weight.with_source(weight.source._replace(base=base, rows=rows, beneath=beneath))
+        placeholder = rows.placeholder(base, weight.source.reads)
+        return weight.with_source(
+            weight.source._replace(base=base, rows=rows, placeholder=placeholder)
+        )
 
     return handler
 

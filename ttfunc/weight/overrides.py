@@ -26,7 +26,7 @@ METADATA = {
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed),
 }
 
-# What only the tensor beneath can answer: autograd's part of it, and its layout in memory, which
+# What only the placeholder can answer: autograd's part of it, and its layout in memory, which
 # torch.compile compares with what it finds there.
 PLACEHOLDER = {
     getattr(Tensor, name).__get__
@@ -87,7 +87,7 @@ def refuse_writes(
 def refuse_layout(
     func: Callable[..., Any], args: tuple[Any, ...], is_deferred: Callable[[Any], bool]
 ) -> None:
-    """Raise where strides are given that belong to the NaN beneath, not to the copy."""
+    """Raise where strides are given that belong to the placeholder, not to the copy."""
     if func is torch.ops.aten.as_strided.default and is_deferred(args[0]):
         raise RuntimeError(
             "as_strided on a patched weight, which does not lie in memory: use "

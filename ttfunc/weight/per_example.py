@@ -7,16 +7,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttfunc.indices import TokenIndices
 from ttfunc.torch_private import outside_of_transforms, transforms_active
-from ttfunc.weight.beneath import Carrier, nan_beneath
-from ttfunc.weight.reads import autocast, no_carrier
+from ttfunc.weight.placeholder import NaNPlaceholder, nan_placeholder
+from ttfunc.weight.reads import autocast, no_placeholder
 from ttfunc.weight.source import Reads
 
+# Of transformers' model types, those with the examples in the second dimension.
+_BATCH_LAST = {"xlnet"}
 
-class Mixed(NamedTuple):
+
+class PerExampleRows(NamedTuple):
     """Rows of which each example of a batch has its own.
 
     values: `(n + 1, k, D)` rows of n adapters, aligned on the k `indices` of them all, and zeros.
@@ -59,20 +62,20 @@ class Mixed(NamedTuple):
             return fresh.index_copy(-1, ids, columns)
         return fresh.index_copy_(-1, ids, columns)
 
-    def copied(self, base: Tensor) -> Tensor:
+    def materialise(self, base: Tensor) -> Tensor:
         """No one matrix stands for several adapters."""
         raise _not_mixed()
 
-    def beneath(self, base: Tensor, reads: Reads) -> Tensor:
+    def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """NaN in the shape of `base`, in no memory, that refuses a read and a gradient."""
-        if no_carrier():
+        if no_placeholder():
             if torch.compiler.is_dynamo_compiling():
                 return self.values.new_full((), torch.nan).expand(base.shape)
             with outside_of_transforms():  # so that the dispatcher finds the weight itself
                 return base.new_full((), torch.nan).expand(base.shape)
-        return nan_beneath(_Refusing, self.values[0], base, self.indices, reads)
+        return nan_placeholder(_Refusing, self.values[0], base, self.indices, reads)
 
-    def map(self, func: Callable[[Tensor], Tensor]) -> Mixed:
+    def map(self, func: Callable[[Tensor], Tensor]) -> PerExampleRows:
         """The rows with a function applied that acts on each alone."""
         return self._replace(values=func(self.values))
 
@@ -87,7 +90,7 @@ class Mixed(NamedTuple):
             )
 
 
-class _Refusing(Carrier):
+class _Refusing(NaNPlaceholder):
     """NaN without a gradient: for an autograd.Function of the model's own, given the weight."""
 
     @staticmethod
@@ -99,6 +102,17 @@ class _Refusing(Carrier):
         raise RuntimeError(
             "the gradient of a mixed patch went through an autograd.Function of the model's own, "
             "which knows of one matrix. Call each adapter's examples on their own."
+        )
+
+
+def check_batch_first(model: nn.Module) -> None:
+    """Raise ValueError for a model that turns its batch before it looks tokens up."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _BATCH_LAST:
+        raise ValueError(
+            f"a mixed patch needs the examples in the first dimension, and a model of type "
+            f"{kind!r} turns its batch before it looks tokens up. Call each adapter's examples on "
+            "their own."
         )
 
 

@@ -22,11 +22,11 @@ from ttfunc.torch_private import (
     keeps_signature,
     transforms_active,
 )
-from ttfunc.weight.beneath import Carrier, nan_beneath
+from ttfunc.weight.placeholder import NaNPlaceholder, nan_placeholder
 from ttfunc.weight.source import Reads
 
 
-class Replaced(NamedTuple):
+class SharedRows(NamedTuple):
     """`(k, D)` rows in place of the `indices` of a base, cast to its dtype whenever they are read.
 
     So a patch that is made once follows its rows through training.
@@ -43,7 +43,7 @@ class Replaced(NamedTuple):
         alone: `dR[i]` is the sum of `dE[t]` over these t.
 
         >>> base, rows = torch.zeros(9, 2), torch.ones(1, 2)
-        >>> Replaced(rows, TokenIndices((3,))).lookup(torch.tensor([3, 4]), base)
+        >>> SharedRows(rows, TokenIndices((3,))).lookup(torch.tensor([3, 4]), base)
         tensor([[1., 1.],
                 [0., 0.]])
         """
@@ -61,7 +61,7 @@ class Replaced(NamedTuple):
         and `G₀` is G with these columns zeroed.
 
         >>> base, rows = torch.zeros(4, 2), torch.ones(1, 2)
-        >>> Replaced(rows, TokenIndices((3,))).product(torch.ones(1, 2), base)
+        >>> SharedRows(rows, TokenIndices((3,))).product(torch.ones(1, 2), base)
         tensor([[0., 0., 0., 2.]])
         """
         bias = None if bias is None else autocast(bias)
@@ -75,17 +75,19 @@ class Replaced(NamedTuple):
         result: Tensor = function.apply(*operands, parts)  # type: ignore[no-untyped-call]
         return result
 
-    def copied(self, base: Tensor) -> Tensor:
+    def materialise(self, base: Tensor) -> Tensor:
         """The matrix itself, `(V, D)`."""
         return with_rows(base, self.indices.on(base.device).ids, cast_like(self.values, base))
 
-    def beneath(self, base: Tensor, reads: Reads) -> Tensor:
+    def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
-        if no_carrier():
-            return self.copied(base)
-        return nan_beneath(Carrier, cast_like(self.values, base), base, self.indices, reads)
+        if no_placeholder():
+            return self.materialise(base)
+        return nan_placeholder(
+            NaNPlaceholder, cast_like(self.values, base), base, self.indices, reads
+        )
 
-    def map(self, func: Callable[[Tensor], Tensor]) -> Replaced:
+    def map(self, func: Callable[[Tensor], Tensor]) -> SharedRows:
         """The rows with a function applied that acts on each alone."""
         return self._replace(values=func(self.values))
 
@@ -193,8 +195,8 @@ def _has_no_rule() -> bool:
     return in_dual_level() or at_work(FUNCTIONALIZE, JVP)
 
 
-def no_carrier() -> bool:
-    """Whether the NaN beneath cannot carry a gradient, and is the copy itself.
+def no_placeholder() -> bool:
+    """Whether the placeholder cannot carry a gradient, and the copy itself takes its place.
 
     torch.compile drops what nobody reads; functionalize, and forward mode without a transform
     (`torch.autograd.forward_ad`), pay for it.

@@ -20,7 +20,7 @@ class Reads:
         self.lookup = self.product = self.dense = False
 
 
-class Rows(Protocol):
+class RowPatch(Protocol):
     """Replacement rows for a `(V, D)` base, and how to read the two as one matrix.
 
     by_example: each example of a batch has its own; the first dimension is the batch.
@@ -38,10 +38,10 @@ class Rows(Protocol):
     def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear` with the patched matrix."""
 
-    def copied(self, base: Tensor) -> Tensor:
+    def materialise(self, base: Tensor) -> Tensor:
         """The patched matrix itself. Raises RuntimeError where it is not one."""
 
-    def beneath(self, base: Tensor, reads: Reads) -> Tensor:
+    def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """A NaN in the shape of the base, for what gets past `__torch_function__`.
 
         Such a read is noted in `reads`.
@@ -54,15 +54,15 @@ class Rows(Protocol):
 class Source(NamedTuple):
     """What a patched weight is made of: a `(V, D)` base, and rows, cast to it when they are read.
 
-    beneath: the `(V, D)` tensor that the weight is to whatever gets past `__torch_function__`.
+    placeholder: the `(V, D)` tensor that the weight is to whatever gets past `__torch_function__`.
     copy: the patched matrix, of a dense one. memory: where the model's own matrix lay. made_from:
     what was copied when it was made, each with its version then. reads: how it was read.
     """
 
     base: Tensor
-    rows: Rows
+    rows: RowPatch
     matrix: Matrix | None
-    beneath: Tensor
+    placeholder: Tensor
     copy: Tensor | None
     memory: tuple[object, ...] | None
     made_from: tuple[tuple[Tensor, int | None], ...]

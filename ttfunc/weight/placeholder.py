@@ -1,7 +1,7 @@
 """What a deferred weight is to code that gets past its `__torch_function__`.
 
 Nested tensors, scripted functions, transforms over the weight and the like never ask it. They get
-the tensor beneath: a NaN in the shape of the matrix, in no memory, whose gradient goes to the rows.
+the placeholder: a NaN in the shape of the matrix, in no memory, whose gradient goes to the rows.
 The dispatcher puts the matrix in its place where an operation reads it; who reads the memory
 itself gets an error.
 """
@@ -28,7 +28,7 @@ from ttfunc.weight.overrides import refuse_layout, refuse_writes
 from ttfunc.weight.source import Reads
 
 
-class Beneath(Tensor):
+class Placeholder(Tensor):
     """A NaN that is a matrix to the dispatcher: `made` copies it for whatever reads it.
 
     For transforms, which work on what is within their wrappers; else the weight does it itself.
@@ -47,23 +47,23 @@ class Beneath(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        refuse_layout(func, args, _is_beneath)
-        if func in COMPARISONS or (getattr(func, "is_view", False) and _is_beneath(args[0])):
+        refuse_layout(func, args, _is_placeholder)
+        if func in COMPARISONS or (getattr(func, "is_view", False) and _is_placeholder(args[0])):
             with outside_of_dispatch():
                 seen = func(*args, **kwargs)
             if func in COMPARISONS:
                 return seen
             if isinstance(seen, Tensor):  # a transform turns and aliases it before any read
                 made = args[0].made
-                return _beneath(seen, lambda: _viewed(func, made(), *args[1:], **kwargs))
-        refuse_writes(func, args, kwargs, _is_beneath)
+                return _placeholder(seen, lambda: _viewed(func, made(), *args[1:], **kwargs))
+        refuse_writes(func, args, kwargs, _is_placeholder)
         return func(*tree_map(_made, args), **tree_map(_made, kwargs))
 
 
-def _beneath(nan: Tensor, made: Callable[[], Any]) -> Beneath:
-    beneath = nan.as_subclass(Beneath)
-    beneath.made = made
-    return beneath
+def _placeholder(nan: Tensor, made: Callable[[], Any]) -> Placeholder:
+    placeholder = nan.as_subclass(Placeholder)
+    placeholder.made = made
+    return placeholder
 
 
 def _viewed(func: Any, matrix: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -72,15 +72,15 @@ def _viewed(func: Any, matrix: Tensor, *args: Any, **kwargs: Any) -> Any:
     return func(matrix, *args, **kwargs)
 
 
-def _is_beneath(value: Any) -> bool:
-    return isinstance(value, Beneath)
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, Placeholder)
 
 
 def _made(value: Any) -> Any:
-    return value.made() if isinstance(value, Beneath) else value
+    return value.made() if isinstance(value, Placeholder) else value
 
 
-class Carrier(torch.autograd.Function):
+class NaNPlaceholder(torch.autograd.Function):
     """The NaN, with the gradient of the matrix `base.index_copy(0, ids, rows)`."""
 
     @classmethod
@@ -98,7 +98,7 @@ class Carrier(torch.autograd.Function):
             reads.dense = True
             return cls.matrix(rows, base, ids)
 
-        return _beneath(nan, made)
+        return _placeholder(nan, made)
 
     @staticmethod
     def matrix(rows: Tensor, base: Tensor, ids: Tensor) -> Tensor:
@@ -132,14 +132,14 @@ class Carrier(torch.autograd.Function):
         return carried, 0
 
 
-def nan_beneath(
-    carrier: type[Carrier], rows: Tensor, base: Tensor, indices: TokenIndices, reads: Reads
+def nan_placeholder(
+    kind: type[NaNPlaceholder], rows: Tensor, base: Tensor, indices: TokenIndices, reads: Reads
 ) -> Tensor:
-    """NaN in the shape of `base`, in no memory, with the gradient that `carrier` gives it.
+    """NaN in the shape of `base`, in no memory, with the gradient that `kind` gives it.
 
     Where a transform is at work, what reads it past the weight is noted in `reads`.
     """
     ids = indices.on(base.device).ids
     transformed = is_wrapped(rows)  # else the weight has no wrapper to take its class off
-    carried: Tensor = carrier.apply(rows, base, ids, transformed, reads)  # type: ignore[no-untyped-call]
-    return carried
+    placeholder: Tensor = kind.apply(rows, base, ids, transformed, reads)  # type: ignore[no-untyped-call]
+    return placeholder

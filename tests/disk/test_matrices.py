@@ -12,7 +12,7 @@ from tests.helpers.oracle import same_bits
 from tests.helpers.rows import random_rows
 from ttfunc import merge, patch
 from ttfunc.__main__ import main
-from ttfunc.disk import places
+from ttfunc.disk import matrices
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.disk.rows_file import save
 
@@ -142,7 +142,7 @@ def test_no_number_of_names_makes_an_error_slow(tmp_path, monkeypatch):
         compared.extend(others)
         return others[:1]
 
-    monkeypatch.setattr(places.difflib, "get_close_matches", compare)
+    monkeypatch.setattr(matrices.difflib, "get_close_matches", compare)
     tensors = {f"{i}.weight": torch.zeros(1) for i in range(3000)} | {"x" * 1000: torch.zeros(1)}
     source = written(tmp_path / "a", tensors)
     with pytest.raises(KeyError, match=r"none of the names .*Nearest: '\d+.weight' \(1,\)"):
