@@ -72,7 +72,6 @@ def merge_checkpoint(
                 "it.",
                 stacklevel=2,
             )
-    warn_of_copies(checkpoint)
     _write_copy(checkpoint, matrices, Path(destination), progress)
 
 
@@ -110,7 +109,6 @@ def unmerge_checkpoint(
                 "replace them all the same.",
                 stacklevel=2,
             )
-    warn_of_copies(checkpoint)
     _write_copy(checkpoint, matrices, Path(destination), progress)
 
 
@@ -155,6 +153,7 @@ def _write_copy(
     destination: Path,
     progress: Progress | None,
 ) -> None:
+    warn_of_copies(checkpoint)
     done, total = 0, checkpoint.size
 
     def advance(count: int) -> None:

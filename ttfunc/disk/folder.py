@@ -105,7 +105,7 @@ def warn_of_copies(checkpoint: Checkpoint) -> None:
             f"{copies} in {str(checkpoint.root)!r} may hold the same weights and are copied as "
             "they are: only the .safetensors files of the model are written to. Delete these "
             "copies from the new folder, unless you need the model as it was.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
