@@ -72,8 +72,9 @@ def _check_found(
         if isinstance(matrix, Tensor) and any(_is_same(matrix, known) for known in held.values()):
             continue
         raise KeyError(
-            f"the state dict has {list(held)} for the token matrix {spec.names}, but {other!r} "
-            f"instead of {name!r}, which would be left as it is. Give names={others!r}."
+            f"the state dict has {list(held)} for the token matrix {spec.names}. It has "
+            f"{other!r} instead of {name!r}, and {other!r} would be left as it is. Give "
+            f"names={others!r}."
         )
 
 

@@ -93,7 +93,7 @@ def open_checkpoint(source: Path) -> Checkpoint:
 
 
 def warn_of_copies(checkpoint: Checkpoint) -> None:
-    """Warns of files that seem to hold the same weights, and are copied without the trained rows."""
+    """Warns of files that seem to hold the same weights, and are copied without the new rows."""
     others = [name for name in checkpoint.files if name not in checkpoint.headers]
     copies = [
         name

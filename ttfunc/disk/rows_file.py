@@ -238,8 +238,8 @@ def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:
     if shape != spec.shape:
         raise ValueError(
             f"{str(path)!r} has rows of a matrix {spec.names[0]!r} of shape {spec.shape}, but in "
-            f"this {type(model).__name__} its shape is {shape}. Resize the model to the shape of "
-            "then, or use the model of then."
+            f"this {type(model).__name__} its shape is {shape}. Resize this model as the trained "
+            "one was, or use the trained one."
         )
     if set(matrix.names) != set(spec.names):
         raise ValueError(
