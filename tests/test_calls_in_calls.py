@@ -107,7 +107,7 @@ def test_a_model_that_calls_itself_with_other_rows():
         model, patch(a), (X, lambda own, x: own(x) + functional_call(own, patch(b), (x,)))
     )
     torch.testing.assert_close(call, edited(model, a)(X) + edited(model, b)(X))
-    with pytest.raises(TypeError, match="stands for another in a functional call"):
+    with pytest.raises(TypeError, match="is a stand-in of a functional call"):
         functional_call(model, patch(a), (X, lambda own, x: init_deltas(own, [1])))
 
 

@@ -91,7 +91,7 @@ WRONG = {
     "no source": (["merge", "nope", "rows.safetensors", "b"], "no checkpoint at"),
     "no rows": (["merge", "source", "nope", "b"], "there is no file"),
     "rows that are none": (["merge", "source", "source/model.safetensors", "b"], "cannot be"),
-    "it exists": (["merge", "source", "rows.safetensors", "source"], "exists, and nothing is"),
+    "it exists": (["merge", "source", "rows.safetensors", "source"], "exists, and is never"),
     "names": (["merge", "other", "rows.safetensors", "b"], "none of the names"),
     "not finite": (["merge", "source", "nan.safetensors", "b"], "not finite"),
     "info of nothing": (["info", "nope"], "no checkpoint at"),

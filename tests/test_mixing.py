@@ -89,14 +89,14 @@ def test_every_form_of_an_assignment_is_read(assignment):
     ("assignment", "error", "match"),
     [
         ([], ValueError, "assignment is empty"),
-        ([3], IndexError, "names adapter 3, and there are 3: 0 to 2, or -1"),
+        ([3], IndexError, "names adapter 3, but there are 3. Give 0 to 2, or -1"),
         ([-2], IndexError, "names adapter -2"),
         ([True], TypeError, "got bool: True"),
         ([0.0], TypeError, "got float"),
         (["a"], TypeError, "got str: 'a'"),
-        ("0", TypeError, "must be a sequence of numbers.*got str"),
-        ({0: 1}, TypeError, "must be a sequence of numbers.*got dict"),
-        (0, TypeError, "must be a sequence of numbers.*got int"),
+        ("0", TypeError, "must be a sequence of adapter numbers.*got str"),
+        ({0: 1}, TypeError, "must be a sequence of adapter numbers.*got dict"),
+        (0, TypeError, "must be a sequence of adapter numbers.*got int"),
         (torch.zeros(2, 1, dtype=torch.int64), TypeError, r"got list: \[0\]"),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_fused_head_of_the_models_own_gives_no_silent_gradient():
     each = adapters(model, *IDS, requires_grad=True)
     found = functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
     torch.testing.assert_close(found, expected(model, each))
-    with pytest.raises(RuntimeError, match="Call each adapter.s examples on their own"):
+    with pytest.raises(RuntimeError, match="separately for each adapter.s examples"):
         found.sum().backward()
 
 
@@ -178,7 +178,7 @@ def test_a_model_that_turns_its_batch_is_refused():
     config = transformers.XLNetConfig(vocab_size=V, d_model=D, n_layer=1, n_head=2, d_inner=16)
     model = transformers.XLNetLMHeadModel(config).eval().requires_grad_(False)
     params = init_deltas(model, [7], init="mean")
-    with pytest.raises(ValueError, match="a model of type .xlnet. turns its batch"):
+    with pytest.raises(ValueError, match="a model of type .xlnet. transposes its batch"):
         functional_call(model, patch_mixed([params], [0] * 6), (tokens(7, batch=6),))
 
 
@@ -194,6 +194,6 @@ def test_rows_that_were_written_to_since_are_stale():
     functional_call(model, weights, (X,))
     with torch.no_grad():
         optree.tree_leaves(each[1])[0].add_(1)
-    with pytest.raises(ValueError, match="stale patch: its rows.*Call patch again for each step"):
+    with pytest.raises(ValueError, match="stale patch: its rows.*again for each step"):
         functional_call(model, weights, (X,))
     functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))

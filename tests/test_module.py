@@ -136,7 +136,7 @@ def test_plain_data_is_read_from_the_model():
 
 @pytest.mark.parametrize("name", ["save_pretrained", "tie_weights", "model", "lm_head"])
 def test_what_knows_nothing_of_the_rows_is_refused(name):
-    with pytest.raises(AttributeError, match=f"'{name}' of the LlamaForCausalLM .* knows nothing"):
+    with pytest.raises(AttributeError, match=f"'{name}' of the LlamaForCausalLM .* does not use"):
         getattr(bridge(), name)
 
 
@@ -168,7 +168,7 @@ def test_moving_and_modes_reach_the_model():
 
 
 def test_pickling_and_data_parallel_are_refused():
-    with pytest.raises(TypeError, match=r"not pickled.*state_dict\(\)"):
+    with pytest.raises(TypeError, match=r"cannot be pickled.*state_dict\(\)"):
         pickle.dumps(bridge())
     with pytest.raises(RuntimeError, match=r"DataParallel does not copy .*\(torchrun\)"):
         bridge()._replicate_for_data_parallel()

@@ -118,7 +118,7 @@ WRONG = {
     "no mapping": ([(NAME, "a")], TypeError, r"must map strings to strings, got \["),
     "no string": ({NAME: None}, TypeError, "must map strings to strings, got {"),
     "not of the parameters": ({"wte": "a"}, KeyError, "parameters are for .*embed_tokens"),
-    "not there": ({NAME: "wte"}, KeyError, "and (the state dict|this Language) has no such"),
+    "not there": ({NAME: "wte"}, KeyError, "but (the state dict|this Language) has no such"),
     "one for two": ({NAME: HEAD}, ValueError, f"has '{NAME}' too, which would be left"),
     "another shape": ({NAME: "body.weight"}, ValueError, "which would be left"),
 }

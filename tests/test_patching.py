@@ -117,7 +117,7 @@ def test_a_tie_that_came_apart_is_refused(part, dense: bool):
     model = make("storage_tied")
     params = init_deltas(model, [7, 3])
     part(model)
-    with pytest.raises(ValueError, match=r"stale parameters: \['lm_head.weight'\] lay in the mem"):
+    with pytest.raises(ValueError, match=r"stale parameters: \['lm_head.weight'\] shared the mem"):
         patch(params, dense=dense)
 
 

@@ -148,5 +148,5 @@ def test_adapters_in_float16_stack_under_bfloat16_autocast():
 def test_what_is_no_list_of_adapters_is_refused(given):
     with pytest.raises(TypeError, match="a list of TokenDeltas is needed, got"):
         stack(given)
-    with pytest.raises(TypeError, match=r"got TokenDeltas. For one alone: \[params\]"):
+    with pytest.raises(TypeError, match=r"got TokenDeltas. For one adapter give \[params\]"):
         stack(init_deltas(make("tied"), [1]))

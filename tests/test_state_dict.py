@@ -20,7 +20,7 @@ def test_one_half_of_a_tie_is_not_left_behind():
     state["lm_head.base_layer.weight"] = state.pop(HEAD)
     names = {HEAD: "lm_head.base_layer.weight"}
     for write in (merge, unmerge):
-        with pytest.raises(KeyError, match="would be left as it is. Say so: names=") as error:
+        with pytest.raises(KeyError, match="would be left as it is. Give names=") as error:
             write(state, params)
         assert f"names={names!r}" in error.value.args[0]
     merged = merge(state, params, names=names)

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An error is one line on stderr.
     """
     options = _parser().parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):  # which may not know × or …
+    for stream in (sys.stdout, sys.stderr):  # their encoding may lack × or …
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     with warnings.catch_warnings(), _terminated():
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """Clean up after SIGTERM as after Ctrl-C: its default is to die at once."""
+    """Clean up after SIGTERM as after Ctrl-C: by default SIGTERM ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
             type=_pair,
             default={},
             metavar="MODEL=CHECKPOINT",
-            help="the name of a matrix in the model, and in a checkpoint that has another for it",
+            help="the name of a matrix in the model, and its other name in the checkpoint",
         )
         command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
         command.set_defaults(run=_copy, command=name)
@@ -101,7 +101,7 @@ class _Names(argparse.Action):
         names = getattr(namespace, self.dest)
         if name in names:
             raise argparse.ArgumentError(
-                self, f"{name!r} is given twice, as {names[name]!r} and {other!r}: a name has one"
+                self, f"{name!r} is given twice, as {names[name]!r} and {other!r}: give it once"
             )
         setattr(namespace, self.dest, {**names, name: other})
 
@@ -140,7 +140,7 @@ def _bar(quiet: bool) -> Any:
         tqdm = importlib.import_module("tqdm").tqdm
     except ImportError:
         return nullcontext(SimpleNamespace(n=0, update=lambda _: None))
-    # None: not where stderr is no terminal.
+    # None hides the bar if stderr is no terminal.
     hidden = True if quiet or sys.stderr is None else None
     return tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=hidden)
 
@@ -156,7 +156,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _is_params(path: Path) -> bool:
-    """Whether `save` wrote the file; a damaged one is told of by what reads it."""
+    """Whether `save` wrote the file; reading a damaged one raises."""
     if not path.is_file():
         return False
     with opened(path) as file:
@@ -235,7 +235,7 @@ def _message(error: BaseException) -> str:
         where = f": {error.filename!r}" if error.filename is not None else ""
         text = f"{error.strerror}{where}"
     else:
-        # The text of a KeyError is the repr of it.
+        # str() of a KeyError gives the repr of its text.
         text = str(error.args[0]) if error.args else type(error).__name__
     return " ".join(text.split())
 

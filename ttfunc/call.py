@@ -1,4 +1,4 @@
-"""Calling a model with other weights than its own, which nobody else sees."""
+"""Calling a model with other weights than its own, without a change that others can see."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ttfunc.slots import Slot, find_slots, is_patch
 from ttfunc.torch_private import transforms_active, tree_leaves
 from ttfunc.weight.overrides import METADATA, PLACEHOLDER
 
-# What may be asked of the model's own tensor during a call; an inner call asks these.
+# Functions that may get the model's own tensor during a call; an inner call uses them.
 _QUESTIONS = METADATA | PLACEHOLDER | {Tensor.detach, Tensor.is_inference}
-# Results whose reads come after the call.
+# Results that read the weights after the call.
 _LATER = (Iterator, Awaitable, AsyncIterator, FunctionType, MethodType)
 
 
@@ -34,7 +34,7 @@ def functional_call(
     method: str = "forward",
     **misplaced: Any,
 ) -> Any:
-    """Call the model with other weights than its own; the model is not changed, not even meanwhile.
+    """Call the model with other weights; the model is not changed, not even during the call.
 
     >>> model = torch.nn.Embedding(100, 8)
     >>> params = ttfunc.init_deltas(model, [3], init=torch.ones(1, 8))
@@ -43,16 +43,16 @@ def functional_call(
 
     The call runs on shallow copies of the modules between the model and the places that hold the
     weights; all else is shared. So other threads, hooks and calls inside this one see the model as
-    it is, and what runs after the call (a recomputed checkpoint, a generator) reads these weights.
+    it is. Code that runs after the call (a recomputed checkpoint, a generator) reads these weights.
 
     Args:
-        model: what a call notes on it (a cache, say) is there afterwards, as after any call.
-        weights: from `patch`, or any other tensors, by name. A tied weight goes by any one of its
-            names and stands under all of them.
+        model: what a call sets on it (for example a cache) is there afterwards, as after any call.
+        weights: from `patch`, or any other tensors, by name. Give a tied weight under any one of
+            its names; it is used under all of them.
         args: positional arguments, a tuple; anything else is a single argument.
         kwargs: keyword arguments.
         method: what to call, such as `"generate"`.
-        misplaced: nothing; the model's keyword arguments go in `kwargs`.
+        misplaced: must be empty; the model's keyword arguments go in `kwargs`.
 
     Returns:
         What the model returns.
@@ -61,10 +61,10 @@ def functional_call(
         KeyError: a name that the model does not have.
         ValueError: a patch made from another model, or from this one before its weights were
             replaced or tied; one weight given twice.
-        TypeError: weights that are no mapping; a model that cannot be copied.
-        RuntimeError: the call read no patched matrix, so that the rows had no effect (it warns
-            where it read some and left others); or it read the model's own matrix, through an
-            object that cannot be copied.
+        TypeError: weights that are not a mapping; a model that cannot be copied.
+        RuntimeError: the call read no patched matrix, so the rows had no effect (if it read only
+            some of them, it warns); or it read the model's own matrix, through an object that
+            cannot be copied.
         AttributeError: the model has no such method.
     """
     _check_arguments(model, weights, kwargs, method, misplaced)
@@ -88,7 +88,7 @@ def call_copy(
     method: str = "forward",
     modes: Mapping[nn.Module, bool] | None = None,
 ) -> Any:
-    """`functional_call` in which the modules of `modes` are in these training modes."""
+    """`functional_call` with the modules of `modes` in these training modes."""
     modes = modes or {}
     slots = find_slots(model, weights)
     if not (slots or modes):  # no weight but its own
@@ -104,7 +104,7 @@ def call_copy(
     try:
         with _RefuseOwn(aside, slots) if aside else contextlib.nullcontext():
             out = called(*args, **kwargs)
-    finally:  # what a model notes before it raises is there afterwards, as after any call
+    finally:  # what a model sets before it raises is there afterwards, as after any call
         copies.carry_over([slot.held for slot in slots], _own)
     if not (traced or isinstance(out, _LATER)):
         _check_read(model, slots)
@@ -112,7 +112,7 @@ def call_copy(
 
 
 def _own(value: Any) -> Any:
-    """In place of a patched weight that a model has kept, its own."""
+    """For a patched weight that a model has kept, the model's own; any other value as it is."""
     if not (isinstance(value, Tensor) and is_patch(value)) or value.source.matrix is None:
         return value
     own = value.source.matrix.tensor
@@ -122,9 +122,9 @@ def _own(value: Any) -> Any:
 def _visits(
     model: nn.Module, slots: Sequence[Slot], modes: Mapping[nn.Module, bool]
 ) -> tuple[list[Visit], tuple[str, ...]]:
-    """What is to be copied, and what else leads to the matrices.
+    """The modules to copy, and other objects that lead to the matrices.
 
-    The paths are those that were found when the parameters were made, where they hold still.
+    The paths that were found when the parameters were made are used while they are still right.
     """
     if modes or any(slot.matrix.path.model() is not model for slot in slots):
         path = find_path(model, [slot.held for slot in slots], modes)
@@ -152,7 +152,7 @@ def _now(path: Path) -> dict[int, Visit]:
 
 
 def _warn_of_frozen_rows(model: nn.Module, slots: Sequence[Slot]) -> None:
-    """Say so where others are trained beside the rows, and the rows are not."""
+    """Warn where other parameters are trained and the rows are not."""
     if not (model.training and torch.is_grad_enabled()) or transforms_active():
         return
     patches = [(slot.weight, slot) for slot in slots if is_patch(slot.weight)]
@@ -187,10 +187,10 @@ def _check_read(model: nn.Module, slots: Sequence[Slot]) -> None:
     for names in unread:
         message = (
             f"the call did not read the patched matrix {names}: its rows had no effect. Either "
-            f"this {type(model).__name__} does not use it here (choose what it does use with "
-            "init_deltas(targets=...), or call it without this weight), or it reaches its modules "
-            "by a way that a call cannot copy (torch.func.functional_call changes the model itself "
-            "for the length of a call)."
+            f"this {type(model).__name__} does not use the matrix here: choose one that it uses "
+            "with init_deltas(targets=...), or call it without this weight. Or it reaches its "
+            "modules in a way that a call cannot copy: use torch.func.functional_call, which "
+            "changes the model itself during the call."
         )
         if not read:
             raise RuntimeError(message)
@@ -198,7 +198,7 @@ def _check_read(model: nn.Module, slots: Sequence[Slot]) -> None:
 
 
 class _RefuseOwn(TorchFunctionMode):
-    """Raises where a function is given the model's own tensor in place of the one of the call."""
+    """Raises where a function is given the model's own tensor instead of that of the call."""
 
     def __init__(self, aside: Sequence[str], slots: Sequence[Slot]) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ def _reached(name: str, aside: Sequence[str], what: str) -> str:
         f"the model's own {name!r} {what} during a functional call: by a hook, or through "
         f"{list(aside)}, an object or a global that leads to it and that a call cannot copy. "
         "Hold the module in a module, a list or a dict, or use torch.func.functional_call, which "
-        "changes the model for the length of the call."
+        "changes the model during the call."
     )
 
 

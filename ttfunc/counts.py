@@ -16,7 +16,7 @@ from ttfunc.torch_private import is_traceable_wrapper_subclass
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary` counted. Tied and shared tensors count once; bytes are of what is stored."""
+    """What `summary` counted. Tied and shared tensors count once; bytes are those stored."""
 
     trainable_parameters: int
     trainable_bytes: int
@@ -26,7 +26,7 @@ class Summary:
 
     @property
     def fraction(self) -> float:
-        """Trainable parameters of all: the model's and the deltas'."""
+        """The trainable part of all parameters: the model's and the deltas'."""
         return self.trainable_parameters / max(self.total_parameters, 1)
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
     """Counts of the frozen model and of the trained rows; neither is changed.
 
     Returns:
-        Summary, with the deltas counted in the total as well, and what each matrix trains.
+        Summary: the totals include the deltas, and `matrices` says what each matrix trains.
 
     Raises:
         ValueError: the model has no matrix of that name and shape.
@@ -58,7 +58,7 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
         if not wrapped and (name not in held or tuple(held[name].shape) != spec.shape):
             raise ValueError(
                 f"{type(model).__name__} has no matrix {name!r} of shape {spec.shape}, which the "
-                "parameters were made for. Give their model."
+                "parameters were made for. Give the model that they were made from."
             )
         tied = f", tied with {', '.join(spec.names[1:])}" if len(spec.names) > 1 else ""
         delta = params.deltas[name]
@@ -80,7 +80,7 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
 def _numel(parameter: Tensor) -> int:
     if is_lazy(parameter):
         return 0
-    # bitsandbytes packs two numbers into a byte, and keeps the shape that they have apart.
+    # bitsandbytes packs two numbers into a byte, and keeps their shape separately.
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return parameter.numel() if shape is None else math.prod(shape)
 
@@ -88,7 +88,7 @@ def _numel(parameter: Tensor) -> int:
 def _nbytes(tensor: Tensor) -> int:
     if is_lazy(tensor):
         return 0
-    if is_traceable_wrapper_subclass(tensor):  # says one dtype, and stores others
+    if is_traceable_wrapper_subclass(tensor):  # it reports one dtype, and stores others
         inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         return sum(_nbytes(part) for part in inner if isinstance(part, Tensor))
     if tensor.layout in _PARTS:
@@ -106,7 +106,7 @@ _PARTS = {
 
 
 def size(count: float) -> str:
-    """Bytes, for people."""
+    """A number of bytes, as text for people."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -69,7 +69,7 @@ class TokenDeltas:
 
     @property
     def rows(self) -> dict[str, RowSpec]:
-        """The specs, by the name that they had before."""
+        """The specs, under their former name."""
         return self.specs
 
     @property
@@ -85,19 +85,19 @@ class TokenDeltas:
 
     @property
     def tied(self) -> dict[str, tuple[str, ...]]:
-        """All names of each matrix, its own first one included."""
+        """All names of each matrix, including the first one."""
         return {name: spec.names for name, spec in self.specs.items()}
 
     def __iter__(self) -> NoReturn:
         raise TypeError(
-            "TokenDeltas is a pytree, not a list of tensors. Its leaves, for an optimizer say: "
-            "optree.tree_leaves(params)."
+            "TokenDeltas is a pytree, not a list of tensors. For its leaves, for example for an "
+            "optimizer, call optree.tree_leaves(params)."
         )
 
     def __getitem__(self, name: object) -> NoReturn:
         raise TypeError(
-            f"TokenDeltas is not indexed, got [{name!r}]. params.deltas[name], "
-            f"params.token_indices[name] and params.originals[name] are for the names "
+            f"TokenDeltas cannot be indexed, got [{name!r}]. Use params.deltas[name], "
+            f"params.token_indices[name] or params.originals[name], with one of the names "
             f"{list(self.deltas)}."
         )
 
@@ -105,7 +105,7 @@ class TokenDeltas:
         hint = ""
         if not name.startswith("_") and callable(getattr(Tensor, name, None)):
             hint = (
-                " It is a pytree; what is done to each of its tensors goes by optree: "
+                " It is a pytree. To do this to each of its tensors, use optree: "
                 f"params = optree.tree_map(lambda t: t.{name}(...), params)."
             )
         raise AttributeError(f"TokenDeltas has no attribute {name!r}.{hint}")
@@ -122,8 +122,8 @@ def combine(*params: TokenDeltas) -> TokenDeltas:
     """One TokenDeltas with the rows of all of `params`, in their order; none of them is changed.
 
     Deltas over the same matrix are concatenated to `(k1 + k2 + …, D)`. Raises ValueError where a
-    token is in more than one of them, or where one name stands for a matrix of different models;
-    TypeError for what is no TokenDeltas.
+    token is in more than one of them, or where one name stands for matrices of different models;
+    TypeError for anything but a TokenDeltas.
     """
     if not params:
         raise ValueError("combine() got no parameters: give at least one TokenDeltas.")
@@ -133,7 +133,7 @@ def combine(*params: TokenDeltas) -> TokenDeltas:
 
 
 def check_type(params: object) -> None:
-    """Raise TypeError for what is no TokenDeltas."""
+    """Raise TypeError for anything but a TokenDeltas."""
     if not isinstance(params, TokenDeltas):
         raise TypeError(
             f"got {type(params).__name__} where the parameters of init_deltas (TokenDeltas) are "

@@ -21,8 +21,8 @@ from ttfunc.torch_private import outside_of_modes
 class IdTable(NamedTuple):
     """The ids on one device, int64: `(k,)` as given, and sorted.
 
-    id_at, row_at: `(k + 1,)`, of a place among the sorted ones the id and its row; no id comes to
-    the place behind the last, where the id is -1.
+    id_at, row_at: `(k + 1,)`, the id at each place among the sorted ones, and its row. The place
+    after the last has no id, and -1 is there.
     """
 
     ids: Tensor
@@ -34,8 +34,9 @@ class IdTable(NamedTuple):
 class TokenIndices:
     """Distinct token ids in the order given: row i of every `(k, D)` array belongs to id i.
 
-    Compares and hashes by content. The tables of a device are made at its first use and kept, so
-    that a training step moves nothing between devices. All that is known of them lives with them.
+    Compares and hashes by content. The tables for a device are made at its first use and kept, so
+    that a training step moves nothing between devices. All that is derived from the ids is kept
+    here.
     """
 
     def __init__(self, ids: tuple[int, ...]) -> None:
@@ -75,7 +76,7 @@ class TokenIndices:
         return self._tables[device]
 
     def find(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which of `(...)` tokens are here, and the row of each that is (of others, any row)."""
+        """Which of `(...)` tokens are among the ids, and the row of each (any row for others)."""
         table = self.on(device)
         # Static shapes and no table of V entries: a binary search among the k ids.
         place = torch.searchsorted(table.sorted, tokens.to(table.sorted.dtype).contiguous())
@@ -92,7 +93,7 @@ class TokenIndices:
 
 
 def gaps(indices: TokenIndices, size: int, most: int) -> tuple[slice, ...]:
-    """What is left of `range(size)` without these ids, in order; empty if in more than `most`."""
+    """The slices of `range(size)` between these ids, in order; empty if more than `most`."""
     known = indices._stretches
     if (size, most) not in known:
         bounds = (-1, *sorted(indices.ids), size)
@@ -107,10 +108,10 @@ def union(each: tuple[TokenIndices, ...]) -> TokenIndices:
     first, others = each[0], each[1:]
     if not others:
         return first
-    if torch.compiler.is_dynamo_compiling():  # which knows no weak references
+    if torch.compiler.is_dynamo_compiling():  # Dynamo knows no weak references
         return _union(each)
-    # Joining at each training step must not sort, nor move the ids to the device, again. Kept with
-    # the first, for as long as the others live.
+    # The union is kept with the first, for as long as the others live: so joining at each training
+    # step does not sort the ids again, nor move them to the device again.
     forget = functools.partial(_forget_dead, weakref.ref(first))
     key = tuple(weakref.ref(other, forget) for other in others)
     found = first._unions.get(key)
@@ -125,7 +126,7 @@ def _union(each: tuple[TokenIndices, ...]) -> TokenIndices:
 
 def _forget_dead(first: weakref.ref[TokenIndices], _: object) -> None:
     if (indices := first()) is not None:
-        for key in list(indices._unions):  # at once, for other threads
+        for key in list(indices._unions):  # in one step: another thread may change it
             if any(ref() is None for ref in key):
                 indices._unions.pop(key, None)
 
@@ -138,7 +139,7 @@ def with_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def outside_of_autocast(device: torch.device) -> Iterator[None]:
-    """For copying tensors of the half precision that is not autocast's, which takes none."""
+    """Turn autocast off for a copy: it refuses the half-precision dtype that is not its own."""
     known = torch.amp.is_autocast_available(device.type)  # not on meta
     if known and torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
@@ -165,13 +166,13 @@ def token_indices(idx: Iterable[Any], vocabulary: int, name: str) -> TokenIndice
         raise IndexError(
             f"token indices {shortened(beyond)} are past the end of {name!r}, which has "
             f"{vocabulary} rows (0 to {vocabulary - 1}). Resize the model first "
-            "(model.resize_token_embeddings(len(tokenizer))), or use rows that it has to spare."
+            "(model.resize_token_embeddings(len(tokenizer))), or use spare rows that it has."
         )
     if len(set(ids)) != len(ids):
         repeated = sorted(token for token, times in Counter(ids).items() if times > 1)
         raise ValueError(
             f"token indices {shortened(repeated)} for {name!r} are given more than once: each "
-            "token has one row. Remove the copies, list(dict.fromkeys(idx)) keeps the order."
+            "token has one row. Remove the copies: list(dict.fromkeys(idx)) keeps the order."
         )
     return TokenIndices(tuple(ids))
 
@@ -209,8 +210,8 @@ def _token_id(token: Any, name: str) -> int:
         )
     if token is None:
         raise TypeError(
-            f"a token index for {name!r} is None, which is what a tokenizer gives for a token that "
-            "it does not know. Add it first: tokenizer.add_tokens([...])."
+            f"a token index for {name!r} is None: a tokenizer gives None for a token that it does "
+            "not know. Add the token first: tokenizer.add_tokens([...])."
         )
     if isinstance(token, str):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Choosing the rows of a model, and where they start."""
+"""Choosing the rows of a model, and the values that they start with."""
 
 from __future__ import annotations
 
@@ -41,23 +41,24 @@ def init_deltas(
     Args:
         model: any module. It is not changed.
         idx: k token ids, or a mapping from target to its own ids (then without `targets`).
-        targets: a module name or the end of one, a compiled pattern, or a list of them; Embedding
-            and Linear modules. By default the input embedding. What is tied to a target by identity
-            or memory is trained with it.
+        targets: Embedding and Linear modules: a module name or the end of one, a compiled pattern,
+            or a list of them. By default the input embedding. A matrix that is tied to a target, by
+            identity or memory, is trained with it.
         init: where the rows start. `"base"`: as they are. `"mean"`: the mean of the matrix.
-            `"normal"`: drawn with the mean and spread of each column of it. A `(k, D)` tensor. Or a
-            function of the `(V, D)` matrix and the `(k,)` ids that returns `(k, D)` rows.
+            `"normal"`: drawn with the mean and the standard deviation of each of its columns. A
+            `(k, D)` tensor. Or a function of the `(V, D)` matrix and the `(k,)` ids that returns
+            `(k, D)` rows.
         dtype: of the deltas; by default the matrix's own, but float32 for a half-precision one.
         generator: for `"normal"`.
-        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` needs it not.
+        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
 
     Returns:
         TokenDeltas with a `(k, D)` delta on the device of each distinct matrix.
 
     Raises:
-        TypeError, ValueError, IndexError: for ids that are no token ids, targets that are unknown
+        TypeError, ValueError, IndexError: for ids that are not token ids, targets that are unknown
         or ambiguous, tied targets with different ids, an `init` of another shape, a `dtype` that
-        is no float.
+        is not a float.
     """
     warn_of_untested()
     if not isinstance(model, nn.Module):
@@ -114,7 +115,7 @@ def _each_module(
     wanted: list[tuple[dict[str, nn.Module], Iterable[int]]],
 ) -> Iterator[tuple[str, nn.Module, Iterable[int]]]:
     for modules, ids in wanted:
-        # They may come from an iterator, and each module reads them.
+        # The ids may come from an iterator, and each module reads them.
         ids = list(ids) if isinstance(ids, Iterator) else ids
         for name, module in modules.items():
             yield name, module, ids
@@ -167,7 +168,7 @@ def _mean(weight: Tensor, ids: Tensor, generator: torch.Generator | None) -> Ten
 def _normal(weight: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
     mean = _mean(weight, ids, generator)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    # torch has no spread of floats of eight bits.
+    # torch has no std for 8-bit floats.
     wide = weight.to(mean.dtype) if weight.element_size() == 1 else weight
     return mean + noise * wide.std(0, correction=0).to(mean.dtype)
 
@@ -182,8 +183,8 @@ def _called(
     start = init(weight, ids.clone())
     if version_of(weight) != version:
         raise RuntimeError(
-            f"init wrote to the matrix {name!r} that it was given, which is the model's own: load "
-            "the model again, and let init return new rows, base[idx].clone() say."
+            f"the function init wrote to the matrix {name!r}, which is the model's own. Load the "
+            "model again, and let init return new rows, for example base[idx].clone()."
         )
     return start
 

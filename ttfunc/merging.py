@@ -39,24 +39,24 @@ def merge(
         params: with `(k, D)` deltas; they are cast to the dtype of the matrix.
         more: further rows, of other tokens.
         check_finite: refuse rows that are NaN or infinite in the matrix's dtype.
-        names: where the state dict names a matrix in another way than the model (as with a wrapper
-            around it), from the model's name to the state dict's.
+        names: a mapping from the model's name of a matrix to the state dict's, where the two differ
+            (as with a wrapper around the model).
 
     Returns:
-        A new dict. Every tensor that is not patched is the one passed in, and names that were one
-        tensor are one tensor still. Differentiable with respect to the deltas: merge `params` that
-        do not require grad, or under `torch.no_grad()`, for a state dict to save.
+        A new dict. Tensors that are not patched are the ones passed in, and names that shared one
+        tensor still share one. The result is differentiable with respect to the deltas. For a state
+        dict to save, merge `params` that do not require grad, or merge under `torch.no_grad()`.
 
     Warns:
-        UserWarning: tied names hold different rows in the state dict, so that `unmerge` cannot give
-            all of them back. (Rows that are others under each name, as those of another base, are
-            replaced without a word.)
+        UserWarning: tied names hold different rows in the state dict, so `unmerge` cannot give all
+            of them back. (If no name holds the originals, as with another base, the rows are
+            replaced without a warning.)
 
     Raises:
-        KeyError: the state dict has none of a matrix's names, or not the one in `names`.
+        KeyError: the state dict has none of the names of a matrix, or lacks the one in `names`.
         ValueError: a matrix or a delta of another shape, overlapping tokens, or a row that is not
             finite.
-        TypeError: no mapping, or a matrix in it that is no float tensor.
+        TypeError: the state dict is not a mapping, or a matrix in it is not a float tensor.
     """
     together = called(state_dict, combine(params, *more), names)
     groups = groups_of(state_dict, together)
@@ -77,13 +77,13 @@ def unmerge(
 ) -> dict[str, Tensor]:
     """A state dict with the original rows back in place: the inverse of `merge`.
 
-    The originals are those that `params` were made with; whatever has been written to these rows
-    since is overwritten. The state dict is not changed; the result shares with it as `merge`'s
-    does. `names` as for `merge`.
+    The originals are those that `params` were made with; anything written to these rows since is
+    overwritten. The state dict is not changed. The result shares tensors with it, as the result of
+    `merge` does. `names` is as for `merge`.
 
     Raises:
-        KeyError, ValueError: as `merge`; ValueError also where the state dict is of a dtype that
-            holds more than the originals', so that they may be roundings of what was there.
+        KeyError, ValueError: as `merge`. Also ValueError if the dtype of the state dict holds more
+            than the dtype of the originals: they may be rounded.
     """
     together = called(state_dict, combine(params, *more), names)
     groups = groups_of(state_dict, together)
@@ -97,14 +97,14 @@ def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> No
     has, kept = torch.finfo(dtype), torch.finfo(originals)
     if has.eps < kept.eps or has.max > kept.max or has.smallest_normal < kept.smallest_normal:
         raise ValueError(
-            f"{name!r} is in {dtype} and the original rows were taken in {originals}, which cannot "
-            "give back all of it: they may not be what was there. Make the parameters from a model "
-            f"in {dtype}, or keep what was merged into."
+            f"{name!r} is in {dtype}, but the original rows were taken in {originals}, which does "
+            "not hold all of its values: the originals may be rounded. Make the parameters from a "
+            f"model in {dtype}, or keep the weights from before the merge."
         )
 
 
 def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group]) -> None:
-    """Warns where some names of a matrix have its original rows, and others have others."""
+    """Warns where some names of a matrix hold its original rows, and others hold other rows."""
     if len(groups) < 2 or torch.compiler.is_dynamo_compiling():
         return
     held = [state_dict[group.aliases[0]] for group in groups]
@@ -120,9 +120,9 @@ def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group]) -> No
     }
     warnings.warn(
         f"the rows of tokens {shown(list(groups[0].spec.indices.ids))} in {names[False]} are not "
-        f"the originals of the parameters, which {names[True]} has: the names are one matrix in "
-        "the model, and not in this state dict. The trained rows replace both, and unmerge will "
-        "write the originals to both. Keep this state dict.",
+        f"the originals of the parameters, but those in {names[True]} are. These names are one "
+        "matrix in the model, but not in this state dict. The trained rows replace both, and "
+        "unmerge will write the originals to both. Keep this state dict.",
         stacklevel=3,
     )
 
@@ -149,7 +149,7 @@ def _written(
         copy.copy(state_dict) if isinstance(state_dict, dict) else dict(state_dict)
     )
     for key, spec, aliases in groups:
-        # From the result: another adapter may have written to one of these names before.
+        # Read from the result: another adapter may already have written to one of these names.
         matrix = result[aliases[0]]
         rows = values[key].to(matrix.device, matrix.dtype)
         written = _with_rows(matrix, spec.indices.on(matrix.device).ids, rows)
@@ -160,7 +160,7 @@ def _written(
 def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
     if matrix.element_size() > 1:
         return matrix.index_copy(0, ids, rows)
-    # torch copies no float of eight bits by index, only their bytes.
+    # index_copy does not support 8-bit floats, so their bytes are copied.
     as_bytes = matrix.view(torch.uint8).index_copy(0, ids, rows.view(torch.uint8))
     return as_bytes.view(matrix.dtype)
 

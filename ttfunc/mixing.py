@@ -1,4 +1,4 @@
-"""One batch, an adapter for each example."""
+"""One batch in which each example has its own adapter."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ def patch_mixed(
     >>> ttfunc.functional_call(model, weights, x)[:2, 0, 0]
     tensor([2., 1.])
 
-    Give the result to `functional_call`, as that of `patch`; it is differentiable by the deltas of
-    all adapters. Neither the model nor an adapter is changed. The model must keep the examples in
-    the first dimension of its tokens and hidden states, as transformers' do (but XLNet, refused).
+    Give the result to `functional_call`, like the result of `patch`. It is differentiable with
+    respect to the deltas of all adapters. Neither the model nor an adapter is changed. The model
+    must keep the examples in the first dimension of its tokens and hidden states, as the models of
+    transformers do (except XLNet, which is refused).
 
     Args:
-        adapters: n TokenDeltas of one model, over any tokens each.
+        adapters: n TokenDeltas of one model, each over any tokens.
         assignment: B integers, the adapter of each example; -1 is the plain model.
 
     Returns:
-        A `(V, D)` deferred weight for each matrix of the adapters, as `patch` returns. Reading it
-        with another batch than B examples, or in a way that is no lookup and no product, raises.
+        A `(V, D)` deferred weight for each matrix of the adapters, as `patch` returns. A read
+        raises if its batch does not have B examples, or if it is neither a lookup nor a product.
 
     Raises:
         ValueError: no adapters, an empty assignment, adapters of different models, or as `patch`.
@@ -57,7 +58,7 @@ def patch_mixed(
         if matrix.has_max_norm:
             raise ValueError(
                 f"{name!r} rescales itself as it is read (max_norm), and cannot be mixed. Call "
-                "each adapter's examples on their own."
+                "the model separately for each adapter's examples."
             )
         base = matrix.tensor.detach()
         with outside_of_autocast(base.device):
@@ -89,12 +90,12 @@ def _numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]:
     """The adapter of each example, `count` for the plain model."""
     if isinstance(assignment, (Tensor, np.ndarray)):
         unknown = isinstance(assignment, Tensor) and assignment.is_meta
-        if unknown or torch.compiler.is_dynamo_compiling():  # which reads no values
+        if unknown or torch.compiler.is_dynamo_compiling():  # Dynamo reads no values
             raise TypeError("assignment has no values to read here. Give a list of integers.")
         assignment = assignment.tolist()
     if isinstance(assignment, (str, bytes, Mapping)) or not isinstance(assignment, Iterable):
         raise TypeError(
-            f"assignment must be a sequence of numbers of adapters, one for each example, got "
+            f"assignment must be a sequence of adapter numbers, one for each example, got "
             f"{type(assignment).__name__}: {assignment!r}."
         )
     numbers = list(assignment)
@@ -106,8 +107,8 @@ def _numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]:
             )
         if not -1 <= number < count:
             raise IndexError(
-                f"assignment names adapter {number}, and there are {count}: 0 to {count - 1}, or "
-                "-1 for the plain model."
+                f"assignment names adapter {number}, but there are {count}. Give 0 to {count - 1}, "
+                "or -1 for the plain model."
             )
     if not numbers:
         raise ValueError("assignment is empty: give the number of an adapter for each example.")

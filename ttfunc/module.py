@@ -24,7 +24,7 @@ CHECKPOINTING = {
 
 
 class TokenModule(nn.Module):
-    """A frozen model with trained rows, as a module that has these rows alone.
+    """A frozen model with trained rows, as a module whose only parameters are these rows.
 
     >>> model = torch.nn.Embedding(100, 8).requires_grad_(False)
     >>> params = ttfunc.init_deltas(model, [3, 7])
@@ -34,28 +34,29 @@ class TokenModule(nn.Module):
     >>> module(torch.tensor([3])).shape
     torch.Size([1, 8])
 
-    `parameters()` are the leaves of `params`, a `(k, D)` one for each matrix: there is one set of
-    rows, and training the module trains `params`. `state_dict` has the `(k,)` int64 token indices
-    beside them. So an optimizer, DDP and a checkpoint see kilobytes. The model is in `base`, and no
-    submodule. It is called by `functional_call`, and its weights never change; `to`, `train`,
-    `eval` and the switches of gradient checkpointing act on it too; float32 rows stay so over a
-    half-precision base.
+    `parameters()` are the leaves of `params`, a `(k, D)` one for each matrix. There is one set of
+    rows: training the module trains `params`. `state_dict` also has the `(k,)` int64 token indices.
+    So an optimizer, DDP and a checkpoint see kilobytes. The model is the attribute `base`, not a
+    submodule. It is called by `functional_call`, and its weights never change. `to`, `train`,
+    `eval` and the switches of gradient checkpointing act on it too. Float32 rows stay float32 over
+    a half-precision base.
 
     Other attributes that are plain data (`config`, `device`) are read from the model; its methods,
-    submodules and tensors are not, because they know nothing of the rows. The class takes the name
-    and the signature of the model's, which transformers' Trainer goes by. A deep copy has rows and
-    training modes of its own over the same base, which it neither moves nor switches.
+    submodules and tensors are not, because they do not use the rows. The class takes the name and
+    the signature of the model's class, because transformers' Trainer relies on them. A deep copy
+    has rows and training modes of its own over the same base; it neither moves nor switches the
+    base.
 
     Args:
         model: frozen, and the one that `params` were made from.
-        params: with `(k, D)` deltas, leaves. They become `nn.Parameter`s that require grad.
+        params: with `(k, D)` deltas that are leaves. They become `nn.Parameter`s that require grad.
 
     Raises:
-        ValueError: a model that is not frozen, deltas of another shape or that are no leaves, stale
-            parameters.
-        TypeError: no module, or no TokenDeltas.
-        RuntimeError: parameters that belong to no model; and when it is called, a parameter of the
-            model that requires grad since.
+        ValueError: a model that is not frozen, deltas that have another shape or are not leaves,
+            stale parameters.
+        TypeError: `model` is not a module, or `params` is not a TokenDeltas.
+        RuntimeError: parameters that belong to no model; at a call, a parameter of the model that
+            now requires grad.
     """
 
     base: nn.Module
@@ -72,7 +73,7 @@ class TokenModule(nn.Module):
                 "backward would fill their gradients, and no optimizer that is given this module "
                 "would see them. Freeze the model first: model.requires_grad_(False)."
             )
-        # Past nn.Module's own __setattr__, which would make it a submodule.
+        # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
         self._modes = None
         parameters = {name: _parameter(delta, name) for name, delta in params.deltas.items()}
@@ -97,7 +98,7 @@ class TokenModule(nn.Module):
         """Set the training mode of this module, and so of the model when it is next called."""
         if self._modes is None:
             self.base.train(mode)
-        else:  # the base is the original's
+        else:  # in a copy: the base belongs to the original
             self._modes = dict.fromkeys(self.base.modules(), mode)
         return super().train(mode)
 
@@ -120,7 +121,7 @@ class TokenModule(nn.Module):
                 f"{len(free)} parameters of the {type(self.base).__name__} in a TokenModule "
                 f"require grad since it was made ({free[0]!r}, …): backward would fill their "
                 "gradients, and no optimizer that is given this module sees them. Freeze them, or "
-                "train the rows beside them with functional_call(model, patch(params), ...)."
+                "train them and the rows with functional_call(model, patch(params), ...)."
             )
         weights = patch(self.params())
         modes = {m: mode for m, mode in (self._modes or {}).items() if m.training is not mode}
@@ -131,7 +132,7 @@ class TokenModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base")
         known = base is not None and not name.startswith("_") and name in vars(base)
-        # Plain data, as generation_config, which generate reads there; a forward is this module's.
+        # Plain data goes to the model (generate reads generation_config there), a forward does not.
         if known and name not in self.__dict__ and not callable(value):
             setattr(base, name, value)
         else:
@@ -141,7 +142,7 @@ class TokenModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # What a tool has noted about the model in private does not hold for this module.
+            # A private attribute that a tool has set on the model does not hold for this module.
             if name.startswith("_") or "base" not in self.__dict__:
                 raise
         value = getattr(self.base, name)
@@ -150,17 +151,17 @@ class TokenModule(nn.Module):
         ):
             return value
         raise AttributeError(
-            f"{name!r} of the {type(self.base).__name__} in a TokenModule knows nothing of the "
+            f"{name!r} of the {type(self.base).__name__} in a TokenModule does not use the "
             f"trained rows. module.base.{name} is the plain model's. functional_call(module.base, "
             "patch(module.params()), ..., method=...) runs a method with the rows, and "
-            "ttfunc.save(module.params(), path) keeps them."
+            "ttfunc.save(module.params(), path) saves them."
         )
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # No buffers: what averages buffers would average these.
+        # Not as buffers: code that averages buffers would average the indices.
         for name, ids in self.params().token_indices.items():
             destination[prefix + _key("token_indices", name)] = ids
 
@@ -174,7 +175,7 @@ class TokenModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # Even where it is not strict: Trainer never is, and would go on with untrained rows.
+        # Also with strict=False: Trainer always loads so, and would go on with untrained rows.
         faults = [
             fault
             for name, spec in self._rows.items()
@@ -185,7 +186,7 @@ class TokenModule(nn.Module):
             return  # before anything is written
         ids = {prefix + _key("token_indices", name) for name in self._rows}
         rest = {key: value for key, value in state_dict.items() if key not in ids}
-        # The rows stay the very leaves of the parameters, whatever the caller asks for.
+        # The rows stay the same leaves of the parameters, whatever the caller asks for.
         local_metadata = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -202,14 +203,15 @@ class TokenModule(nn.Module):
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
-            "a TokenModule is not pickled, since its base would be too. Save module.state_dict(), "
-            "or ttfunc.save(module.params(), path), and make it anew on the model."
+            "a TokenModule cannot be pickled, because its base would be pickled too. Save "
+            "module.state_dict(), or call ttfunc.save(module.params(), path), and make a new "
+            "TokenModule on the model."
         )
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise RuntimeError(
             "nn.DataParallel does not copy the base of a TokenModule to its devices. Start a "
-            "process for each device (torchrun), or show it one (CUDA_VISIBLE_DEVICES=0)."
+            "process for each device (torchrun), or use one device only (CUDA_VISIBLE_DEVICES=0)."
         )
 
     def __repr__(self) -> str:
@@ -217,13 +219,13 @@ class TokenModule(nn.Module):
 
 
 def _key(part: str, name: str) -> str:
-    """A parameter's name must have no dot. (The escapes are those of RFC 6901.)"""
+    """The name of a parameter, which must have no dot. (The escapes are those of RFC 6901.)"""
     escaped = name.replace("~", "~0").replace("/", "~1")
     return f"{part}/{escaped.replace('.', '/')}"
 
 
 def _trainable(model: nn.Module) -> list[str]:
-    # named_parameters() takes some times as long, and this runs at every step.
+    # named_parameters() takes several times as long, and this runs at every step.
     pairs = ((module, module._parameters) for module in model.modules())
     if not any(p is not None and p.requires_grad for _, held in pairs for p in held.values()):
         return []
@@ -231,11 +233,11 @@ def _trainable(model: nn.Module) -> list[str]:
 
 
 def _parameter(delta: Tensor, name: str) -> nn.Parameter:
-    """The very tensor as a Parameter, so that an optimizer that has it already trains it."""
+    """The same tensor as a Parameter, so that an optimizer that already holds it trains it."""
     if not delta.is_leaf or delta.is_inference():
         raise ValueError(
-            f"the delta of {name!r} is computed from others, or was made in inference mode, and "
-            "no parameter that can be trained. Give leaves: "
+            f"the delta of {name!r} is computed from others, or was made in inference mode, so it "
+            "cannot be a parameter that is trained. Give leaves: "
             "optree.tree_map(lambda t: t.detach().clone(), params)."
         )
     if not isinstance(delta, nn.Parameter):
@@ -257,28 +259,28 @@ def _like(model_class: type[nn.Module], module_class: type[TokenModule]) -> type
 
 
 def _subclass(model_class: type[nn.Module], module_class: type[TokenModule]) -> type[TokenModule]:
-    """With what Trainer goes by.
+    """A subclass with the name and the signature that Trainer relies on.
 
-    By the name it shifts the labels; by the signature of `forward`, of the class and of the
-    instance, it chooses columns, finds the labels and passes `num_items_in_batch`.
+    Trainer shifts the labels according to the name. According to the signature of `forward`, on the
+    class and on the instance, it chooses columns, finds labels and passes `num_items_in_batch`.
     """
 
     def forward(self: TokenModule, *args: Any, **kwargs: Any) -> Any:
         return module_class.forward(self, *args, **kwargs)
 
-    # Not functools.wraps, whose __wrapped__ accelerate would unwrap and call instead.
+    # Not functools.wraps: accelerate would unwrap its __wrapped__ and call that instead.
     forward.__signature__ = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
     space = {"forward": forward, "__module__": __name__, "__doc__": module_class.__doc__}
     return type(model_class.__name__, (module_class,), space)
 
 
 def _faults(name: str, spec: RowSpec, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """What keeps the entries of a state dict from being the rows of these tokens."""
+    """The reasons why the entries of a state dict cannot be the rows of these tokens."""
     rows, ids = (prefix + _key(part, name) for part in ("deltas", "token_indices"))
     if missing := [key for key in (rows, ids) if not isinstance(state_dict.get(key), Tensor)]:
         yield (
-            f"it lacks {missing}, and has {list(state_dict)[:4]}. Load what state_dict() of a "
-            "TokenModule over the same matrices gave."
+            f"it lacks {missing}, and begins with {list(state_dict)[:4]}. Load the state_dict() of "
+            "a TokenModule over the same matrices."
         )
         return
     expected = (len(spec.indices), spec.shape[1])
@@ -286,7 +288,7 @@ def _faults(name: str, spec: RowSpec, state_dict: Mapping[str, Any], prefix: str
         yield f"{rows!r} has shape {tuple(state_dict[rows].shape)}, and {expected} is needed."
     elif state_dict[ids].tolist() != list(spec.indices.ids):
         yield (
-            f"{rows!r} are the rows of tokens {shown(state_dict[ids].tolist())}, and this module "
-            f"trains {shown(list(spec.indices.ids))}: make it from init_deltas with the same "
-            "ids, in the same order."
+            f"{rows!r} are the rows of tokens {shown(state_dict[ids].tolist())}, but this module "
+            f"trains {shown(list(spec.indices.ids))}. Make the module from init_deltas with the "
+            "same ids, in the same order."
         )

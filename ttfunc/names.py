@@ -1,4 +1,4 @@
-"""What a matrix is called elsewhere: names that the user gives, and those that a wrapper makes."""
+"""Other names of a matrix: those that the user gives, and those that a wrapper makes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.model.targets import Matrix, matrix_of
 
-# What wrappers put into the names of a model, and who does.
+# The parts that wrappers put into the names of a model, and the wrapper of each.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "_fsdp_wrapped_module.": "FSDP",
@@ -39,11 +39,11 @@ def renamed(
     where: str,
     missing: Callable[[RowSpec, str], str],
 ) -> TokenDeltas:
-    """`params` by the names that are `held` elsewhere, in place of the model's.
+    """`params` under names that are `held` elsewhere, in place of the model's.
 
-    `where` says where that is, and `missing` what is wrong with a name that is not there. Raises
-    TypeError, KeyError or ValueError unless each of `names` leads from a name of the parameters to
-    one that is held and that no other name leads to.
+    For messages, `where` says what holds these names, and `missing` what is wrong with a name that
+    is not held. Raises TypeError, KeyError or ValueError unless each of `names` maps a name of the
+    parameters to a held name, and no two names become one.
     """
     if names is None:
         return params
@@ -51,7 +51,7 @@ def renamed(
         raise TypeError(f"names must map strings to strings, got {shown(names)}.")
     known = {name: spec for spec in params.specs.values() for name in spec.names}
     for name, other in names.items():
-        told = f"names has {other!r} for {name!r}, and "
+        told = f"names has {other!r} for {name!r}, but "
         if name not in known:
             raise KeyError(f"{told}the parameters are for {list(known)}. Map from one of these.")
         if other not in held:
@@ -63,7 +63,7 @@ def renamed(
             )
     called = Counter(names.get(name, name) for name in known)
     if twice := [name for name, times in called.items() if times > 1]:
-        raise ValueError(f"names leads to {twice} more than once: a tensor has one name each.")
+        raise ValueError(f"names leads to {twice} more than once. Give each matrix its own name.")
     rows = {
         key: replace(spec, names=tuple(names.get(name, name) for name in spec.names))
         for key, spec in params.specs.items()
@@ -72,19 +72,19 @@ def renamed(
 
 
 def advice(names: Sequence[str], held: Collection[str]) -> str:
-    """What `held` may have for `names`, and how to say so; nothing where that cannot be told."""
+    """A hint: what `held` may have for `names`, and how to give it; empty if that is not known."""
     found = through_wrappers(names, held) or _behind_a_prefix(names, held)
     if not found:
         return ""
     who = _who(found)
     return (
         f" Did you mean {next(iter(found.values()))!r}{f', with the {who}' if who else ''}? Then "
-        f"say so: names={found!r}."
+        f"give names={found!r}."
     )
 
 
 def through_wrappers(names: Iterable[str], held: Iterable[str]) -> dict[str, str]:
-    """For each of `names`, the one `held` that is the same but for the parts that wrappers add."""
+    """For each of `names`, the only `held` one that differs just by parts that wrappers add."""
     bare: dict[str, list[str]] = {}
     for name in held:
         bare.setdefault(_bare(name), []).append(name)
@@ -100,7 +100,7 @@ def _bare(name: str) -> str:
 
 
 def _behind_a_prefix(names: Sequence[str], held: Collection[str]) -> dict[str, str]:
-    """Where one prefix before all of `names`, or before what is held, makes them the same."""
+    """Pairs of a name and a held one, if one prefix before either side makes all of them equal."""
     longer = {other.removesuffix(names[0]) for other in held if other.endswith(f".{names[0]}")}
     shorter = {names[0].removesuffix(other) for other in held if names[0].endswith(f".{other}")}
     if len(longer) + len(shorter) != 1:
@@ -111,7 +111,7 @@ def _behind_a_prefix(names: Sequence[str], held: Collection[str]) -> dict[str, s
 
 
 def _who(names: Mapping[str, str]) -> str:
-    """The parts that wrappers have put into one of each pair of names, and who did."""
+    """The parts that wrappers have put into one name of a pair, and the wrapper of each."""
     parts = [
         f"{part!r} of {who}"
         for part, who in _WRAPPERS.items()
@@ -133,7 +133,7 @@ def names_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
-    """The matrix that `model` has under `name`; KeyError, with names like it, if there is none."""
+    """The matrix that `model` has under `name`. Raises KeyError, with similar names, for none."""
     held = names_of(model)
     if name not in held:
         hint = did_you_mean(name, held)
@@ -141,10 +141,11 @@ def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
             hint = f" Did you mean {found[name]!r}? One of the two has the {_who(found)}."
         raise KeyError(
             f"{type(model).__name__} has no parameter {name!r}, for which {str(source)!r} has "
-            f"rows.{hint} Use the model that it was trained on, without a wrapper."
+            f"rows.{hint} Use the model that the rows were trained on, without a wrapper."
         )
     if not held[name].is_floating_point():
         raise ValueError(
-            f"{name!r} is {held[name].dtype} in this {type(model).__name__}, no float."
+            f"{name!r} is {held[name].dtype} in this {type(model).__name__}, and a floating-point "
+            "dtype is needed. Leave the token matrices out of the quantisation."
         )
     return matrix_of(model, held[name])

@@ -14,7 +14,7 @@ from ttfunc.weight.reads import SharedRows
 def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[str, Tensor]:
     """The patched weights of the model that `params` were made from, by parameter name.
 
-    Each stands for the matrix W with `W[S] = R`: the rows R in place of those of the tokens S.
+    Each weight is the matrix W with `W[S] = R`: the rows R replace the rows of the tokens S.
 
     >>> model = torch.nn.Embedding(100, 8)
     >>> weights = patch(ttfunc.init_deltas(model, [3, 7]))
@@ -24,8 +24,8 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
     torch.Size([3, 8])
 
     Give the result to `torch.func.functional_call` or to `ttfunc.functional_call`; it is
-    differentiable by the deltas alone. `patch(a, b)` is `patch(combine(a, b))`. Neither the model
-    nor `params` is changed.
+    differentiable with respect to the deltas alone. `patch(a, b)` is `patch(combine(a, b))`.
+    Neither the model nor `params` is changed.
 
     Args:
         params: with `(k, D)` deltas; they are cast to the dtype and moved to the device that the
@@ -33,7 +33,7 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
         more: further rows of the same model, of other tokens.
         dense: copy the matrices at once, which costs V×D memory for the weight and for each of its
             gradients. By default they are deferred: the frozen matrix is read in place and the k
-            rows are put into what it gives (see `PatchedWeight`). A matrix of an Embedding with
+            rows are put into the result (see `PatchedWeight`). A matrix of an Embedding with
             `max_norm` is always copied.
 
     Returns:
@@ -42,7 +42,7 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
     Raises:
         ValueError: deltas of another shape, a matrix that was resized or untied since they were
             made, or a token in more than one of the parameters.
-        TypeError: deltas that are no float tensors.
+        TypeError: deltas that are not float tensors.
         RuntimeError: `params` were unpickled and belong to no model.
     """
     weights: dict[str, Tensor] = {}
@@ -60,7 +60,7 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
 
 
 def check_current(params: TokenDeltas) -> None:
-    """Raise what `patch` would: for other types and shapes, and for stale parameters."""
+    """Raise what `patch` would raise for wrong types and shapes, and for stale parameters."""
     check_type(params)
     check_shapes(params)
     for spec in params.specs.values():
@@ -68,7 +68,7 @@ def check_current(params: TokenDeltas) -> None:
 
 
 def matrix_of_rows(spec: RowSpec) -> Matrix:
-    """Where the rows belong. Raises RuntimeError if nowhere, ValueError if it is not as it was."""
+    """The matrix of the rows. Raises RuntimeError if there is none, ValueError if it changed."""
     name, matrix = spec.names[0], spec.matrix
     if matrix is None:
         raise RuntimeError(
@@ -84,9 +84,9 @@ def matrix_of_rows(spec: RowSpec) -> Matrix:
         )
     if apart := [n for n, other in matrix.slots if not _is_tied(other, held)]:
         raise ValueError(
-            f"stale parameters: {apart} lay in the memory of {name!r} when they were made, and "
-            "do not now (moving or casting a model parts what is not one Parameter). Tie them "
-            "again, or make the parameters anew with init_deltas."
+            f"stale parameters: {apart} shared the memory of {name!r} when the parameters were "
+            "made, and no longer do (moving or casting a model separates weights that are not one "
+            "Parameter). Tie them again, or make the parameters anew with init_deltas."
         )
     return matrix
 

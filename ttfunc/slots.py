@@ -1,4 +1,4 @@
-"""Which places of a model hold what a call gives other weights for."""
+"""The places of a model in which a call puts other weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ttfunc.weight.per_example import check_batch_first
 
 
 class Slot(NamedTuple):
-    """A place of the model, what it holds, and the weight that is to stand there in a call.
+    """A place of the model, the tensor that it holds, and the weight that a call puts there.
 
-    way: the modules from the model to the place. stand_in: the weight itself, or the same with
-    reads of its own to count: others may share it.
+    way: the modules from the model to the place. stand_in: the weight itself, or the same weight
+    with a record of its own reads, because other calls may share the weight.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Slot(NamedTuple):
 
 
 def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
-    """One for each place of the model that holds one of the weights."""
+    """One slot for each place of the model in which one of the weights is put."""
     slots: dict[str, Slot] = {}
     for name, weight in weights.items():
         if name in slots and slots[name].weight is weight:  # by another name of the same matrix
@@ -40,7 +40,7 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
         source = weight.source if is_patch(weight) else None
         matrix = source.matrix if source is not None else None
         if matrix is None or name not in matrix.names:
-            # under a name of the caller's own, as in a wrapper of the model
+            # The caller uses another name, as for a wrapper of the model.
             matrix = matrix_of(model, _named(model, name))
         if source is not None and source.rows.by_example:
             check_batch_first(model)
@@ -50,8 +50,8 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
             check_fresh(model, matrix, held, source)
         elif weight.shape != matrix.tensor.shape:
             raise ValueError(
-                f"the weight for {name!r} has shape {tuple(weight.shape)}, and that of "
-                f"{type(model).__name__} has {tuple(matrix.tensor.shape)}."
+                f"the weight for {name!r} has shape {tuple(weight.shape)}, but that of "
+                f"{type(model).__name__} has {tuple(matrix.tensor.shape)}. Give one of that shape."
             )
         counted = is_patch(weight) and not torch.compiler.is_dynamo_compiling()
         stand_in = weight.unread() if counted else weight  # type: ignore[attr-defined]
@@ -72,11 +72,11 @@ def _is_of(weight: Tensor, matrix: Matrix) -> bool:
 
 
 def _check_ties(model: nn.Module, slots: Sequence[Slot]) -> None:
-    if not slots or torch.compiler.is_dynamo_compiling():  # which traces no sets of ids
+    if not slots or torch.compiler.is_dynamo_compiling():  # Dynamo traces no sets of ids
         return
     if count_slots(model, [slot.held for slot in slots]) != len(slots):
         raise ValueError(
-            f"{type(model).__name__} ties {slots[0].name!r} to more than it did when the "
+            f"{type(model).__name__} ties {slots[0].name!r} to more places than it did when the "
             "parameters were made. Make them anew with init_deltas after tying the weights."
         )
 

@@ -34,19 +34,20 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
 
     `torch.vmap` over it calls the model with each adapter: `vmap(lambda p: functional_call(model,
     patch(p), x))(stack(adapters))`. Adapter i is `optree.tree_map(lambda t: t[i], stacked)`, with
-    the originals for tokens (or matrices) that only others have. The adapters are not changed.
+    the originals for tokens (or matrices) that only other adapters have. The adapters are not
+    changed.
 
     Args:
         params_list: n TokenDeltas of one model, over the same or different tokens.
 
     Returns:
         TokenDeltas over the k tokens of all, in the order in which they first come. The leaves have
-        the widest dtype of the adapters' and are differentiable by theirs.
+        the widest dtype of the adapters' leaves, and are differentiable with respect to these.
 
     Raises:
         ValueError: none given, a delta that is not `(k, D)`, adapters of different models, or
             originals of one token that differ.
-        TypeError: what is no TokenDeltas.
+        TypeError: anything but TokenDeltas.
     """
     adapters = aligned(params_list)
     names = dict.fromkeys(name for adapter in adapters for name in adapter.specs)
@@ -61,11 +62,11 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
 
 
 def aligned(params_list: Iterable[TokenDeltas]) -> list[TokenDeltas]:
-    """The adapters as a list, of which each is well formed and all are of one model."""
+    """The adapters as a list. Raises unless each is well formed and all are of one model."""
     if isinstance(params_list, TokenDeltas) or not isinstance(params_list, Iterable):
         raise TypeError(
-            f"a list of TokenDeltas is needed, got {type(params_list).__name__}. For one alone: "
-            "[params]."
+            f"a list of TokenDeltas is needed, got {type(params_list).__name__}. For one adapter "
+            "give [params]."
         )
     adapters = list(params_list)
     if not adapters:

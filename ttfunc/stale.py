@@ -17,17 +17,17 @@ from ttfunc.weight.source import Source
 def check_fresh(
     model: nn.Module, matrix: Matrix, held: Sequence[Tensor | None], source: Source
 ) -> None:
-    """Raise ValueError unless each slot of `matrix` holds its tensor, and it is what was patched.
+    """Raise ValueError unless each slot of `matrix` still holds the tensor that was patched.
 
     held: what the model holds in these slots now.
     """
-    # Resizing and casting may keep the Parameter and replace what is in it. (torch.compile reads no
-    # pointers; a patch that is made in the compiled function is fresh.)
+    # Resizing and casting may keep the Parameter and replace its memory. (torch.compile cannot read
+    # data pointers. A patch that is made in the compiled function is fresh.)
     memory = None if torch.compiler.is_dynamo_compiling() else source.memory
     known = None
     for (name, tensor), now in zip(matrix.slots, held, strict=True):
         if isinstance(now, PatchedWeight) and now.source.matrix is not None:
-            # A call of a copy, inside of a call: a weight of the outer one stands in its place.
+            # This calls a copy, inside of another call: the slot holds a weight of the outer call.
             now = next((one for _, one in now.source.matrix.slots if one is tensor), now)
         if now is tensor and (tensor is known or _is_patched(tensor, source, matrix, memory)):
             known = tensor
@@ -61,21 +61,21 @@ def _why(model: nn.Module, name: str, now: Tensor | None, matrix: Matrix | None)
     made_from = matrix.path.model()
     if elsewhere is not None:
         return (
-            f"it goes by the name {elsewhere!r} here, in a wrapper, a part or a changed form of "
-            "the model that the parameters were made from. Call that model, use init_deltas on "
-            f"this one, or rename the weight: {{{elsewhere!r}: patch(params)[{name!r}]}}."
+            f"here its name is {elsewhere!r}, in a wrapper, a part or a changed form of the model "
+            "that the parameters were made from. Call that model, use init_deltas on this one, or "
+            f"rename the weight: {{{elsewhere!r}: patch(params)[{name!r}]}}."
         )
     if made_from is not None and made_from is not model:
         return (
             f"this is another model than the {type(made_from).__name__} that the parameters were "
-            "made from (a deep copy, say). Call that one, or use init_deltas on this very model."
+            "made from (for example a deep copy). Call that one, or use init_deltas on this model."
         )
     if isinstance(now, Tensor) and now is matrix.tensor:
         return (
-            "it was resized, cast or moved since. Call patch again, and init_deltas on this very "
-            "model where its shape is another."
+            "it was resized, cast or moved since then. Call patch again. If its shape has changed, "
+            "call init_deltas on this model first."
         )
     return (
-        "it was replaced, resized, cast or moved since. Call patch again, and init_deltas on this "
-        "very model where the weights or their names are others."
+        "it was replaced, resized, cast or moved since then. Call patch again. If the weights or "
+        "their names have changed, call init_deltas on this model first."
     )

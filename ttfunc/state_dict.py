@@ -25,7 +25,7 @@ class Group(NamedTuple):
 def called(
     state_dict: Mapping[str, Tensor], params: TokenDeltas, names: Mapping[str, str] | None
 ) -> TokenDeltas:
-    """The parameters by the names of the state dict."""
+    """The parameters under the names of the state dict."""
     check_shapes(params)
     if not isinstance(state_dict, Mapping):
         raise TypeError(
@@ -37,7 +37,7 @@ def called(
 
 
 def groups_of(state_dict: Mapping[str, Tensor], params: TokenDeltas) -> list[Group]:
-    """The tensors to write to. Raises KeyError, TypeError or ValueError where that cannot be."""
+    """The tensors to write to. Raises KeyError, TypeError or ValueError where one cannot be."""
     groups = []
     for key, spec in params.specs.items():
         held = {alias: state_dict[alias] for alias in spec.names if alias in state_dict}
@@ -50,7 +50,8 @@ def groups_of(state_dict: Mapping[str, Tensor], params: TokenDeltas) -> list[Gro
         if both and one.aliases == other.aliases:
             raise ValueError(
                 f"{one.key!r} and {other.key!r} are one tensor in the state dict, and both have "
-                f"rows for tokens {shown(both)}. Use the state dict of a model that has them apart."
+                f"rows for tokens {shown(both)}. Use the state dict of a model in which they are "
+                "two tensors."
             )
     return groups
 
@@ -71,8 +72,9 @@ def _check_found(
         if isinstance(matrix, Tensor) and any(_is_same(matrix, known) for known in held.values()):
             continue
         raise KeyError(
-            f"the state dict has {list(held)} for the token matrix {spec.names}, and for {name!r} "
-            f"not that name, but {other!r}, which would be left as it is. Say so: names={others!r}."
+            f"the state dict has {list(held)} for the token matrix {spec.names}. It has "
+            f"{other!r} instead of {name!r}, and {other!r} would be left as it is. Give "
+            f"names={others!r}."
         )
 
 

@@ -1,8 +1,8 @@
 """Every private name of torch and optree that the library uses, with the meaning it relies on.
 
-Nothing else in the library reads an attribute of theirs that begins with an underscore (but the
+Nothing else in the library reads an attribute of theirs that begins with an underscore (except the
 dictionaries that every `nn.Module` has). Each meaning has its test in tests/test_torch_private.py:
-a torch in which one has changed fails there, and not in a user's gradient.
+a torch that changes one fails that test, before it gives a user a wrong gradient.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TESTED = "2.13"  # of torch
 # The base of torch.Tensor, whose attributes are the methods written in C++.
 TensorBase = torch._C.TensorBase
 
-# torch's own pytree: a registered class, as TokenDeltas, is taken apart and put together again.
+# torch's own pytree: it takes a registered class, such as TokenDeltas, apart and together again.
 tree_map, tree_leaves = torch_pytree.tree_map, torch_pytree.tree_leaves
 
 # Whether a functorch transform (grad, vmap, jvp, functionalize) is at work in this thread.
@@ -69,16 +69,16 @@ has_storage: Callable[[Tensor], bool] = torch._C._has_storage
 # `is_traceable_wrapper_subclass`: whether a tensor is made of others, which `__tensor_flatten__`
 # names, as torchao's quantised ones are.
 
-# Context managers. In the first no `__torch_function__` of a subclass is asked.
+# Context managers. In the first no `__torch_function__` of a subclass is called.
 no_torch_function = torch._C.DisableTorchFunctionSubclass
-# In these, what is made belongs to no transform, and to no mode or class with `__torch_dispatch__`.
+# A tensor made in these belongs to no transform, and no mode or class with `__torch_dispatch__`.
 outside_of_transforms = torch._C._DisableFuncTorch
 outside_of_dispatch = torch._C._DisableTorchDispatch
 
-# As the `__torch_function__` of a subclass: that of a plain tensor.
+# The `__torch_function__` of a plain tensor, for a subclass to use.
 plain_torch_function = torch._C._disabled_torch_function_impl
 
-# Makes a tensor's memory raise when a kernel, numpy or a DLPack consumer asks for it to write.
+# Makes a tensor raise when a kernel, numpy or a DLPack consumer asks to write to its memory.
 forbid_writes: Callable[[Tensor], None] = torch._C._set_throw_on_mutable_data_ptr
 
 # What forward mode asks of a tangent and its primal: whether they are alike in size and storage.
@@ -113,7 +113,7 @@ def storage_key(tensor: Tensor) -> int:
 def version_of(tensor: Tensor) -> int | None:
     """A number that grows with each write in place to the tensor, or to one that shares it.
 
-    None where it has none: made in inference mode, or wrapped by a transform.
+    None for a tensor without one: made in inference mode, or wrapped by a transform.
     """
     return None if tensor.is_inference() or is_wrapped(tensor) else tensor._version
 
@@ -132,7 +132,7 @@ def writes_of(
 def keeps_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A `torch.autograd.Function.forward` whose signature is known.
 
-    `apply` asks `inspect.signature` for it at each call, which else makes a third of its cost.
+    `apply` calls `inspect.signature` each time; for an unknown one that is a third of its cost.
     """
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return forward
@@ -140,11 +140,11 @@ def keeps_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def outside_of_modes() -> Iterator[None]:
-    """For tensors that outlive the inference mode or the transform that they are made in."""
-    if torch.compiler.is_dynamo_compiling():  # which keeps no tensor of its own
+    """Make tensors outside of any active mode or transform, because they outlive it."""
+    if torch.compiler.is_dynamo_compiling():  # Dynamo keeps no tensor of its own
         yield
         return
-    # Fake tensors, too, are made by a mode.
+    # Fake tensors are made by a dispatch mode.
     with torch.inference_mode(False), outside_of_transforms(), outside_of_dispatch():
         yield
 
@@ -153,14 +153,14 @@ _told: set[str] = set()
 
 
 def warn_of_untested() -> None:
-    """Say once that this torch is not one that the library was tested with."""
+    """Warn once if the library was not tested with this torch."""
     version = torch.__version__
     if version.startswith(f"{TESTED}.") or version in _told:
         return
     _told.add(version)
     warnings.warn(
-        f"ttfunc was tested with torch {TESTED}, and this is torch {version}. It relies on some of "
-        "torch's internals: run its test suite (tests/test_torch_private.py first), or install "
+        f"ttfunc was tested with torch {TESTED}, and this is torch {version}. ttfunc relies on "
+        "internals of torch: run its test suite (tests/test_torch_private.py first), or install "
         f"torch {TESTED}.",
         stacklevel=3,
     )

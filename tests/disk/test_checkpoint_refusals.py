@@ -26,7 +26,7 @@ from ttfunc.disk.header import read_header
 def test_the_directory_of_a_peft_adapter_is_refused(tied, tmp_path):
     source, params = tied
     save_peft(params, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="is no file. The folder of a PEFT adapter is for load_pe"):
+    with pytest.raises(ValueError, match="is no file. For a folder of a PEFT adapter use load_pe"):
         merge_checkpoint(source, tmp_path / "adapter", tmp_path / "merged")
     assert names_in(tmp_path) == ["adapter", "source"]
 
@@ -144,7 +144,7 @@ def test_a_destination_that_exists(kind, tied, tmp_path):
     elif kind == "dangling":
         destination.symlink_to("nowhere")
     destination = {"source": source, "above": tmp_path}.get(kind, destination)
-    check_refused(FileExistsError, "exists, and nothing is ever", source, params, destination)
+    check_refused(FileExistsError, "exists, and is never", source, params, destination)
 
 
 def test_a_destination_inside_of_the_source(tied, tmp_path):
@@ -158,7 +158,7 @@ def test_a_destination_inside_of_the_source(tied, tmp_path):
 def test_a_destination_without_a_folder(tied, tmp_path):
     source, params = tied
     for parent in (tmp_path / "nope", source / "config.json"):
-        check_refused(FileNotFoundError, "no folder .*Create it", source, params, parent / "b")
+        check_refused(FileNotFoundError, "no folder .*Create the", source, params, parent / "b")
 
 
 def test_mutated_checkpoints_are_refused_or_merged_right(tied, tmp_path):

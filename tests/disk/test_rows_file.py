@@ -174,17 +174,19 @@ def test_another_shape(saved: Path):
     model = make("tied")
     model.embed_tokens = torch.nn.Embedding(24, D)
     model.lm_head.weight = model.embed_tokens.weight
-    with pytest.raises(ValueError, match=r"shape \(23, 8\), and this Language has it in \(24, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"shape \(23, 8\), but .* Language its shape is \(24, 8\)"
+    ):
         load(saved, model)
 
 
 @pytest.mark.parametrize(("trained", "now"), [("tied", "untied"), ("untied", "tied")])
 def test_other_ties(trained: str, now: str, tmp_path):
     save(random_rows(make(trained), IDX), tmp_path / "rows")
-    with pytest.raises(ValueError, match="were one matrix and no others, and in this Language"):
+    with pytest.raises(ValueError, match="were one matrix, but in this Language"):
         load(tmp_path / "rows", make(now))
     save(random_rows(make("untied"), IDX, targets=["embed_tokens", "lm_head"]), tmp_path / "both")
-    with pytest.raises(ValueError, match="were one matrix and no others, and in this Language"):
+    with pytest.raises(ValueError, match="were one matrix, but in this Language"):
         load(tmp_path / "both", make("tied"))
 
 

@@ -67,7 +67,7 @@ def test_targets_are_found_by_name_suffix_list_and_pattern(targets, names: list[
         ("image.norm", TypeError, "'image.norm' is a LayerNorm: only Embedding and Linear"),
         ("text", TypeError, "'text' is a ModuleDict"),
         ("text.emb.weight", ValueError, "'text.emb.weight' is a parameter.*targets='text.emb'"),
-        ("emb.weight", ValueError, "is a parameter, .*: targets='emb'"),
+        ("emb.weight", ValueError, "is a parameter, .*Give targets='emb'"),
         ("nothing.weight", ValueError, "'nothing.weight' matches no module"),
         (None, ValueError, "cannot tell which module is the input embedding of Towers.*targets="),
     ],
@@ -166,7 +166,7 @@ def test_neighbours_in_one_flat_storage_are_not_tied():
 def test_the_model_itself_is_a_target():
     head = nn.Linear(D, V)
     assert find_targets(head, "") == {"": head}
-    with pytest.raises(ValueError, match='it is itself targets=""'):
+    with pytest.raises(ValueError, match='targets="" is the model itself'):
         find_targets(head, None)
 
 

@@ -1,1 +1,1 @@
-"""Rows and checkpoints on disk: what appears there appears whole or not at all."""
+"""Rows and checkpoints on disk: a file or a folder appears there whole or not at all."""

@@ -18,17 +18,17 @@ from ttfunc.disk.uninterrupted import to_the_end
 Edits: TypeAlias = Iterable[tuple[int, memoryview]]
 
 _BLOCK = 1 << 20  # what is held in memory
-_SPAN = 1 << 24  # what the kernel copies between two signs of progress
-# What says that this pair of files cannot be copied in the kernel, rather than that copying failed.
+_SPAN = 1 << 24  # what the kernel copies between two reports of progress
+# Values of errno that mean: copy_file_range does not support these files (copying did not fail).
 _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 
 
 def stage(destination: Path, make: Callable[[Path], None]) -> None:
-    """What `make` puts at the path that it is given appears at `destination` when it has ended.
+    """Call `make` with a temporary path; when it has ended, rename what it made to `destination`.
 
-    The path is `.<name>.ttfunc-<random>.partial`, beside it: what a killed run leaves there can be
-    deleted. When `make` raises or is interrupted, what it made is removed.
+    The path is `.<name>.ttfunc-<random>.partial`, beside the destination. A killed run may leave it
+    there; it can be deleted. If `make` raises or is interrupted, what it made is removed.
     """
     name = os.fsdecode(os.fsencode(destination.name)[:200])  # a name has 255 bytes at most
     partial = destination.parent / f".{name}.ttfunc-{secrets.token_hex(4)}.partial"
@@ -42,7 +42,7 @@ def stage(destination: Path, make: Callable[[Path], None]) -> None:
 
 
 def writable(path: Path) -> Path:
-    """`path`, where a file may be put, or one replaced. Raises OSError for any other."""
+    """`path`, if a file can be created or replaced there. Raises OSError if not."""
     real = Path(os.path.realpath(path))
     if path.is_dir() or not real.parent.is_dir():
         raise FileNotFoundError(
@@ -59,7 +59,7 @@ def writable(path: Path) -> Path:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """A file with this content, in place of what was there: whole or not at all."""
+    """Write a file with this content in place of what was there, whole or not at all."""
 
     def write() -> None:
         with replacement(path, data) as temporary:
@@ -73,8 +73,8 @@ def write_file(path: Path, data: bytes) -> None:
 def replacement(path: Path, data: bytes) -> Iterator[Path]:
     """A synced file beside `path` with this content, removed at the end if it was not renamed.
 
-    It has the permissions of the file that it is to replace. Only where nothing interrupts:
-    within `to_the_end`.
+    It has the permissions of the file that it is to replace. Use it only within `to_the_end`, where
+    nothing interrupts.
     """
     temporary = path.with_name(f".ttfunc-{secrets.token_hex(8)}.partial")
     try:
@@ -90,7 +90,7 @@ def replacement(path: Path, data: bytes) -> Iterator[Path]:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A regular file, open to read. Raises ValueError for a pipe: nobody may ever write to it."""
+    """A regular file, open to read. Raises ValueError for a pipe: a read of it may never end."""
     at_once = getattr(os, "O_NONBLOCK", 0)
     file = open(  # noqa: SIM115 (it is returned)
         path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)
@@ -102,14 +102,14 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def rename_new(source: Path, destination: Path) -> None:
-    """Rename, at once, and only if nothing has the new name: os.rename replaces an empty folder."""
+    """Rename in one step, only if nothing has the new name (os.rename replaces an empty folder)."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         old, new = os.fsencode(source), os.fsencode(destination)
         if renameat2(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_NOREPLACE) == 0:
             return
         code = ctypes.get_errno()
-        if code not in (errno.ENOSYS, errno.EINVAL):  # not this kernel, or not this file system
+        if code not in (errno.ENOSYS, errno.EINVAL):  # the kernel or file system has no such call
             raise OSError(code, os.strerror(code), str(destination))
     if os.path.lexists(destination):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination))
@@ -120,8 +120,8 @@ def copy_file(source: Path, destination: Path, edits: Edits) -> Generator[int]:
     """A new file with the bytes and permissions of `source`, then `edits` at their offsets; synced.
 
     The kernel copies, and shares the blocks where the file system can. Yields the number of bytes
-    that were copied since it last did; the file is whole at the end. Raises OSError that names the
-    source.
+    that were copied since the last yield; the file is whole at the end. Raises an OSError that
+    names the source.
     """
     with open_file(source) as reader:
         status = os.fstat(reader.fileno())
@@ -158,7 +158,7 @@ def _copy_bytes(reader: BinaryIO, writer: BinaryIO, size: int) -> Iterator[int]:
 
 
 def _begin_writing(descriptor: int, offset: int, count: int) -> None:
-    # Or the disk would be idle until the sync: for dirty pages this advice starts the write.
+    # For dirty pages this advice starts the write; else the disk would be idle until the sync.
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):  # only advice
             os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
@@ -174,24 +174,24 @@ def _kernel_copy(source: int, destination: int, offset: int, count: int) -> int:
 
 
 def make_directory(source: Path, destination: Path) -> None:
-    """A new folder with the permissions of `source`, and its owner's to write there."""
+    """Make a folder with the permissions of `source`, in which its owner can also write."""
     destination.mkdir()
     destination.chmod(stat.S_IMODE(source.stat().st_mode) | stat.S_IRWXU)
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in a folder outlast a loss of power."""
+    """Makes the names in a folder survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync these
             raise
     finally:
         os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
-    # A failure here must not hide the one that led here.
+    # An error here must not hide the error that led here.
     with contextlib.suppress(OSError):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

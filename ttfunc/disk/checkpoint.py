@@ -42,17 +42,17 @@ def merge_checkpoint(
         params_or_path: with `(k, D)` deltas, which are cast to the dtype of each matrix; or the
             path of a file that `ttfunc.save` wrote. (A PEFT adapter does not say what is tied: give
             what `load_peft` returns for the model.)
-        destination: what is to be made; nothing has this name yet.
-        names: where the checkpoint names a matrix in another way than the model (as some of
-            transformers' do), from the model's name to the checkpoint's.
-        progress: called with the bytes copied so far, and those of the whole checkpoint.
+        destination: the path of the copy; nothing may have this name yet.
+        names: a mapping from the model's name of a matrix to the checkpoint's, where the two differ
+            (as for some models of transformers).
+        progress: called with the bytes copied so far, and the bytes of the whole checkpoint.
 
     Warns:
-        UserWarning: the rows in the checkpoint are not the originals, so that `unmerge_checkpoint`
-            will not give them back; or other files seem to hold the same weights.
+        UserWarning: the rows in the checkpoint are not the originals, so `unmerge_checkpoint` will
+            not give them back; or other files seem to hold the same weights.
 
     Raises:
-        KeyError: the checkpoint has none of a matrix's names, or not the one in `names`.
+        KeyError: the checkpoint has none of the names of a matrix, or lacks the one in `names`.
         ValueError: a matrix of another shape, or quantised; rows that are not finite in its dtype;
             a broken file; a destination inside of the source.
         FileExistsError, FileNotFoundError, OSError: the destination exists, the source does not,
@@ -69,7 +69,7 @@ def merge_checkpoint(
                 f"the rows of {stored.name!r} in {_file(checkpoint, stored)} ({stored.dtype}) are "
                 f"not the originals ({originals.dtype}) of the parameters, and unmerge_checkpoint "
                 "will not give them back. Is it another model, or was it merged into before? Keep "
-                "it.",
+                "this checkpoint.",
                 stacklevel=2,
             )
     _write_copy(checkpoint, matrices, Path(destination), progress)
@@ -105,8 +105,8 @@ def unmerge_checkpoint(
         if not deltas.is_meta and not holds(checkpoint.root, stored, deltas.cpu()):
             warnings.warn(
                 f"the rows of {stored.name!r} in {_file(checkpoint, stored)} are not those that "
-                "merging these parameters writes: was it merged with others? The originals "
-                "replace them all the same.",
+                "merging these parameters writes. Was it merged with other parameters? The "
+                "originals replace them anyway.",
                 stacklevel=2,
             )
     _write_copy(checkpoint, matrices, Path(destination), progress)
@@ -126,23 +126,23 @@ def _file(checkpoint: Checkpoint, stored: StoredMatrix) -> str:
 
 
 def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
-    """The source, when the destination can be made."""
+    """The checkpoint at `source`. Raises if the destination cannot be made."""
     root, new = path_of(source, _ORDER), path_of(destination, _ORDER)
     if os.path.lexists(new):
         raise FileExistsError(
-            f"the destination {str(new)!r} exists, and nothing is ever written over. Give a new "
-            "name, or remove it first."
+            f"the destination {str(new)!r} exists, and is never overwritten. Give a new name, or "
+            "remove it first."
         )
     if not new.parent.is_dir():
         raise FileNotFoundError(
-            f"there is no folder {str(new.parent)!r} in which to make {new.name!r}. Create it "
-            "first."
+            f"there is no folder {str(new.parent)!r} in which to make {new.name!r}. Create the "
+            "folder first."
         )
-    parent = Path(os.path.realpath(new.parent))  # Path.resolve raises what it likes for a loop
+    parent = Path(os.path.realpath(new.parent))  # for a loop, Path.resolve raises various errors
     if Path(os.path.realpath(root)) in (parent, *parent.parents):
         raise ValueError(
-            f"the destination {str(new)!r} is inside of the source {str(root)!r}, which stays as "
-            "it is. Give a place outside of it."
+            f"the destination {str(new)!r} is inside of the source {str(root)!r}, which must not "
+            "change. Give a path outside of the source."
         )
     return open_checkpoint(root)
 
@@ -163,7 +163,7 @@ def _write_copy(
             progress(done, total)
 
     def make(partial: Path) -> None:
-        # The folder itself comes first; a file that is a checkpoint alone has none.
+        # The folder itself comes first; a checkpoint that is a single file has none.
         folders = ["", *checkpoint.folders] if checkpoint.root.is_dir() else []
         for name in folders:
             make_directory(checkpoint.root / name, partial / name)
@@ -171,7 +171,7 @@ def _write_copy(
             _copy_one(checkpoint, name, matrices, partial, advance)
         for name in reversed(folders):
             sync_directory(partial / name)
-        checkpoint.check_unchanged()  # all of it is as it was at one time
+        checkpoint.check_unchanged()  # so all of the copy is from one point in time
 
     stage(destination, make)
 
@@ -186,7 +186,7 @@ def _copy_one(
     edits = (
         edit for stored in matrices if stored.file == name for edit in stored.edits(stored.rows)
     )
-    # An error of what is told of the progress is not the file's.
+    # An error of the progress callback must not be reported as an error of the file.
     with closing(copy_file(checkpoint.root / name, partial / name, edits)) as copying:
         for count in copying:
             advance(count)

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: its files, which of them hold the model, and what they hold of it."""
+"""What is in a checkpoint: its files, those that hold the model, and the tensors in these."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ttfunc.disk.atomic import open_file
 from ttfunc.disk.header import LONGEST, TensorEntry, parse_json, read_header
 
 INDEX = "model.safetensors.index.json"
-_TICK = 20_000_000  # nanoseconds, above those of the clock by which kernels stamp files
+_TICK = 20_000_000  # nanoseconds; longer than a tick of the clock that kernels stamp files with
 
-# The same weights in other files: a loader that is asked for them gets the rows as they were.
+# Other files with the same weights: a loader that reads them gets the rows as they were.
 _OTHER_COPIES = (
     "*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf", "*.onnx", "*.onnx_data",
     "tf_model*.h5", "flax_model*.msgpack", "rust_model.ot", "*.ckpt",
@@ -24,7 +24,7 @@ _OTHER_COPIES = (
 
 
 class Stamp(NamedTuple):
-    """What a write to a file changes, whatever else it leaves as it was."""
+    """Properties of a file by which a write to it is noticed."""
 
     size: int
     written: int
@@ -34,10 +34,10 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, as it was found; nothing of it is open.
+    """A checkpoint on disk, as it was found; none of its files is open.
 
-    root: the folder, or the file where it is one alone. folders, files: everything below it,
-    relative to it (the file alone is `""`). headers: the tensors of each file that holds the model.
+    root: the folder, or the file if it is a single one. folders, files: everything below the root,
+    relative to it (a single file is `""`). headers: the tensors of each file that holds the model.
     """
 
     root: Path
@@ -64,8 +64,8 @@ class Checkpoint:
 def open_checkpoint(source: Path) -> Checkpoint:
     """The checkpoint in a Hugging Face folder, sharded or not, or in one .safetensors file.
 
-    All `.safetensors` files directly in the folder are of it, and those that its index names. A
-    symlink to a file counts as that file, as in a hub's cache.
+    It consists of all `.safetensors` files directly in the folder, and those that its index names.
+    A symlink to a file counts as that file, as in a hub's cache.
 
     Raises:
         FileNotFoundError: nothing is there, the folder holds no .safetensors file, or its index
@@ -76,7 +76,7 @@ def open_checkpoint(source: Path) -> Checkpoint:
     if not source.exists():
         raise FileNotFoundError(
             f"there is no checkpoint at {str(source)!r}. Give a folder on this machine; for a "
-            "model of the hub, what huggingface_hub.snapshot_download returns."
+            "model of the hub, give what huggingface_hub.snapshot_download returns."
         )
     folders, files = _settled(source)
     if source.is_file():
@@ -93,7 +93,7 @@ def open_checkpoint(source: Path) -> Checkpoint:
 
 
 def warn_of_copies(checkpoint: Checkpoint) -> None:
-    """Warns of files that seem to hold the weights once more, and are carried over unmerged."""
+    """Warns of files that seem to hold the same weights, and are copied without the new rows."""
     others = [name for name in checkpoint.files if name not in checkpoint.headers]
     copies = [
         name
@@ -110,10 +110,10 @@ def warn_of_copies(checkpoint: Checkpoint) -> None:
 
 
 def _settled(root: Path) -> tuple[list[str], dict[str, Stamp]]:
-    """As `_walk`, at a moment from which on each write shows in a stamp."""
+    """The result of `_walk`, at a time after which each write changes a stamp."""
     found = _walk(root)
     if any(time.time_ns() - stamp.changed < _TICK for stamp in found[1].values()):
-        time.sleep(_TICK / 1e9)  # or a write in the same tick of the clock would leave it as it is
+        time.sleep(_TICK / 1e9)  # a write in the same tick of the clock would not change the stamp
         found = _walk(root)
     return found
 
@@ -132,7 +132,7 @@ def _walk(root: Path) -> tuple[list[str], dict[str, Stamp]]:
     if root.is_file():
         return [], _stamps(root, [""])
     if not root.is_dir():
-        raise ValueError(f"{str(root)!r} is neither a folder nor a file. Give a checkpoint's.")
+        raise ValueError(f"{str(root)!r} is neither a folder nor a file. Give a checkpoint.")
     folders, files = [], []
     for place, below, names in os.walk(root, onerror=_raise):
         here = Path(place)
@@ -175,7 +175,7 @@ def _check_regular(path: Path, root: Path) -> None:
 
 
 def _check_copies(source: Path, files: list[str]) -> None:
-    # Servers that find Mistral's own files read them in place of the model's.
+    # Servers that find Mistral's own files read them instead of the model's.
     top = [name for name in files if "/" not in name]
     if preferred := [name for name in top if fnmatch(name, "consolidated*.safetensors")]:
         raise ValueError(
@@ -186,7 +186,7 @@ def _check_copies(source: Path, files: list[str]) -> None:
 
 
 def _indexed(source: Path, files: list[str]) -> set[str]:
-    """The files that the folder's index names, each of which is one of `files`."""
+    """The files that the folder's index names; all of them are in `files`."""
     if INDEX not in files:
         return set()
     shards = set(_weight_map(source / INDEX).values())

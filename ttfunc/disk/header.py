@@ -50,8 +50,8 @@ class TensorEntry:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file by name, in the order of the file.
 
-    What is accepted here the safetensors library accepts, with the same bytes for each tensor; but
-    for dtypes that it does not know, whose tensors are only carried along.
+    The safetensors library accepts every file that is accepted here, with the same bytes for each
+    tensor. The exception is dtypes that the library does not know: such tensors are only copied.
 
     Raises ValueError, naming the file and the reason, for anything else.
     """
@@ -63,7 +63,7 @@ def parse_header(file: BinaryIO, size: int, label: str) -> dict[str, TensorEntry
     """`read_header` of an open file of `size` bytes; errors call it `label`."""
     first = file.read(8)
     if first == b"version ":
-        raise ValueError(f"{label!r} is a pointer of Git LFS, not the file itself: git lfs pull.")
+        raise ValueError(f"{label!r} is a pointer of Git LFS, not the file. Run git lfs pull.")
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > min(LONGEST, size - 8):
         raise ValueError(
@@ -99,12 +99,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key is in it more than once")
     for text in (*found, *(value for value in found.values() if isinstance(value, str))):
-        text.encode()  # half of a surrogate pair is no character
+        text.encode()  # raises for half of a surrogate pair, which is no character
     return found
 
 
 def _integer(digits: str) -> int | float:
-    # A minus makes it no size or offset; "-0" must not pass for one.
+    # Negative integers become floats, so that the checks of sizes reject them ("-0" too).
     return float(digits) if digits.startswith("-") else int(digits)
 
 
@@ -142,7 +142,7 @@ def _entry(name: str, fields: Any, base: int) -> TensorEntry:
 
 
 def _numel(name: str, shape: list[int]) -> int:
-    # An overflow is an error even where another dimension is 0; and no number grows for long.
+    # An overflow is an error even if another dimension is 0. The check in the loop bounds `count`.
     count = 1
     for size in shape:
         count *= size or 1

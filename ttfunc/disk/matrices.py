@@ -1,4 +1,4 @@
-"""Where the rows of token matrices lie in a checkpoint on disk, and whether they can go there."""
+"""Where the rows of token matrices lie in a checkpoint on disk, and whether they can be written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ttfunc.names import renamed
 class StoredMatrix:
     """One token matrix in one file of a checkpoint, and the `(k, D)` rows to write there.
 
-    key: of the matrix in the parameters. name: one of its names, and the file's for this entry.
+    key: of the matrix in the parameters. name: the one of its names that the file has.
     """
 
     file: str
@@ -35,11 +35,11 @@ class StoredMatrix:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the file."""
+        """The dtype in the file."""
         return FLOATS[self.entry.dtype]
 
     def edits(self, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
-        """`rows` in the dtype of the file, with the byte at which each of them begins."""
+        """For each row, the byte at which it begins, and the row in the dtype of the file."""
         stride = self.spec.shape[1] * self.dtype.itemsize
         # The cast is that of ttfunc.merge.
         blocks = rows.to(self.dtype).contiguous().view(torch.uint8).numpy()
@@ -61,7 +61,7 @@ def under_names(
 def find_matrices(
     checkpoint: Checkpoint, params: TokenDeltas, values: Mapping[str, Tensor]
 ) -> list[StoredMatrix]:
-    """Every tensor of `checkpoint` that `values`, `(k, D)` for each key of `params`, are for.
+    """Every tensor of `checkpoint` to write `values` to: `(k, D)` rows for each key of `params`.
 
     Raises KeyError for a matrix that is not there under any of its names; ValueError where it has
     another shape, or cannot take rows.
@@ -78,7 +78,7 @@ def find_matrices(
         if not found:
             missing = _missing(checkpoint, spec, *spec.names)
             raise KeyError(
-                f"{missing} Where it is stored under another name, say so "
+                f"{missing} If the matrix has another name there, give it "
                 "in names (--name on the command line)."
             )
         for stored in found:
@@ -89,7 +89,7 @@ def find_matrices(
 
 
 def holds(root: Path, stored: StoredMatrix, rows: Tensor) -> bool:
-    """Whether the file has these `rows`, cast to its dtype, at the place."""
+    """Whether the file has these `rows`, cast to its dtype, at their place."""
     with open_file(root / stored.file) as file:
         for offset, block in stored.edits(rows):
             file.seek(offset)
@@ -101,7 +101,7 @@ def holds(root: Path, stored: StoredMatrix, rows: Tensor) -> bool:
 def check_finite(stored: StoredMatrix) -> None:
     """Raises ValueError for rows that the file's dtype cannot hold: NaN, infinite or too large."""
     rows, limits = stored.rows.double(), torch.finfo(stored.dtype)
-    # Some casts to float8 saturate; what only rounds to the largest number is fine.
+    # Some casts to float8 saturate. A value that only rounds to the largest number is fine.
     fits = rows.abs() <= limits.max * (1 + limits.eps / 2)
     fine = (fits & rows.to(stored.dtype).double().isfinite()).all(dim=1).tolist()
     if bad := [i for i, good in zip(stored.spec.indices.ids, fine, strict=True) if not good]:
@@ -129,7 +129,7 @@ def _check_rows(stored: StoredMatrix) -> None:
 
 def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix) -> None:
     entry, spec = stored.entry, stored.spec
-    # Scales and the like, as weight_scale_inv and weight.absmax.
+    # Scales and the like, such as weight_scale_inv and weight.absmax.
     parts = (f"{stored.name}_", f"{stored.name}.")
     beside = [name for name in _shapes(checkpoint) if name.startswith(parts)]
     if entry.dtype.startswith("F8"):
@@ -145,7 +145,7 @@ def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix) -> None:
     if entry.shape != spec.shape:
         raise ValueError(
             f"{stored.name!r} has shape {entry.shape} in the checkpoint, and the parameters were "
-            f"made for {spec.shape}. Use the checkpoint of that model, whole matrices in it (not "
+            f"made for {spec.shape}. Use the checkpoint of that model, with whole matrices (not "
             "split for tensor parallelism)."
         )
 
@@ -157,7 +157,7 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 def _missing(checkpoint: Checkpoint, spec: RowSpec, *names: str) -> str:
     shapes = _shapes(checkpoint)
     alike = [name for name, shape in shapes.items() if shape == spec.shape] or list(shapes)
-    # A file may have any number of names, of any length, and to compare them takes time.
+    # A file may have any number of names, of any length, and comparing them takes time.
     few = [name for name in alike if len(name) <= 300][:1000]
     close = difflib.get_close_matches(names[0], few, n=5, cutoff=0.0)
     nearest = ", ".join(f"{name!r} {shapes[name]}" for name in close) or "no tensor at all"

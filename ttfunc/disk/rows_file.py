@@ -1,4 +1,4 @@
-"""The trained rows in one safetensors file: `deltas/…`, `token_indices/…`, `originals/…` of each.
+"""The trained rows in one safetensors file: `deltas/…`, `token_indices/…` and `originals/…`.
 
 The names and the shape of each matrix are in the metadata, as JSON under one key.
 """
@@ -51,19 +51,22 @@ def save(
 ) -> None:
     """Write `params` to one `.safetensors` file; `load` and `read` give back the same bits.
 
-    The file appears whole or not at all: what was at `path` before is replaced at the very end, and
-    kept where anything fails. Its permissions stay, and a symlink to it. `params` are not changed.
+    The file appears whole or not at all: a file that was at `path` is replaced at the very end, and
+    is kept if anything fails. Its permissions stay, and so does a symlink to it. `params` are not
+    changed.
 
     Args:
         params: with `(k, D)` deltas of any float dtype, on any device.
         path: of the file; its folder exists.
-        metadata: strings of your own. `safetensors.safe_open(path, "pt").metadata()` has them,
-            beside what ttfunc keeps under `"ttfunc"`.
+        metadata: strings of your own. `safetensors.safe_open(path, "pt").metadata()` returns them,
+            together with ttfunc's own under `"ttfunc"`.
 
     Raises:
-        ValueError: deltas of another shape (stacked ones, too), no float dtype of safetensors, no
-            values (`meta`, or traced by a transform); one name for two matrices.
-        TypeError, ValueError: no TokenDeltas; metadata that are no strings, or under `"ttfunc"`.
+        ValueError: deltas of another shape (also stacked ones), of a dtype that is no float of
+            safetensors, or without values (`meta`, or traced by a transform); one name for two
+            matrices.
+        TypeError, ValueError: `params` is not a TokenDeltas; metadata that are not strings, or that
+            use the key `"ttfunc"`.
         OSError: the folder cannot be written, or the disk is full.
     """
     tensors: dict[str, Tensor] = {}
@@ -96,20 +99,20 @@ def load(
     Args:
         path: of the file.
         model: with the matrices that they were trained on.
-        names: where it names a matrix in another way than the model of then (as with a wrapper
-            around it), from the name of then to that of now.
-        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` needs it not.
+        names: a mapping from the name of a matrix in the file to its name in `model`, where the two
+            differ (as with a wrapper around the model).
+        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
 
     Returns:
-        TokenDeltas whose deltas and originals are the file's, bit for bit and in its dtypes, on the
-        device of the matrix; or on the CPU for a model on `meta`, so that they can be merged into
-        real weights. Warns where the model's rows are not the originals of the file: `unmerge`
-        writes those of the file.
+        TokenDeltas with the deltas and originals of the file, bit for bit and in its dtypes. They
+        are on the device of the matrix; for a model on `meta` they are on the CPU, so that they can
+        be merged into real weights. Warns where the model's rows are not the originals of the file:
+        `unmerge` writes those of the file.
 
     Raises:
-        KeyError: the model has no parameter of a name in the file, or in `names`.
-        ValueError: the model has it in another shape, or tied to others than in the file; or the
-            file cannot be `read`.
+        KeyError: the model has no parameter with a name in the file, or in `names`.
+        ValueError: the model has the matrix in another shape, or tied to other names than in the
+            file; or the file cannot be `read`.
         FileNotFoundError: there is no file.
     """
     path = path_of(path, "load(path, model)")
@@ -131,7 +134,7 @@ def load(
             warnings.warn(
                 f"the rows of tokens {shown(other)} in {first!r} are not those that {str(path)!r} "
                 "was trained from: this is another model, or one resized and initialised anew. The "
-                "trained rows replace them all the same; unmerge writes the file's originals.",
+                "trained rows replace them anyway; unmerge writes the file's originals.",
                 stacklevel=2,
             )
     return TokenDeltas(deltas, specs)
@@ -151,7 +154,7 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
     with opened(path) as file, prefix_errors(f"{str(path)!r} cannot be loaded"):
         own = (file.metadata() or {}).get(KEY)
         if own is None:
-            raise ValueError("it has no metadata of ttfunc's. For a PEFT adapter use load_peft")
+            raise ValueError("it has no metadata of ttfunc. For a PEFT adapter use load_peft")
         matrices = _matrices(own)
         expected = {f"{part}/{names[0]}" for names, _ in matrices for part in PARTS}
         if wrong := expected ^ set(file.keys()):
@@ -202,7 +205,7 @@ def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:
     if wrong := [item for item in strings.items() if not all(isinstance(s, str) for s in item)]:
         raise TypeError(
             f"metadata must map strings to strings, got {shown(wrong)}. "
-            "json.dumps makes a string of most things."
+            "Convert other values to strings, for example with json.dumps."
         )
     if KEY in strings:
         raise ValueError(f"the metadata key {KEY!r} is ttfunc's own. Choose another name.")
@@ -212,7 +215,7 @@ def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:
 def _called(
     params: TokenDeltas, model: nn.Module, names: Mapping[str, str] | None, path: Path
 ) -> TokenDeltas:
-    """The parameters by the names of `model`."""
+    """The parameters under the names of `model`."""
     held, known = names_of(model), [name for spec in params.specs.values() for name in spec.names]
     missing = f"this {type(model).__name__} has no such parameter."
     params = renamed(
@@ -223,7 +226,7 @@ def _called(
     if absent and names is None and (told := advice(known, held)):
         raise KeyError(
             f"{type(model).__name__} has no parameter {absent[0]!r}, for which {str(path)!r} has "
-            f"rows.{told} Or use the model that it was trained on, without a wrapper."
+            f"rows.{told} Or use the model that the rows were trained on, without a wrapper."
         )
     return params
 
@@ -234,12 +237,13 @@ def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:
     shape = tuple(matrix.tensor.shape)
     if shape != spec.shape:
         raise ValueError(
-            f"{str(path)!r} has rows of a matrix {spec.names[0]!r} of shape {spec.shape}, and this "
-            f"{type(model).__name__} has it in {shape}. Resize the model as it was, or use that one"
+            f"{str(path)!r} has rows of a matrix {spec.names[0]!r} of shape {spec.shape}, but in "
+            f"this {type(model).__name__} its shape is {shape}. Resize this model as the trained "
+            "one was, or use the trained one."
         )
     if set(matrix.names) != set(spec.names):
         raise ValueError(
-            f"{str(path)!r} was trained where {spec.names} were one matrix and no others, and in "
-            f"this {type(model).__name__} it is {matrix.names}. Tie the model as it was."
+            f"{str(path)!r} was trained on a model where exactly {spec.names} were one matrix, but "
+            f"in this {type(model).__name__} it is {matrix.names}. Tie the model as it was."
         )
     return matrix

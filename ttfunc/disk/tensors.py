@@ -17,14 +17,14 @@ from ttfunc.torch_private import is_wrapped, outside_of_modes
 
 
 def path_of(given: object, order: str) -> Path:
-    """A path that the user gave. Raises TypeError for anything else, with the `order` to give."""
+    """A path that the user gave. Raises TypeError for anything else, with the right `order`."""
     if not isinstance(given, (str, os.PathLike)):
         raise TypeError(f"a path is needed, got {type(given).__name__}. The order is {order}.")
     return Path(given)
 
 
 def check_model(given: object, order: str) -> None:
-    """Raises TypeError for what is no module, with the `order` in which to give it."""
+    """Raises TypeError for anything but a module, with the right `order`."""
     if not isinstance(given, nn.Module):
         raise TypeError(f"a model is needed, got {type(given).__name__}. The order is {order}.")
 
@@ -36,7 +36,7 @@ def rows_device(weight: Tensor) -> torch.device:
 
 def differing(a: Tensor, b: Tensor) -> list[int]:
     """The rows in which two `(n, D)` tensors differ, in the coarser of their dtypes."""
-    # A checkpoint that was loaded in half precision has the same rows.
+    # A checkpoint that was loaded in half precision counts as having the same rows.
     coarse = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     a, b = (rows.to(coarse).contiguous().view(torch.uint8) for rows in (a, b))
     return (a != b).any(1).nonzero().ravel().tolist()
@@ -47,7 +47,7 @@ def check_rows(tensor: Tensor, k: int, width: int, what: str) -> None:
     if tuple(tensor.shape) != (k, width):
         raise ValueError(
             f"{what} have shape {tuple(tensor.shape)}, and {(k, width)} is needed: a row for each "
-            "token index. Stacked adapters are saved one at a time"
+            "token index. Save stacked adapters one at a time"
         )
     if tensor.dtype not in FLOATS.values():
         raise ValueError(f"{what} are {tensor.dtype}, and a float dtype of safetensors is needed")
@@ -56,9 +56,9 @@ def check_rows(tensor: Tensor, k: int, width: int, what: str) -> None:
 def cpu_copy(tensor: Tensor, what: str) -> Tensor:
     """A contiguous copy on the CPU. Raises ValueError where there are no values to write."""
     if is_wrapped(tensor):
-        raise ValueError(f"{what} are traced by a transform. Save what it returns, after it has")
+        raise ValueError(f"{what} are traced by a transform. Save what the transform returns")
     if tensor.is_meta:
-        raise ValueError(f"{what} are on the meta device, without values. Load those first")
+        raise ValueError(f"{what} are on the meta device, without values. Load the values first")
     with outside_of_modes():
         return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
@@ -67,7 +67,7 @@ def tensor_of(file: Any, key: str) -> Tensor:
     """A tensor of an open safetensors file, in memory of its own."""
     dtype = file.get_slice(key).get_dtype()
     if dtype not in FLOATS and dtype != "I64":
-        raise ValueError(f"{key!r} has dtype {dtype}")
+        raise ValueError(f"{key!r} has dtype {dtype}, and a float dtype or I64 is needed")
     with outside_of_modes():
         return file.get_tensor(key).clone()  # type: ignore[no-any-return]
 
@@ -78,7 +78,7 @@ def opened(path: Path) -> Iterator[Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
     if not path.is_file():
-        raise ValueError(f"{str(path)!r} is no file. The folder of a PEFT adapter is for load_peft")
+        raise ValueError(f"{str(path)!r} is no file. For a folder of a PEFT adapter use load_peft.")
     try:
         file = safe_open(path, "pt")
     except SafetensorError as error:

@@ -1,13 +1,13 @@
-"""Doing something to its end, whatever interrupts.
+"""Running a function to its end, whatever interrupts.
 
 Python runs signal handlers, and so raises KeyboardInterrupt, between any two bytecodes of the main
-thread: within `finally` and `except` as well, so that no order of statements there is safe. What
-must not be left half done is done in a thread of its own, where no handler runs.
+thread. This includes `finally` and `except`, so no order of statements there is safe. Work that
+must not be left half done runs in a thread of its own, where no handler runs.
 """
 
 from __future__ import annotations
 
-import _thread  # threading's own start holds locks of Python while it may be interrupted
+import _thread  # threading's own start may be interrupted while it holds locks of Python
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 def to_the_end(act: Callable[[], T]) -> T:
-    """`act()`, done once and whole; what interrupts meanwhile is raised when it has ended.
+    """Run `act()` once and completely; an interrupt meanwhile is raised when it has ended.
 
-    So it should be short, and wait for nobody. Returns and raises what `act` does.
+    So `act` should be short, and should wait for nothing. Returns and raises what `act` does.
     """
     claim, ended = _thread.allocate_lock(), _thread.allocate_lock()
     outcome: list[tuple[Callable[[], T], BaseException | None]] = []
@@ -38,7 +38,7 @@ def to_the_end(act: Callable[[], T]) -> T:
         try:
             _thread.start_new_thread(work, ())
             while not outcome:
-                # An interrupt may come when the lock is taken already: it is asked for once more.
+                # An interrupt may come when the lock is already taken: then ask for it again.
                 ended.acquire(timeout=0.1)
         except BaseException as error:
             if isinstance(error, RuntimeError) and claim.acquire(blocking=False):

@@ -1,8 +1,8 @@
 """Copies of the modules on the path, for one call.
 
-A functional call runs on them as an update of a persistent data structure does: each copy has
-dictionaries of its own, and all that is not on the path is shared. The patched weight stands in the
-copies, and the model is never changed, not even during the call.
+A functional call runs on these copies, as with a persistent data structure: each copy has
+dictionaries of its own, and everything that is not on the path is shared. The patched weight is put
+into the copies. The model is never changed, not even during the call.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _NONE: Mapping[str, Any] = {}
 
 
 class Copies:
-    """Copies of the visited modules, in which others stand in the place of some tensors.
+    """Copies of the visited modules, in which some tensors are replaced by others.
 
-    others: what stands for a tensor, by the identity of that tensor. modes: the training mode of
-    modules that is not to be that of the original.
+    others: the replacement of each tensor, by the identity of that tensor. modes: the training mode
+    of each module whose copy is to have another mode than the original.
     """
 
     def __init__(
@@ -44,20 +44,20 @@ class Copies:
             if modes:
                 state["training"] = modes.get(visit.module, visit.module.training)
             vars(copy).update(state)
-            # Those that are empty, as most are, need no note of what was in them.
+            # Most are empty, and need no record of what was in them.
             held = [dict(state[part]) if state[part] else _NONE for part in HELD]
             self._placed.append((state, held, visit.containers))
 
     @property
     def model(self) -> nn.Module:
-        """What is called in the place of the model."""
+        """The copy of the model, which is called in its place."""
         return self._copies[0]
 
     def carry_over(self, tensors: Iterable[Tensor], own: Callable[[Any], Any]) -> None:
-        """Give the originals what the call has noted on the copies, in their own terms.
+        """Write what the call has set on the copies back to the originals, without stand-ins.
 
-        `tensors` are those that others stood for: what was set in their place is not kept. `own`
-        gives what the model has in the place of a value that was made of a stand-in.
+        `tensors` are those that were replaced by others: what the call set in their place is not
+        kept. For a value that was made from a stand-in, `own` gives the model's own value.
         """
         back: dict[int, Any] = {id(self._others[id(tensor)]): tensor for tensor in tensors}
         stand_ins = frozenset(back)
@@ -75,7 +75,7 @@ class Copies:
                 _carry(state, found, vars(original), back, own, ())
             if not traced:
                 _refill_all(found, vars(original), back, containers)
-                if type(copy) is not type(original):  # as lazy modules do
+                if type(copy) is not type(original):  # lazy modules change their class
                     original.__class__ = type(copy)
 
 
@@ -83,11 +83,11 @@ def _empty_copy(module: nn.Module, slots: Iterable[str]) -> nn.Module:
     kind = type(module)
     if isinstance(module, (torch.jit.ScriptModule, nn.DataParallel)) or hasattr(kind, "__del__"):
         raise TypeError(
-            f"a call runs on a copy of each module between the model and its token matrix, and "
-            f"there is a {kind.__name__}, which cannot be copied (it is scripted, a DataParallel, "
-            "or has a __del__ that would run for the copy). Call the module in it, or "
-            "torch.func.functional_call(model, patch(params), ...), which changes the model for "
-            "the length of the call."
+            f"a call copies each module between the model and its token matrix, and the "
+            f"{kind.__name__} there cannot be copied (it is scripted, a DataParallel, "
+            "or has a __del__ that would run for the copy). Call the module in it, or use "
+            "torch.func.functional_call(model, patch(params), ...), which changes the model "
+            "during the call."
         )
     copy = object.__new__(kind)
     for name in slots:
@@ -97,10 +97,10 @@ def _empty_copy(module: nn.Module, slots: Iterable[str]) -> nn.Module:
 
 
 def _state(visit: Visit, others: Mapping[int, Any]) -> dict[str, Any]:
-    """What was visited, with others in the place of some."""
+    """The state of a visited module, with some objects replaced by others."""
     state = visit.state
     for part in HELD:
-        held = dict(state[part])  # at once: another thread may add to it
+        held = dict(state[part])  # copied in one step: another thread may add to it
         for name, one in held.items():
             if id(one) in others:
                 held[name] = others[id(one)]
@@ -143,7 +143,7 @@ def _carry(
 def _refill_all(
     found: dict[str, Any], into: dict[str, Any], back: Mapping[int, Any], names: Collection[str]
 ) -> None:
-    """Give the containers of the original what the call has put into those of the copy."""
+    """Put into the original's containers what the call has put into the copy's."""
     for value, mine in zip(map(found.get, names), map(into.get, names), strict=True):
         if (value is mine and not value) or type(value) not in CONTAINERS:
             continue

@@ -1,4 +1,4 @@
-"""Where tensors lie: whether two are one, or share a part."""
+"""Where tensors lie in memory: whether two are the same, or share a part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ttfunc.torch_private import has_storage, is_wrapped, storage_key
 
 
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
-    """Where a tensor lies and how it is read; equal for two tensors that are one."""
+    """Where a tensor lies in memory, and its layout; equal for two tensors over the same memory."""
     if not _is_strided(tensor):
         return (id(tensor),)
     storage = storage_key(tensor)
@@ -17,9 +17,10 @@ def memory_of(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _is_strided(tensor: Tensor) -> bool:
-    """Whether it lies in one memory of its own, where another may lie too.
+    """Whether it lies in one storage, which another tensor may share.
 
-    What is sparse, nested, wrapped by a transform or not yet made (LazyLinear) is itself alone.
+    A tensor that is sparse, nested, wrapped by a transform or not yet made (LazyLinear) is the same
+    only as itself.
     """
     return not (
         is_lazy(tensor) or is_wrapped(tensor) or tensor.is_nested or not has_storage(tensor)
@@ -27,7 +28,7 @@ def _is_strided(tensor: Tensor) -> bool:
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one: the same storage, offset, shape, strides and dtype."""
+    """Whether two tensors have the same storage, offset, shape, strides and dtype."""
     return memory_of(a) == memory_of(b)
 
 
@@ -37,7 +38,7 @@ def overlaps(a: Tensor, b: Tensor) -> bool:
         return False
     if storage_key(a) != storage_key(b):
         return False
-    # Flat storages hold many parameters side by side, which is no overlap.
+    # A flat storage holds many parameters side by side, and these do not overlap.
     (start_a, end_a), (start_b, end_b) = _extent(a), _extent(b)
     return start_a < end_b and start_b < end_a
 

@@ -18,15 +18,16 @@ from ttfunc.model.sight import PLUMBING, Sight, callables
 
 HELD = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# What is not looked into: it is of everybody, or of the library.
+# Objects that are not searched: they belong to all code, or to the library.
 _APART = (type, ModuleType, FrameType, CodeType, FunctionType, TracebackType)
 
 
 class Visit(NamedTuple):
     """A module of the path at a call.
 
-    state: a copy of its dictionary, of which the attributes of `watched` may lead on, and those of
-    `containers` are lists and the like. slots: what it keeps outside of the dictionary.
+    state: a copy of its dictionary. watched: the attributes that may lead further along the path.
+    containers: the attributes that are lists and the like. slots: the attributes that it keeps
+    outside of the dictionary.
     """
 
     module: nn.Module
@@ -36,7 +37,7 @@ class Visit(NamedTuple):
     slots: tuple[str, ...]
 
     def joined(self, other: Visit) -> Visit:
-        """The same module on two paths."""
+        """One visit for a module that is on two paths."""
         return self._replace(watched={*self.watched, *other.watched})
 
 
@@ -44,9 +45,9 @@ class Visit(NamedTuple):
 class Step:
     """A module on the path.
 
-    attributes: those outside of its parameters, buffers and submodules that lead on along the path,
-    in a list or a closure say. sight: how it was when it was visited last. slots: what it keeps
-    outside of its dictionary.
+    attributes: those other than its parameters, buffers and submodules that lead further along the
+    path, for example through a list or a closure. sight: what it was like at the last visit. slots:
+    the attributes that it keeps outside of its dictionary.
     """
 
     module: weakref.ref[nn.Module]
@@ -55,12 +56,12 @@ class Step:
     slots: tuple[str, ...]
 
     def visit(self) -> Visit | None:
-        """The module as it is now; None where it is gone, or has got a function since."""
+        """The module as it is now; None if it is gone, or if its functions have changed since."""
         module = self.module()
         if module is None:
             return None
-        state = vars(module).copy()  # at once: another thread may add to it
-        if torch.compiler.is_dynamo_compiling():  # which would guard all that is looked at
+        state = vars(module).copy()  # in one step: another thread may add to it
+        if torch.compiler.is_dynamo_compiling():  # Dynamo would guard on everything that is read
             same = callables(state) == self.sight.callables
             return Visit(module, state, self.attributes, (), self.slots) if same else None
         if not self.sight.holds(state):
@@ -76,10 +77,10 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """The modules from which some tensors of `model` are reached, the model first.
+    """The modules through which some tensors of `model` are reached; the model comes first.
 
-    The references are weak: what is trained does not keep a model alive. aside: what else reaches
-    them, and cannot be copied (an object that is no module, a global of a function).
+    The references are weak: trained rows do not keep a model alive. aside: other objects that reach
+    the tensors and cannot be copied (an object that is not a module, a global of a function).
     """
 
     model: weakref.ref[nn.Module]
@@ -87,7 +88,7 @@ class Path:
     aside: tuple[str, ...]
 
     def visits(self) -> dict[int, Visit] | None:
-        """Its modules as they are now, by identity; None where one may lead elsewhere by now."""
+        """Its modules as they are now, by identity; None if one may lead elsewhere now."""
         found: dict[int, Visit] = {}
         for step in self.steps:
             visit = step.visit()
@@ -100,7 +101,7 @@ class Path:
 def find_path(
     model: nn.Module, tensors: Iterable[Tensor], through: Iterable[nn.Module] = ()
 ) -> Path:
-    """The path to these very tensors, and to the modules of `through`, which are on it."""
+    """The path to exactly these tensors; the modules in `through` are on it too."""
     referrers = _referrers(model)
     on: dict[int, nn.Module] = {id(one): one for one in (model, *through)}
     leading: dict[int, dict[str, None]] = {}
@@ -132,8 +133,8 @@ def _step(module: nn.Module, attributes: tuple[str, ...]) -> Step:
 def _referrers(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, bool]]]:
     """For each module and tensor that `model` reaches, by identity, what refers to it.
 
-    That is a module, the name of its attribute, and whether the way leads through what cannot be
-    copied.
+    Each referrer is a module, the name of its attribute, and whether the reference goes through an
+    object that cannot be copied.
     """
     found: dict[int, list[tuple[nn.Module, str, bool]]] = {}
     pending, seen = [model], {id(model)}
@@ -168,7 +169,7 @@ def _leads(module: nn.Module) -> Iterator[tuple[str, object, bool]]:
 
 
 def _within(value: object, most: int = 100_000) -> Iterator[object]:
-    """The modules and tensors that an object of some other class holds, or what it holds does."""
+    """The modules and tensors that an object of another class holds, directly or indirectly."""
     pending, seen = [value], {id(value)}
     while pending and len(seen) < most:
         one = pending.pop()

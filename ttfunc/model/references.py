@@ -1,7 +1,7 @@
-"""What a value refers to, and the same value with others in their place.
+"""What a value refers to, and the same value with references to other objects.
 
-Followed are modules and tensors, in lists, tuples, sets, dicts and weak references, and in what is
-called: bound methods, partials and closures. An object of any other class is left as it is.
+Modules and tensors are found in lists, tuples, sets, dicts and weak references, and in callables:
+bound methods, partials and closures. An object of any other class is left as it is.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SEQUENCES = (list, tuple, set, frozenset, deque)
 CONTAINERS = (list, set, deque, dict, OrderedDict)
 _MAPPINGS = (dict, OrderedDict)
 _FOLLOWED = {*CALLABLES, *_SEQUENCES, *_MAPPINGS, weakref.ref}
-# What cannot, though what it holds may.
+# What cannot be changed in place, though the objects in it may.
 FIXED = _FOLLOWED.difference(CONTAINERS)
 # What refers to nothing.
 PLAIN = {type(None), bool, int, float, complex, str, bytes, range, slice}
 
 
 def references(value: object, seen: set[int] | None = None) -> Iterator[object]:
-    """The modules, the tensors and the objects of other classes that `value` refers to, or is."""
+    """The modules, the tensors and the objects of other classes that `value` is or refers to."""
     seen = set() if seen is None else seen
     kind = type(value)
     if kind in PLAIN or id(value) in seen or isinstance(value, (type, ModuleType)):
@@ -43,10 +43,10 @@ def references(value: object, seen: set[int] | None = None) -> Iterator[object]:
 
 
 def substituted(value: Any, others: Mapping[int, Any]) -> Any:
-    """`value` with `others[id(x)]` for each x that it refers to; itself, where there is none.
+    """`value` with `others[id(x)]` in place of each x that it refers to; itself if there is none.
 
-    What holds one of these is made anew, and the rest of it is shared: a closure keeps all of its
-    cells but those.
+    A container that holds such an x is made anew, and shares all else: a closure keeps all of its
+    other cells.
     """
     if id(value) in others:
         return others[id(value)]
@@ -54,14 +54,14 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
     if kind not in _FOLLOWED:
         return value
     held = parts_of(value)
-    if _FOLLOWED.isdisjoint(map(type, held)):  # as of most
+    if _FOLLOWED.isdisjoint(map(type, held)):  # true of most values
         if others.keys().isdisjoint(map(id, held)):
             return value
     elif kind is not MethodType and not any(id(one) in others for one in references(value)):
         return value
     if kind is FunctionType:
         return _with_cells(value, others)
-    others = {**others, id(value): value}  # a list that holds itself ends here
+    others = {**others, id(value): value}  # ends the recursion for a list that holds itself
     if kind in _MAPPINGS:
         return kind({key: substituted(part, others) for key, part in value.items()})
     parts: list[Any] = [substituted(part, others) for part in held]
@@ -74,17 +74,17 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
     if kind is functools.partial:
         named = dict(zip(value.keywords, parts[1 + len(value.args) :], strict=True))
         return functools.partial(parts[0], *parts[1 : 1 + len(value.args)], **named)
-    return kind(*parts)  # a reference to another
+    return kind(*parts)  # a weak reference to another object
 
 
 def refill(container: Any, content: Any) -> None:
-    """Make a list, set, dict or deque hold what another one of its class does, in their order."""
-    parts, held = list(content), list(container)  # of dicts the keys
+    """Make a list, set, dict or deque hold the items of another of its class, in their order."""
+    parts, held = list(content), list(container)  # for a dict, its keys
     if isinstance(container, dict):
         parts, held = [*parts, *content.values()], [*held, *container.values()]
     if len(parts) == len(held) and all(map(is_, parts, held)):
         return
-    # An interrupt may come between any two of these: nothing is lost in between.
+    # An interrupt may come between any two of these steps: no item is lost then.
     if isinstance(container, list):
         container[:] = parts
     elif isinstance(container, deque):
@@ -98,7 +98,7 @@ def refill(container: Any, content: Any) -> None:
 
 
 def mend(value: Any, others: Mapping[int, Any], most: int = 1000) -> None:
-    """Put others in the place of what an object of some other class has as attributes, in place."""
+    """Replace attributes of an object of another class by `others`, in place."""
     pending, seen = [value], {id(value)}
     while pending and len(seen) < most:
         one = pending.pop()
@@ -128,7 +128,7 @@ def global_references(value: object) -> Iterator[object]:
 
 
 def parts_of(value: Any) -> list[Any]:
-    """What a value that is followed holds itself."""
+    """What a value of a followed class holds directly."""
     kind = type(value)
     if kind in _MAPPINGS:
         return list(value.values())
@@ -162,7 +162,7 @@ def _with_cells(function: FunctionType, others: Mapping[int, Any]) -> FunctionTy
     closure = tuple(fresh.get(place, cell) for place, cell in enumerate(cells))
     made = FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
     made.__dict__.update(function.__dict__)
-    others = {**others, id(function): made}  # which may call itself
+    others = {**others, id(function): made}  # a function may call itself
     made.__defaults__ = substituted(function.__defaults__, others)
     made.__kwdefaults__ = substituted(function.__kwdefaults__, others)
     for place, cell in fresh.items():

@@ -16,9 +16,9 @@ PLUMBING = frozenset(vars(nn.Module()))
 class Sight(NamedTuple):
     """The attributes of a module, as they are in its dictionary.
 
-    kinds: of all of them. objects: those that may refer to others, and their identities.
-    containers: the lists and the like among these, and their lengths. callables: the functions.
-    watched: those to look into at each call.
+    kinds: the types of all attributes. objects, identities: the attributes that may refer to other
+    objects, and their ids. containers, lengths: the lists and the like among these, and their
+    lengths. callables: the functions. watched: the attributes to look into at each call.
     """
 
     kinds: tuple[type, ...]
@@ -31,14 +31,14 @@ class Sight(NamedTuple):
 
     @classmethod
     def of(cls, state: Mapping[str, Any], watched: Iterable[str]) -> Sight:
-        """What is seen now, where some attributes are to be watched."""
+        """The attributes as they are now, with the names of those to watch."""
         objects = {
             name: value
             for name, value in state.items()
             if type(value) not in PLAIN and name not in PLUMBING
         }
         containers = [name for name, value in objects.items() if type(value) in CONTAINERS]
-        # A closure stays the one that it is, and what is in it may not.
+        # A closure stays the same object, but its contents may change.
         fixed = (name for name, value in objects.items() if type(value) in FIXED)
         return cls(
             tuple(map(type, state.values())),
@@ -51,7 +51,7 @@ class Sight(NamedTuple):
         )
 
     def holds(self, state: Mapping[str, Any]) -> bool:
-        """Whether all is so still: some comparisons, and no look into anything."""
+        """Whether nothing has changed: a few comparisons, without a look into any attribute."""
         return (
             tuple(map(type, state.values())) == self.kinds
             and tuple(map(id, map(state.get, self.objects))) == self.identities
@@ -59,7 +59,7 @@ class Sight(NamedTuple):
         )
 
     def renewed(self, state: Mapping[str, Any]) -> Sight:
-        """What is seen now, where what is new is to be watched as well."""
+        """The attributes as they are now; those that are new are watched as well."""
         now = Sight.of(state, self.watched)
         new = now._known() - self._known()
         return now._replace(watched=now.watched.union(name for name, _ in new))

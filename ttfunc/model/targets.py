@@ -27,8 +27,8 @@ class Matrix:
     names: every name that `state_dict` gives it, the first one first.
     slots: one name for each distinct (module, attribute) that holds it, with its tensor. A module
         reached by two paths is one slot.
-    has_max_norm: an Embedding with max_norm holds it, which rescales it in place as it reads.
-    path: the modules that a call copies; found anew where a call finds them changed.
+    has_max_norm: whether an Embedding with max_norm holds it; that rescales it in place at a read.
+    path: the modules that a call copies. A call that finds them changed looks for them again.
     """
 
     names: tuple[str, ...]
@@ -54,9 +54,9 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
     """The modules that `targets` names, by their full names; by default the input embedding.
 
     A string is a full module name (`""` is the model itself), or else the end of one at a dot
-    (`"embed_tokens"` finds `model.embed_tokens`); a compiled pattern must match the whole name; of
-    a list, each must match. Raises ValueError where nothing matches, TypeError for a module that is
-    neither an Embedding nor a Linear.
+    (`"embed_tokens"` finds `model.embed_tokens`). A compiled pattern must match the whole name.
+    Each item of a list must match. Raises ValueError where nothing matches, TypeError for a module
+    that is neither an Embedding nor a Linear.
     """
     if targets is None:
         return dict([_input_embedding(model)])
@@ -75,8 +75,8 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
     if not found:
         if isinstance(targets, str) and _matching(list(modules), targets.removesuffix(".weight")):
             raise ValueError(
-                f"target {targets!r} is a parameter, and a target is the module that holds it: "
-                f"targets={targets.removesuffix('.weight')!r}."
+                f"target {targets!r} is a parameter, but a target must be the module that holds "
+                f"it. Give targets={targets.removesuffix('.weight')!r}."
             )
         raise ValueError(
             f"target {targets!r} matches no module. {_candidates(model)} A string is a full module "
@@ -90,8 +90,8 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
 def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
     """Every place of `model` that holds `tensor`: by identity, or by the same memory and shape.
 
-    A place is a parameter or a buffer. Raises ValueError where another one covers a part of the
-    same memory, or all of it in another shape: it cannot be patched together with this one.
+    A place is a parameter or a buffer. Raises ValueError where another place covers a part of the
+    same memory, or all of it in another shape: the two cannot be patched together.
     """
     names: list[str] = []
     slots: dict[tuple[int, str], tuple[str, Tensor]] = {}
@@ -117,7 +117,7 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
 
 
 def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
-    """How many (module, attribute) of `model` hold one of these very tensors."""
+    """How many (module, attribute) pairs of `model` hold one of exactly these tensors."""
     # model.modules() does the same at many times the cost, and this runs at every call.
     pending, seen = [model], {id(None)}
     held: list[object] = []
@@ -137,7 +137,7 @@ def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
 
 
 def way_to(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules from the model to the one that holds that name, or as far as there are any."""
+    """The modules from the model to the one that holds `name`, as far as they exist."""
     way = [model]
     for part in name.split(".")[:-1]:
         module = way[-1]._modules.get(part)
@@ -204,8 +204,8 @@ def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
         )
     if weight is not None and not isinstance(weight, nn.Parameter):
         raise TypeError(
-            f"the weight of {name!r} stands for another in a functional call now, and is not the "
-            "model's own. Call this before or after it, or on the model itself."
+            f"the weight of {name!r} is a stand-in of a functional call that is running, not the "
+            "model's own. Call this before or after that call, or on the model itself."
         )
     if weight is None:
         raise TypeError(
@@ -220,7 +220,7 @@ def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _named_by_model(model: nn.Module) -> object:
-    """What the model itself names as its input embedding, where it can."""
+    """The input embedding that the model itself names; None where it names none."""
     try:
         return model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):  # not a transformers model, or a composite one
@@ -251,7 +251,7 @@ def _candidates(model: nn.Module, most: int = 8) -> str:
     embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n]
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n]
     if not embeddings + linears:
-        return 'The model has no named Embedding or Linear module; it is itself targets="".'
+        return 'The model has no named Embedding or Linear module; targets="" is the model itself.'
     # Heads come last in a model, so the last Linear modules are the likely ones.
     shown = embeddings[:most] + linears[-max(2, most - len(embeddings)) :]
     return f"Candidates: {', '.join(map(repr, shown))}."

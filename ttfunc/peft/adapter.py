@@ -1,4 +1,4 @@
-"""What lies in the directory of a PEFT adapter with token rows. No model is needed, nor PEFT."""
+"""Reading the directory of a PEFT adapter with token rows, without a model and without PEFT."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Adapter(NamedTuple):
 
     config: dict[str, Any]
     rows: list[AdapterRows]
-    weights: dict[str, str]  # by their names in the model, the keys
+    weights: dict[str, str]  # from their names in the model to their keys in the file
     other_keys: list[str]
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """All of it but the values of whole weights."""
+    """The adapter in a directory, without the values of whole weights."""
     config = read_json(directory / CONFIG)
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in SUFFIX:
@@ -97,7 +97,7 @@ def _classify(file: Any, key: str, adapter: Adapter) -> None:
 
 def _rows_of(file: Any, key: str, module: str, config: dict[str, Any]) -> AdapterRows:
     given = config[INDICES[config["peft_type"]]]
-    if isinstance(given, dict):  # PEFT's keys are ends of names, at a dot or not
+    if isinstance(given, dict):  # PEFT's keys are the ends of names, whether at a dot or not
         matching = [ids for end, ids in given.items() if module.endswith(end)]
         if not matching or any(ids != matching[0] for ids in matching):
             raise ValueError(f"its config has {len(matching)} lists of indices for {module!r}")
@@ -111,11 +111,11 @@ def _rows_of(file: Any, key: str, module: str, config: dict[str, Any]) -> Adapte
 
 
 def warn_of_other_keys(keys: list[str], directory: Path) -> None:
-    """Say what is not loaded; for a function that the user called."""
+    """Warn of what is not loaded. Only for a function that the user calls directly."""
     if keys:
         warnings.warn(
             f"only the token rows of {str(directory)!r} are loaded, and {len(keys)} other tensors "
-            f"are left, such as {keys[0]!r}. Merge those into the model with PEFT.",
+            f"are not, such as {keys[0]!r}. Merge those into the model with PEFT.",
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-"""PEFT's adapter directories, both ways: what ttfunc trained and what PEFT trained."""
+"""Writing what ttfunc trained as a PEFT adapter, and reading what PEFT trained."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ def save_peft(
     of the indices. `params` are not changed.
 
     Args:
-        params: with deltas whose numbers float32 has.
-        directory: is made if need be. An adapter of nothing but token rows is replaced there, and
+        params: with deltas whose numbers are exact in float32.
+        directory: is made if needed. An adapter there that has only token rows is replaced, and
             other files stay.
         base_model: the folder or hub name of the model, or the model itself. For PEFT's
-            AutoPeftModel… it must be a local folder, or the model, which tell the class.
+            AutoPeftModel… it must be a local folder or the model, because these tell the class.
 
     Raises:
         ValueError: deltas of another shape, without values, or not exact in float32; a matrix that
             is not the `weight` of a module, which PEFT cannot train; one name for two matrices;
-            a `base_model` given as a module that ties otherwise than its config says, by which
-            PEFT goes; names of which one is the end of another, with different indices.
+            a `base_model` given as a module whose ties differ from its config, which PEFT reads;
+            two names with different indices, where one name is the end of the other.
         FileExistsError: the directory has another adapter, or is a file.
-        OSError: it cannot be written, or the disk is full. No half adapter is left.
+        OSError: it cannot be written, or the disk is full. No partial adapter is left.
     """
     directory = path_of(directory, "save_peft(params, directory)")
     tensors: dict[str, Tensor] = {}
@@ -89,7 +89,7 @@ def save_peft(
 
     first, *others = targets.values()
     kind = "TRAINABLE_TOKENS" if all(ids == first for ids in others) else "LORA"
-    if kind == "LORA":  # which keeps the rows of tied modules once
+    if kind == "LORA":  # a LORA adapter keeps the rows of tied modules once
         tensors = {module: tensors[module] for module in targets}
         check_ends(targets)
     if isinstance(base_model, nn.Module):
@@ -124,7 +124,7 @@ def _float32(delta: Tensor, spec: RowSpec, name: str) -> Tensor:
 def _targets_in_config(kind: str, targets: dict[str, list[int]]) -> dict[str, Any]:
     if kind == "LORA":
         return {INDICES[kind]: targets, "target_modules": NO_LAYERS}
-    # A pattern: the entries of a list would be ends of names, and PEFT warns of them when tied.
+    # A pattern, because PEFT takes entries of a list as ends of names, and warns if they are tied.
     pattern = "|".join(map(re.escape, targets))
     ids = next(iter(targets.values()))
     return {INDICES[kind]: ids, "target_modules": pattern, "init_weights": True}
@@ -153,24 +153,24 @@ def load_peft(
     """The token rows of a PEFT adapter, put on `model`, which is not changed.
 
     Takes TRAINABLE_TOKENS adapters, and LORA ones with `trainable_token_indices`; a warning says
-    that a LoRA's own weights are left. What is tied is found in the model, by identity, and the
-    originals are the rows that it has now.
+    that a LoRA's own weights are not loaded. Ties are found in the model, by identity. The
+    originals are the rows that the model has now.
 
     Args:
         directory: with `adapter_config.json` and `adapter_model.safetensors`.
-        model: without PEFT around it.
-        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` needs it not.
+        model: the model itself, without PEFT around it.
+        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
 
     Returns:
-        TokenDeltas in the dtype of the file, on the device of each matrix; for a model on `meta` on
-        the CPU, with originals on `meta`.
+        TokenDeltas in the dtype of the file, on the device of each matrix. For a model on `meta`
+        they are on the CPU, with originals on `meta`.
 
     Raises:
         FileNotFoundError: there is no adapter.
         KeyError: it has rows for a module that the model does not have.
         ValueError: another kind of adapter; a damaged one; indices that are no token ids of the
             model; rows of another width; rows of tied modules that disagree; a target without rows
-            or rows without a target; whole weights beside the rows that the model does not have.
+            or rows without a target; whole weights, beside the rows, that differ from the model's.
     """
     directory = path_of(directory, "load_peft(directory, model)")
     check_model(model, "load_peft(directory, model)")
@@ -194,7 +194,7 @@ def load_peft(
 
 
 def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, RowSpec, Tensor]:
-    """The name of the matrix that the rows belong to, the rows as they are there, the new ones."""
+    """The name of the matrix that the rows belong to, its rows as they are, and the new rows."""
     matrix = matrix_named(model, f"{found.module}.weight", source)
     weight, name = matrix.tensor.detach(), matrix.names[0]
     if weight.ndim != 2 or weight.shape[1] != found.rows.shape[1]:
@@ -213,7 +213,7 @@ def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, Ro
 def _check_weights(
     path: Path, keys: Mapping[str, str], model: nn.Module, specs: Mapping[str, RowSpec]
 ) -> None:
-    """Raises ValueError where PEFT would write other base weights into the model than it has."""
+    """Raises ValueError where PEFT would write base weights that differ from the model's."""
     replaced = {name: list(spec.indices.ids) for spec in specs.values() for name in spec.names}
     for name, key in keys.items():
         held = matrix_named(model, name, path).tensor.detach()
@@ -221,13 +221,13 @@ def _check_weights(
             saved = tensor_of(file, key)
         if saved.shape != held.shape or not saved.is_floating_point():
             raise ValueError(
-                f"it also has {name!r} whole, {tuple(saved.shape)} in {saved.dtype}, and the model "
-                f"has {tuple(held.shape)}. Resize the model first, and copy it there"
+                f"it also has {name!r} whole, {tuple(saved.shape)} in {saved.dtype}, but the model "
+                f"has {tuple(held.shape)}. Resize the model first, and copy that weight into it"
             )
         if held.is_meta:
             warnings.warn(
-                f"{str(path)!r} also has {name!r} whole, which is not loaded: see that the base "
-                "has the same values.",
+                f"{str(path)!r} also has {name!r} whole, which is not loaded. Make sure that the "
+                "base has the same values.",
                 stacklevel=3,
             )
             continue
@@ -235,6 +235,6 @@ def _check_weights(
         if other := sorted(set(differing(*pair)) - set(replaced.get(name, []))):
             raise ValueError(
                 f"it also has {name!r} whole, and {len(other)} rows that are not trained, from "
-                f"{other[0]} on, have other values than in the model. Copy them there first, "
+                f"{other[0]} on, differ from those of the model. Copy them into the model first, "
                 f"from {key!r} in {str(path)!r}"
             )

@@ -1,7 +1,7 @@
 """Regular expressions out of a file, matched in bounded time.
 
-`re` backtracks: a pattern of thirty characters can keep it for ever. Its time grows by the length
-of a name for each choice that it has to make, so only a few choices are allowed.
+`re` backtracks: a pattern of thirty characters can take for ever. Each choice in a pattern
+multiplies the time by the length of a name, so only a few choices are allowed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _BEYOND = re.compile(r"\)[*+{]|\(\?[^:]")  # groups that repeat, look around, or
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """Those of `names` that `re.fullmatch` finds `pattern` in.
+    """The `names` that `pattern` matches as a whole, as with `re.fullmatch`.
 
-    Raises ValueError for what is no pattern; and for a group that repeats, for looking around, and
-    for more than MOST repeats and alternatives (escaped names alone may be any number).
+    Raises ValueError for an invalid pattern, for a group that repeats, for looking around, and for
+    more than MOST repeats and alternatives. (Alternatives of escaped names may be any number.)
     """
     if _LITERAL.fullmatch(pattern):  # as PEFT and save_peft write them
         wanted = {re.sub(r"\\(\W)", r"\1", one) for one in pattern.split("|")}

@@ -15,17 +15,17 @@ from ttfunc.peft.pattern import matching
 
 
 def check_ends(targets: Mapping[str, list[int]]) -> None:
-    """Raises ValueError for module names that PEFT's LoRA would take for one another."""
+    """Raises ValueError for module names that PEFT's LoRA would confuse."""
     for name in targets:
         if longer := [other for other in targets if other != name and other.endswith(name)]:
             raise ValueError(
-                f"PEFT would give {longer[0]!r} the token indices of {name!r}, whose name is its "
-                "end, and these differ. Save them one at a time, or with ttfunc.save."
+                f"PEFT would give {longer[0]!r} the token indices of {name!r}, because it ends in "
+                "that name, but their indices differ. Save them one at a time, or with ttfunc.save."
             )
 
 
 def check_ties(params: TokenDeltas, model: nn.Module) -> None:
-    """Raises ValueError where PEFT, which reads the config, ties otherwise than the model does."""
+    """Raises ValueError where PEFT, by the config, would tie other weights than the model does."""
     says_so = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     headed = getattr(head, "weight", None)
@@ -35,8 +35,8 @@ def check_ties(params: TokenDeltas, model: nn.Module) -> None:
         if (len(spec.names) > 1 and not says_so) or (apart and says_so and len(spec.names) == 1):
             raise ValueError(
                 f"tie_word_embeddings is {says_so} in the config of {type(model).__name__}, and "
-                f"{name!r} is {spec.names}: PEFT reads the config, and would not do the same. Set "
-                "it as the model is."
+                f"{name!r} is {spec.names}: PEFT reads the config, and would not tie the same. Set "
+                "tie_word_embeddings as the model is."
             )
 
 
@@ -87,6 +87,6 @@ def _targets(config: Mapping[str, Any], model: nn.Module) -> list[str]:
         wanted = list(find_targets(model, None))
     if not isinstance(wanted, (list, dict)) or not all(isinstance(end, str) for end in wanted):
         raise ValueError(f"its targets are {wanted!r}, and names of modules are needed")
-    # A LoRA's may end in the middle of a name.
+    # The ends in a LoRA may begin in the middle of a name.
     ends = tuple(f".{end}" if standalone else end for end in wanted)
     return [name for name in names if name in wanted or name.endswith(ends)]

@@ -1,8 +1,9 @@
 """Putting a PEFT adapter into a directory, in place of the one that was there.
 
-An adapter is two files, and no file system exchanges two at once. So the config, without which the
-directory holds no adapter, goes first and comes last: whoever is killed in between leaves none,
-rather than one of two halves. An interrupt or an error leaves the old or the new one.
+An adapter is two files, and no file system replaces two at once. A directory without the config
+holds no adapter. So the old config is removed first, and the new one is put there last: a process
+that is killed in between leaves no adapter, never a mixed one. An interrupt or an error leaves the
+old adapter or the new one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-_PAUSE = 0.01  # seconds between two looks at a directory in which another one writes
+_PAUSE = 0.01  # seconds between two tries at a directory while another thread or process writes
 
 
 def write_adapter(directory: Path, weights: bytes, config: bytes) -> None:
@@ -40,7 +41,7 @@ def write_adapter(directory: Path, weights: bytes, config: bytes) -> None:
 
 
 def _written(directory: Path, weights: bytes, config: bytes) -> bool:
-    """Whether it was; not where another one is at it."""
+    """Write the adapter. Returns whether it did; False while another writer is at work there."""
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{str(directory)!r} is a file. Name a directory for the adapter.")
     made = not directory.exists()
@@ -53,10 +54,10 @@ def _written(directory: Path, weights: bytes, config: bytes) -> bool:
                 _check_replaceable(directory)
                 _replace(directory, weights, config)
         finally:
-            os.close(descriptor)  # and so the lock
+            os.close(descriptor)  # this also releases the lock
     except BaseException:
         if made:
-            with contextlib.suppress(OSError):  # somebody has put something there
+            with contextlib.suppress(OSError):  # something else was put there
                 directory.rmdir()
         raise
     return alone
@@ -69,7 +70,7 @@ def _locked(descriptor: int, directory: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    # Another one, who failed, may have removed the directory that it had made.
+    # Another writer that failed may have removed the directory that it had made.
     there = directory.stat() if directory.exists() else None
     return there is not None and os.path.samestat(os.fstat(descriptor), there)
 
@@ -84,7 +85,7 @@ def _replace(directory: Path, weights: bytes, config: bytes) -> None:
         try:
             for path in (old_config, old_weights):
                 aside[path] = _set_aside(path)
-            sync_directory(directory)  # so that no loss of power brings an old half beside a new
+            sync_directory(directory)  # so a loss of power leaves no old file beside a new one
             new_weights.replace(old_weights)
             new_config.replace(old_config)
             sync_directory(directory)
@@ -108,7 +109,7 @@ def _set_aside(path: Path) -> Path | None:
 def _check_replaceable(directory: Path) -> None:
     """Raises FileExistsError where more than token rows would be lost.
 
-    A half that an interrupted save has left is token rows, too, or nothing.
+    A partial adapter that an interrupted save has left counts as token rows too, or as nothing.
     """
     for name in (CONFIG, WEIGHTS):
         if (directory / name).exists() and not (directory / name).is_file():

@@ -20,7 +20,7 @@ from ttfunc.torch_private import no_torch_function, transforms_active, tree_map
 from ttfunc.weight.overrides import METADATA, PLACEHOLDER, refuse_layout, refuse_writes
 from ttfunc.weight.source import Reads, RowPatch, Source, versions
 
-# For each torch function that needs no copy, what stands for it (see handlers.py).
+# For each torch function that needs no copy, its handler (see handlers.py).
 _HANDLERS: dict[Any, Callable[..., Any]] = {}
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -36,9 +36,10 @@ def implements(*functions: Any) -> Callable[[Handler], Handler]:
 
 
 class _OfEach:
-    """A `__torch_dispatch__` that a class has for its tensors and denies to have itself.
+    """A `__torch_dispatch__` that is found on the tensors of a class, but not on the class.
 
-    The dispatcher asks the tensor. torch.compile asks the class, and takes none that has one.
+    The dispatcher looks at the tensor. torch.compile looks at the class, and refuses one that has
+    it.
     """
 
     def __get__(self, weight: PatchedWeight | None, owner: type[PatchedWeight]) -> Any:
@@ -71,17 +72,17 @@ class PatchedWeight(Tensor):
     def transposed_view(self) -> PatchedWeight:
         """The transpose."""
         source = self.source
-        if torch.compiler.is_dynamo_compiling():  # which makes no subclass of what it was given
+        if torch.compiler.is_dynamo_compiling():  # Dynamo makes no subclass of a given tensor
             source = source._replace(placeholder=source.rows.placeholder(source.base, source.reads))
         return _wrap(source, not self.transposed)
 
     def unread(self) -> PatchedWeight:
-        """The same, with no read noted yet."""
+        """The same weight, with no read noted yet."""
         source = Source(*self.source[:-1], Reads())
         wants_grad = torch.is_grad_enabled() and source.rows.values.requires_grad
-        # It may have been made under no_grad.
+        # The placeholder may have been made under no_grad.
         stale = wants_grad and not source.placeholder.requires_grad
-        # Under a transform the placeholder is made with where its own reads are noted.
+        # Under a transform the placeholder notes reads in the object that it was made with.
         if self.deferred and (stale or transforms_active()):
             if not (stale or self.source.uses):
                 return self
@@ -113,8 +114,8 @@ class PatchedWeight(Tensor):
         with no_torch_function():
             return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
-    # What gets past __torch_function__ comes to the dispatcher, below autograd: the gradient of the
-    # copy goes to the placeholder, which hands it on to the rows.
+    # Code that bypasses __torch_function__ comes to the dispatcher, below autograd: the gradient of
+    # the copy goes to the placeholder, which passes it on to the rows.
     __torch_dispatch__ = _OfEach()
 
     @classmethod
@@ -137,7 +138,7 @@ def is_deferred(value: Any, *, transposed: bool = False) -> bool:
 
 
 def frozen(value: Any) -> Any:
-    """In place of a patched weight its base."""
+    """The base of a patched weight; any other value as it is."""
     return value.frozen if isinstance(value, PatchedWeight) else value
 
 
@@ -151,15 +152,16 @@ def patched(
 ) -> PatchedWeight:
     """The weight with `rows` in place, copied at once (`dense`) or deferred.
 
-    `rows` that are copies of other tensors are stale once these (`copied_from`) are written to.
-    The memory of a deferred weight is one NaN, expanded: whatever gets past the dispatcher,
-    too, sees an error or NaN, never the base.
+    If `rows` are copies of other tensors (`copied_from`), they are stale once those are written to.
+    The memory of a deferred weight is one NaN, expanded: code that bypasses the dispatcher too gets
+    an error or NaN, never the base.
     """
     reads = Reads()
     copy = rows.materialise(base) if dense else None
     placeholder = rows.placeholder(base, reads) if copy is None else copy
     memory = None
-    if matrix is not None and not torch.compiler.is_dynamo_compiling():  # which reads no pointers
+    # torch.compile cannot read data pointers: the place in memory is left out there.
+    if matrix is not None and not torch.compiler.is_dynamo_compiling():
         memory = memory_of(matrix.tensor)
     made_from = versions(*copied_from) if copy is None else versions(base, rows.values)
     source = Source(base, rows, matrix, placeholder, copy, memory, made_from, reads)
@@ -167,7 +169,7 @@ def patched(
 
 
 def _wrap(source: Source, transposed: bool) -> PatchedWeight:
-    # By its name: torch.compile cannot trace this for a class that it is handed.
+    # The class is written by its name: torch.compile cannot trace this for a class in a variable.
     plain = source.placeholder.mT if transposed else source.placeholder
     weight = plain.as_subclass(PatchedWeight)
     weight.source, weight.transposed = source, transposed
@@ -175,7 +177,7 @@ def _wrap(source: Source, transposed: bool) -> PatchedWeight:
 
 
 def _dense(value: Any) -> Any:
-    """In place of a patched weight the matrix itself."""
+    """The matrix itself for a patched weight; any other value as it is."""
     if not isinstance(value, PatchedWeight):
         return value
     source = value.source

@@ -20,12 +20,15 @@ from ttfunc.weight.reads import cast_like
 
 
 def _positional(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for calls without keywords: functions of torch differ in the names of arguments."""
+    """The handler for positional calls only; a call with keywords uses the copy.
+
+    The names of the arguments differ from function to function.
+    """
     return lambda *args, **kwargs: NotImplemented if kwargs else handler(*args)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a dense tensor of floats, which the product is written for."""
+    """Whether it is a dense tensor of floats, as the product needs."""
     return (
         isinstance(value, Tensor)
         and not isinstance(value, PatchedWeight)
@@ -59,7 +62,7 @@ def _embedding(
 
 @implements(F.embedding_bag)
 def _embedding_bag(*args: Any, sparse: bool = False, **kwargs: Any) -> Any:
-    # The gradient of the rows is dense, and the copy takes no sparse one on its way to them.
+    # The gradient of the rows is dense, and the copy cannot pass a sparse gradient on to them.
     if len(args) > 7:
         sparse, args = args[7], (*args[:7], False, *args[8:])
     return F.embedding_bag(*args, **kwargs) if sparse else NotImplemented
@@ -111,7 +114,7 @@ def _rmatmul(other: Any, input: Any) -> Any:
 def _addmm(
     input: Any, mat1: Any, mat2: Any, *old: Any, beta: Any = 1, alpha: Any = 1, out: Any = None
 ) -> Any:
-    # Of old, beta and alpha came first.
+    # In an old signature, beta and alpha came first.
     if old or out is not None or beta != 1 or alpha != 1 or mat1.ndim != 2:
         return NotImplemented
     if not is_deferred(mat2, transposed=True):
@@ -160,11 +163,11 @@ def _permute(weight: Any, *dims: Any) -> Any:
 
 
 def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that acts on each row alone goes to the base and to the rows."""
+    """A handler that applies `func`, which acts on each row separately, to base and rows."""
 
     def handler(weight: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(frozen, args), tree_map(frozen, kwargs)
-        if not isinstance(weight, PatchedWeight):  # h.to(w) asks w for its dtype and device alone
+        if not isinstance(weight, PatchedWeight):  # h.to(w) uses only the dtype and device of w
             return func(weight, *args, **kwargs)
         if not weight.deferred:
             return NotImplemented
@@ -193,5 +196,5 @@ for _func in (
 
 @implements(IS_VIEW)
 def _is_view(weight: Any) -> bool:
-    """Of nothing that others hold. (torch.compile asks.)"""
+    """Always false: it is no view of a tensor that others hold. (torch.compile asks.)"""
     return False

@@ -1,4 +1,4 @@
-"""What torch functions do to a matrix: ask about it, turn it, multiply by it, or write to it."""
+"""What torch functions do to a matrix: query it, transpose it, multiply by it, or write to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ttfunc.torch_private import TensorBase, tree_leaves, writes_of
 
-# What the base answers as well: nothing is read for it.
+# Questions about metadata, which the base answers: no values are read.
 METADATA = {
     getattr(Tensor, name).__get__
     for name in (
@@ -26,17 +26,17 @@ METADATA = {
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed),
 }
 
-# What only the placeholder can answer: autograd's part of it, and its layout in memory, which
-# torch.compile compares with what it finds there.
+# Questions that only the placeholder can answer: about autograd, and about the layout in memory,
+# which torch.compile compares with the layout that it finds.
 PLACEHOLDER = {
     getattr(Tensor, name).__get__
     for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")
 } | {Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage}
 
-# torch.compile cannot look up what this leaves out: torch.resize_as_ and a few private ones.
+# Left out are torch.resize_as_ and a few private functions: torch.compile fails to look them up.
 _IN_PLACE = r"(?!_|resize_as)\w+_|_foreach_\w+_"
 
-# What writes to its first argument, or gives a pointer to it.
+# Functions that write to their first argument, or give a pointer to it.
 WRITERS = (
     {
         func
@@ -75,7 +75,7 @@ def refuse_writes(
     kwargs: dict[str, Any],
     is_lost: Callable[[Any], bool],
 ) -> None:
-    """Raise where the copy would be written to, or outlived by a pointer: both would be lost."""
+    """Raise where `func` writes to the copy, or gives a pointer to it: both would be lost."""
     if any(map(is_lost, written_by(func, args, kwargs))):
         raise RuntimeError(
             f"{func.__name__} on a patched weight: the weight is made anew for each call, so what "
@@ -87,16 +87,16 @@ def refuse_writes(
 def refuse_layout(
     func: Callable[..., Any], args: tuple[Any, ...], is_deferred: Callable[[Any], bool]
 ) -> None:
-    """Raise where strides are given that belong to the placeholder, not to the copy."""
+    """Raise for a function with strides: they belong to the placeholder, not to the copy."""
     if func is torch.ops.aten.as_strided.default and is_deferred(args[0]):
         raise RuntimeError(
-            "as_strided on a patched weight, which does not lie in memory: use "
+            "as_strided on a patched weight: a patched weight does not lie in memory. Use "
             "patch(params, dense=True)."
         )
 
 
 def transposes(*dims: int) -> bool:
-    """Whether swapping these two dimensions of a matrix turns it."""
+    """Whether swapping these two dimensions of a matrix transposes it."""
     # Of a matrix, -2 and 0 are one dimension and so are -1 and 1.
     return set(dims) <= {-2, -1, 0, 1} and dims[0] % 2 != dims[1] % 2
 

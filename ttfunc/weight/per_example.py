@@ -1,4 +1,4 @@
-"""Rows of which each example of a batch has its own, and how to read them."""
+"""Rows of several adapters, one for each example of a batch, and how to read them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ttfunc.weight.placeholder import NaNPlaceholder, nan_placeholder
 from ttfunc.weight.reads import autocast, no_placeholder
 from ttfunc.weight.source import Reads
 
-# Of transformers' model types, those with the examples in the second dimension.
+# The model types of transformers that have the examples in the second dimension.
 _BATCH_LAST = {"xlnet"}
 
 
 class PerExampleRows(NamedTuple):
-    """Rows of which each example of a batch has its own.
+    """Rows of several adapters, one for each example of a batch.
 
-    values: `(n + 1, k, D)` rows of n adapters, aligned on the k `indices` of them all, and zeros.
-    own: `(n + 1, k)` bool, which of them an adapter has; the last line, the plain model, is false.
+    values: `(n + 1, k, D)` rows of n adapters, aligned on the k `indices` of all; the last are 0.
+    own: `(n + 1, k)` bool, which of these rows an adapter has; false for the plain model, the last.
     assignment: `(B,)` int64, the adapter of each example, n for the plain model.
     """
 
@@ -36,7 +36,7 @@ class PerExampleRows(NamedTuple):
     def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
         """`F.embedding` of `(B, ...)` integer tokens: `(B, ..., D)`."""
         self._check(tokens, least=2)
-        if padding_idx is not None:  # whose row gets no gradient
+        if padding_idx is not None:  # the row of padding_idx gets no gradient
             padding_idx = padding_idx % len(base)
         frozen = F.embedding(tokens, base)
         hit, row = self.indices.find(tokens, base.device)
@@ -63,11 +63,11 @@ class PerExampleRows(NamedTuple):
         return fresh.index_copy_(-1, ids, columns)
 
     def materialise(self, base: Tensor) -> Tensor:
-        """No one matrix stands for several adapters."""
+        """Always raises: no single matrix stands for several adapters."""
         raise _not_mixed()
 
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
-        """NaN in the shape of `base`, in no memory, that refuses a read and a gradient."""
+        """One NaN, expanded to the shape of `base`, that refuses a read and a gradient."""
         if no_placeholder():
             if torch.compiler.is_dynamo_compiling():
                 return self.values.new_full((), torch.nan).expand(base.shape)
@@ -76,22 +76,22 @@ class PerExampleRows(NamedTuple):
         return nan_placeholder(_Refusing, self.values[0], base, self.indices, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> PerExampleRows:
-        """The rows with a function applied that acts on each alone."""
+        """The rows after `func`, which acts on each row separately."""
         return self._replace(values=func(self.values))
 
     def _check(self, given: Tensor, least: int) -> None:
         if given.ndim < least or len(given) != len(self.assignment):
             raise ValueError(
                 f"a mixed patch for {len(self.assignment)} examples was given a batch of shape "
-                f"{tuple(given.shape)}: its first dimension is to be the examples'. Where "
-                "generation of a decoder repeats them (num_beams, num_return_sequences), repeat "
-                "the assignment likewise: torch.as_tensor(assignment).repeat_interleave(n). An "
-                "encoder-decoder's encoder does not, and it cannot be mixed there."
+                f"{tuple(given.shape)}: its first dimension must be the examples. If generation "
+                "with a decoder repeats the examples (num_beams, num_return_sequences), repeat "
+                "the assignment too: torch.as_tensor(assignment).repeat_interleave(n). The encoder "
+                "of an encoder-decoder does not repeat them, so that model cannot be mixed there."
             )
 
 
 class _Refusing(NaNPlaceholder):
-    """NaN without a gradient: for an autograd.Function of the model's own, given the weight."""
+    """NaN without a gradient, for a model that gives the weight to its own autograd.Function."""
 
     @staticmethod
     def matrix(rows: Tensor, base: Tensor, ids: Tensor) -> Tensor:
@@ -101,23 +101,24 @@ class _Refusing(NaNPlaceholder):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "the gradient of a mixed patch went through an autograd.Function of the model's own, "
-            "which knows of one matrix. Call each adapter's examples on their own."
+            "which expects one matrix. Call the model separately for each adapter's examples."
         )
 
 
 def check_batch_first(model: nn.Module) -> None:
-    """Raise ValueError for a model that turns its batch before it looks tokens up."""
+    """Raise ValueError for a model that transposes its batch before it looks tokens up."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in _BATCH_LAST:
         raise ValueError(
             f"a mixed patch needs the examples in the first dimension, and a model of type "
-            f"{kind!r} turns its batch before it looks tokens up. Call each adapter's examples on "
-            "their own."
+            f"{kind!r} transposes its batch before it looks tokens up. Call the model separately "
+            "for each adapter's examples."
         )
 
 
 def _not_mixed() -> RuntimeError:
     return RuntimeError(
-        "the model reads its token matrix in a way that cannot be mixed, other than looking up "
-        "tokens and multiplying hidden states by it. Call each adapter's examples on their own."
+        "the model reads its token matrix in a way that cannot be mixed. Only looking up tokens "
+        "and multiplying hidden states by the matrix can be. Call the model separately for each "
+        "adapter's examples."
     )

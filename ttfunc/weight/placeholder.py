@@ -1,8 +1,8 @@
-"""What a deferred weight is to code that gets past its `__torch_function__`.
+"""What code gets for a deferred weight if it bypasses the weight's `__torch_function__`.
 
-Nested tensors, scripted functions, transforms over the weight and the like never ask it. They get
-the placeholder: a NaN in the shape of the matrix, in no memory, whose gradient goes to the rows.
-The dispatcher puts the matrix in its place where an operation reads it; who reads the memory
+Nested tensors, scripted functions, transforms over the weight and the like never call it. They get
+the placeholder: one NaN, expanded to the shape of the matrix, whose gradient goes to the rows. The
+dispatcher puts the matrix in its place where an operation reads it; code that reads the memory
 itself gets an error.
 """
 
@@ -29,9 +29,10 @@ from ttfunc.weight.source import Reads
 
 
 class Placeholder(Tensor):
-    """A NaN that is a matrix to the dispatcher: `made` copies it for whatever reads it.
+    """A NaN that the dispatcher replaces by a matrix: `made` copies it for each operation.
 
-    For transforms, which work on what is within their wrappers; else the weight does it itself.
+    It is for transforms, which work on the tensor within their wrappers. Otherwise the weight does
+    this itself.
     """
 
     made: Callable[[], Tensor]
@@ -53,7 +54,7 @@ class Placeholder(Tensor):
                 seen = func(*args, **kwargs)
             if func in COMPARISONS:
                 return seen
-            if isinstance(seen, Tensor):  # a transform turns and aliases it before any read
+            if isinstance(seen, Tensor):  # a transform makes views of it before any read
                 made = args[0].made
                 return _placeholder(seen, lambda: _viewed(func, made(), *args[1:], **kwargs))
         refuse_writes(func, args, kwargs, _is_placeholder)
@@ -67,7 +68,7 @@ def _placeholder(nan: Tensor, made: Callable[[], Any]) -> Placeholder:
 
 
 def _viewed(func: Any, matrix: Tensor, *args: Any, **kwargs: Any) -> Any:
-    # The matrix lies otherwise in memory than the NaN, and its view may need a copy.
+    # The matrix has another layout in memory than the NaN, and its view may need a copy.
     func = torch.ops.aten.reshape if func is torch.ops.aten.view.default else func
     return func(matrix, *args, **kwargs)
 
@@ -108,13 +109,13 @@ class NaNPlaceholder(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, base, ids, _, ctx.reads = inputs
-        ctx.set_materialize_grads(False)  # zeros of the size of the base, for its tangent
-        # Not saved as tensors are: a patch that is made once feeds many backward passes.
+        ctx.set_materialize_grads(False)  # no zeros of the size of the base for its tangent
+        # Not by save_for_backward: a patch that is made once is used by many backward passes.
         ctx.ids, ctx.shape = ids, base.shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad.to_dense() if grad.is_sparse else grad  # of an embedding that makes it so
+        grad = grad.to_dense() if grad.is_sparse else grad  # from an embedding with sparse=True
         return grad.index_select(-2, ctx.ids), None, None, None, None
 
     @classmethod
@@ -135,11 +136,11 @@ class NaNPlaceholder(torch.autograd.Function):
 def nan_placeholder(
     kind: type[NaNPlaceholder], rows: Tensor, base: Tensor, indices: TokenIndices, reads: Reads
 ) -> Tensor:
-    """NaN in the shape of `base`, in no memory, with the gradient that `kind` gives it.
+    """One NaN, expanded to the shape of `base`, with the gradient that `kind` gives it.
 
-    Where a transform is at work, what reads it past the weight is noted in `reads`.
+    Under a transform, a read that bypasses the weight is noted in `reads`.
     """
     ids = indices.on(base.device).ids
-    transformed = is_wrapped(rows)  # else the weight has no wrapper to take its class off
+    transformed = is_wrapped(rows)  # only a wrapper takes the class of the weight off
     placeholder: Tensor = kind.apply(rows, base, ids, transformed, reads)  # type: ignore[no-untyped-call]
     return placeholder

@@ -1,6 +1,6 @@
 """The two reads of a matrix with replaced rows: looking rows up, and multiplying by all of them.
 
-Both give what they would on `base.index_copy(0, ids, rows)`, without that copy and without a
+Both give the same result as on `base.index_copy(0, ids, rows)`, without that copy and without a
 gradient of its size. `base` is `(V, D)`, `rows` is `(k, D)` of the same dtype and device.
 """
 
@@ -27,9 +27,9 @@ from ttfunc.weight.source import Reads
 
 
 class SharedRows(NamedTuple):
-    """`(k, D)` rows in place of the `indices` of a base, cast to its dtype whenever they are read.
+    """`(k, D)` rows that replace the rows `indices` of a base; each read casts them to its dtype.
 
-    So a patch that is made once follows its rows through training.
+    So a patch that is made once reads the current rows throughout training.
     """
 
     values: Tensor
@@ -80,7 +80,7 @@ class SharedRows(NamedTuple):
         return with_rows(base, self.indices.on(base.device).ids, cast_like(self.values, base))
 
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
-        """NaN in the shape of `base`, in no memory; its `(V, D)` gradient goes to the rows."""
+        """One NaN, expanded to the shape of `base`; its `(V, D)` gradient goes to the rows."""
         if no_placeholder():
             return self.materialise(base)
         return nan_placeholder(
@@ -88,7 +88,7 @@ class SharedRows(NamedTuple):
         )
 
     def map(self, func: Callable[[Tensor], Tensor]) -> SharedRows:
-        """The rows with a function applied that acts on each alone."""
+        """The rows after `func`, which acts on each row separately."""
         return self._replace(values=func(self.values))
 
 
@@ -103,8 +103,8 @@ class _TracedProduct(torch.autograd.Function):
     """The product with k columns written in place, and a backward to match.
 
     Plain autograd of `_product` keeps three buffers of the size of the logits. This keeps none, and
-    its backward makes one at most, when those of the loss are gone. (Subtracting the old rows' part
-    from `grad @ base` would make none, and cancel where an old row is large.)
+    its backward makes one at most, after those of the loss are freed. (Subtracting the old rows'
+    part from `grad @ base` would make none, but lose digits where an old row is large.)
     """
 
     @staticmethod
@@ -142,7 +142,7 @@ class _TracedProduct(torch.autograd.Function):
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    # With -1 torch cannot tell how many rows of nothing there are.
+    # With -1 torch cannot tell how many rows an empty tensor has.
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
@@ -157,10 +157,10 @@ class _Product(_TracedProduct):
 
 
 def _parts(indices: TokenIndices, base: Tensor) -> tuple[slice, ...]:
-    """The columns of the logits between those that are replaced; none where they are too many.
+    """The ranges of columns of the logits between the replaced ones; none if there are too many.
 
-    For the CPU, where a fresh buffer of the size of the logits costs a page fault for each 4 KiB,
-    and in eager mode: a compiled step is at its floor with the copy.
+    Only on the CPU, where a fresh buffer of the size of the logits costs a page fault for each
+    4 KiB, and only in eager mode: a compiled step already runs at floor speed with the copy.
     """
     if base.device.type != "cpu" or torch.compiler.is_dynamo_compiling():
         return ()
@@ -168,7 +168,8 @@ def _parts(indices: TokenIndices, base: Tensor) -> tuple[slice, ...]:
 
 
 def _most_parts(base: Tensor) -> int:
-    # For each token a part costs D sums, and the copy V moves. Sums of a narrow dtype are rounded.
+    # For each token, a part costs D additions and the copy costs V writes. A narrow dtype also
+    # rounds each sum.
     return len(base) // max(base.shape[1], 1) if base.dtype.itemsize >= 4 else 1
 
 
@@ -185,10 +186,10 @@ def _product_without(ids: Tensor, parts: tuple[slice, ...], grad: Tensor, base: 
 
 
 def _has_no_rule() -> bool:
-    """Whether no autograd.Function is right here.
+    """Whether an autograd.Function cannot be used here.
 
-    functionalize has no rule for one, forward mode over forward mode forgets the outer tangent, and
-    torch.compile has none under a transform.
+    functionalize has no rule for it, forward mode over forward mode loses the outer tangent, and
+    torch.compile has no rule for it under a transform.
     """
     if torch.compiler.is_dynamo_compiling():
         return transforms_active()
@@ -198,8 +199,8 @@ def _has_no_rule() -> bool:
 def no_placeholder() -> bool:
     """Whether the placeholder cannot carry a gradient, and the copy itself takes its place.
 
-    torch.compile drops what nobody reads; functionalize, and forward mode without a transform
-    (`torch.autograd.forward_ad`), pay for it.
+    torch.compile drops the copy if nothing reads it; functionalize, and forward mode without a
+    transform (`torch.autograd.forward_ad`), pay for it.
     """
     if torch.compiler.is_dynamo_compiling() or at_work(FUNCTIONALIZE):
         return True
@@ -212,7 +213,7 @@ def cast_like(values: Tensor, base: Tensor) -> Tensor:
 
 
 def autocast(operand: Tensor) -> Tensor:
-    """What autocast does to `F.linear`, done before the Function so that its backward agrees."""
+    """Cast as autocast does for `F.linear`, before the Function, so that its backward agrees."""
     device = operand.device.type
     if not torch.amp.is_autocast_available(device):  # meta
         return operand

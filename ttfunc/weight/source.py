@@ -12,8 +12,9 @@ from ttfunc.torch_private import version_of
 
 
 class Reads:
-    """How a weight was read, each way a flag: compiled code sets one without a look at it before,
-    so that another weight needs no other code.
+    """How a weight was read, with a flag for each way.
+
+    Compiled code sets a flag without reading it first, so that it also serves another weight.
     """
 
     def __init__(self) -> None:
@@ -39,24 +40,25 @@ class RowPatch(Protocol):
         """`F.linear` with the patched matrix."""
 
     def materialise(self, base: Tensor) -> Tensor:
-        """The patched matrix itself. Raises RuntimeError where it is not one."""
+        """The patched matrix itself. Raises RuntimeError if there is no single matrix."""
 
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
-        """A NaN in the shape of the base, for what gets past `__torch_function__`.
+        """A NaN in the shape of the base, for code that bypasses `__torch_function__`.
 
         Such a read is noted in `reads`.
         """
 
     def map(self, func: Any) -> Self:
-        """The rows with a function applied that acts on each alone."""
+        """The rows after `func`, which acts on each row separately."""
 
 
 class Source(NamedTuple):
     """What a patched weight is made of: a `(V, D)` base, and rows, cast to it when they are read.
 
-    placeholder: the `(V, D)` tensor that the weight is to whatever gets past `__torch_function__`.
-    copy: the patched matrix, of a dense one. memory: where the model's own matrix lay. made_from:
-    what was copied when it was made, each with its version then. reads: how it was read.
+    placeholder: the `(V, D)` tensor that code gets if it bypasses `__torch_function__`. copy: the
+    patched matrix, if the weight is dense. memory: where the model's own matrix lay. made_from: the
+    tensors that were copied to make the weight, each with its version then. reads: how the weight
+    was read.
     """
 
     base: Tensor
@@ -75,13 +77,13 @@ class Source(NamedTuple):
 
     def note(self, how: str) -> None:
         """Note a read. Raises ValueError where what was copied has been written to since."""
-        traced = torch.compiler.is_dynamo_compiling()  # which does not trace versions
+        traced = torch.compiler.is_dynamo_compiling()  # Dynamo does not trace versions
         if not traced and any(version_of(tensor) != known for tensor, known in self.made_from):
             raise ValueError(
                 "stale patch: its rows, or the matrix, were written to since it was made (by a "
-                "step of an optimizer, load_state_dict, or an embedding with max_norm), and it "
-                "holds copies of them. Call patch again for each step (or patch_mixed); a "
-                "deferred patch of one adapter follows its rows."
+                "step of an optimizer, load_state_dict, or an embedding with max_norm), but it "
+                "holds copies from before. Call patch (or patch_mixed) again for each step. A "
+                "deferred patch of one adapter does not need this: it reads the current rows."
             )
         setattr(self.reads, how, True)
 
