@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ttfunc.model.copies import Copies
-from ttfunc.model.path import Path, Visit, find_path
+from ttfunc.model.path import ModulePath, Visit, find_path
 from ttfunc.model.targets import way_to
 from ttfunc.slots import Slot, find_slots, is_patch
 from ttfunc.torch_private import transforms_active, tree_leaves
-from ttfunc.weight.overrides import METADATA, PLACEHOLDER
+from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER
 
 # Functions that may get the model's own tensor during a call; an inner call uses them.
-_QUESTIONS = METADATA | PLACEHOLDER | {Tensor.detach, Tensor.is_inference}
+_QUESTIONS = ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER | {Tensor.detach, Tensor.is_inference}
 # Results that read the weights after the call.
 _LATER = (Iterator, Awaitable, AsyncIterator, FunctionType, MethodType)
 
@@ -96,13 +96,13 @@ def call_copy(
     traced = torch.compiler.is_dynamo_compiling()
     if not traced:
         _warn_of_frozen_rows(model, slots)
-    visits, aside = _visits(model, slots, modes)
+    visits, uncopyable = _visits(model, slots, modes)
     copies = Copies(visits, {id(slot.held): slot.stand_in for slot in slots}, modes)
     called = copies.model if method == "forward" else getattr(copies.model, method)
-    if traced and aside:
-        raise RuntimeError(_reached(slots[0].name, aside, "may be read in a compiled call"))
+    if traced and uncopyable:
+        raise RuntimeError(_reached(slots[0].name, uncopyable, "may be read in a compiled call"))
     try:
-        with _RefuseOwn(aside, slots) if aside else contextlib.nullcontext():
+        with _RefuseOwn(uncopyable, slots) if uncopyable else contextlib.nullcontext():
             out = called(*args, **kwargs)
     finally:  # what a model sets before it raises is there afterwards, as after any call
         copies.carry_over([slot.held for slot in slots], _own)
@@ -128,9 +128,9 @@ def _visits(
     """
     if modes or any(slot.matrix.path.model() is not model for slot in slots):
         path = find_path(model, [slot.held for slot in slots], modes)
-        return list(_now(path).values()), path.aside
+        return list(_now(path).values()), path.uncopyable
     on: dict[int, Visit] = {}
-    aside: tuple[str, ...] = ()
+    uncopyable: tuple[str, ...] = ()
     for matrix in {id(slot.matrix): slot.matrix for slot in slots}.values():
         ways = {slot.name: slot.way for slot in slots if slot.matrix is matrix}
         through = [one for name in matrix.names for one in ways.get(name) or way_to(model, name)]
@@ -140,11 +140,11 @@ def _visits(
             visits = _now(matrix.path)
         for key, visit in visits.items():
             on[key] = visit if key not in on else visit.joined(on[key])
-        aside += matrix.path.aside
-    return list(on.values()), aside
+        uncopyable += matrix.path.uncopyable
+    return list(on.values()), uncopyable
 
 
-def _now(path: Path) -> dict[int, Visit]:
+def _now(path: ModulePath) -> dict[int, Visit]:
     visits = path.visits()
     if visits is None:
         raise RuntimeError("the model was changed by another thread as the call began. Try again.")
@@ -200,10 +200,10 @@ def _check_read(model: nn.Module, slots: Sequence[Slot]) -> None:
 class _RefuseOwn(TorchFunctionMode):
     """Raises where a function is given the model's own tensor instead of that of the call."""
 
-    def __init__(self, aside: Sequence[str], slots: Sequence[Slot]) -> None:
+    def __init__(self, uncopyable: Sequence[str], slots: Sequence[Slot]) -> None:
         super().__init__()
         self._own = {id(slot.held): slot.name for slot in slots}
-        self._aside = aside
+        self._aside = uncopyable
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -216,10 +216,10 @@ class _RefuseOwn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _reached(name: str, aside: Sequence[str], what: str) -> str:
+def _reached(name: str, uncopyable: Sequence[str], what: str) -> str:
     return (
         f"the model's own {name!r} {what} during a functional call: by a hook, or through "
-        f"{list(aside)}, an object or a global that leads to it and that a call cannot copy. "
+        f"{list(uncopyable)}, an object or a global that leads to it and that a call cannot copy. "
         "Hold the module in a module, a list or a dict, or use torch.func.functional_call, which "
         "changes the model during the call."
     )

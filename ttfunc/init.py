@@ -140,9 +140,9 @@ def _start(
     generator: torch.Generator | None,
 ) -> Tensor:
     if isinstance(init, str):
-        if init not in _KINDS:
+        if init not in _STARTS:
             raise ValueError(f"init={init!r} is unknown. {_INITS}")
-        return _KINDS[init](weight, ids, generator)
+        return _STARTS[init](weight, ids, generator)
     if not (isinstance(init, Tensor) or callable(init)):
         raise TypeError(f"init is a {type(init).__name__}. {_INITS}")
     start = init if isinstance(init, Tensor) else _called(init, weight, ids, name)
@@ -173,7 +173,7 @@ def _normal(weight: Tensor, ids: Tensor, generator: torch.Generator | None) -> T
     return mean + noise * wide.std(0, correction=0).to(mean.dtype)
 
 
-_KINDS = {"base": _base, "mean": _mean, "normal": _normal}
+_STARTS = {"base": _base, "mean": _mean, "normal": _normal}
 
 
 def _called(

@@ -8,7 +8,13 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from ttfunc.weight.overrides import METADATA, PLACEHOLDER, einsum_as_product, transposes, written_by
+from ttfunc.weight.overrides import (
+    ANSWERED_BY_BASE,
+    ANSWERED_BY_PLACEHOLDER,
+    einsum_as_product,
+    transposes,
+    written_by,
+)
 
 SIZES = {"b": 2, "l": 3, "h": 4, "v": 7, "d": 5}
 
@@ -83,4 +89,4 @@ def test_what_a_function_writes_to(func, args, kwargs, written: list[str]):
 def test_every_question_is_one_that_torch_dispatches():
     # torch's list leaves stride out, though it is dispatched too.
     overridable = {*torch.overrides.get_testing_overrides(), Tensor.stride}
-    assert overridable >= METADATA | PLACEHOLDER
+    assert overridable >= ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER

@@ -38,6 +38,9 @@ class Checkpoint:
 
     root: the folder, or the file if it is a single one. folders, files: everything below the root,
     relative to it (a single file is `""`). headers: the tensors of each file that holds the model.
+
+    Rows are written at their bytes in a copy of the file: a matrix must lie there row by row, not
+    compressed, under no checksum.
     """
 
     root: Path

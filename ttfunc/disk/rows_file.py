@@ -83,7 +83,7 @@ def save(
                 tensors[f"{part}/{spec.names[0]}"] = cpu_copy(tensor, f"the {part} of {name!r}")
             described.append({"names": list(spec.names), "shape": list(spec.shape)})
         own = json.dumps({"format": FORMAT, "matrices": described})
-        _matrices(own)
+        _checked_metadata(own)
     write_file(Path(os.path.realpath(path)), serialized(tensors, {**_strings(metadata), KEY: own}))
 
 
@@ -155,7 +155,7 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
         own = (file.metadata() or {}).get(KEY)
         if own is None:
             raise ValueError("it has no metadata of ttfunc. For a PEFT adapter use load_peft")
-        matrices = _matrices(own)
+        matrices = _checked_metadata(own)
         expected = {f"{part}/{names[0]}" for names, _ in matrices for part in PARTS}
         if wrong := expected ^ set(file.keys()):
             raise ValueError(f"tensors are missing, or unknown: {sorted(wrong)[:4]}")
@@ -171,7 +171,7 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
     return TokenDeltas(deltas, specs)
 
 
-def _matrices(own: str) -> list[tuple[tuple[str, ...], tuple[int, int]]]:
+def _checked_metadata(own: str) -> list[tuple[tuple[str, ...], tuple[int, int]]]:
     """Names and shape of each matrix, from ttfunc's own JSON."""
     described = parse_json(own.encode())
     version = described.get("format") if isinstance(described, dict) else None

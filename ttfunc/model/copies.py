@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.model.path import HELD, HOOKS, Visit
-from ttfunc.model.references import CONTAINERS, mend, refill, substituted
+from ttfunc.model.references import CONTAINERS, refill, substitute_attributes, substituted
 
 _NONE: Mapping[str, Any] = {}
 
@@ -35,7 +35,7 @@ class Copies:
         modes: Mapping[nn.Module, bool],
     ) -> None:
         self._originals = [visit.module for visit in visits]
-        self._copies = [_empty_copy(visit.module, visit.slots) for visit in visits]
+        self._copies = [_empty_copy(visit.module, visit.slot_names) for visit in visits]
         self._others: dict[int, Any] = dict(others)
         self._others.update(zip(map(id, self._originals), self._copies, strict=True))
         self._placed = []
@@ -79,7 +79,7 @@ class Copies:
                     original.__class__ = type(copy)
 
 
-def _empty_copy(module: nn.Module, slots: Iterable[str]) -> nn.Module:
+def _empty_copy(module: nn.Module, slot_names: Iterable[str]) -> nn.Module:
     kind = type(module)
     if isinstance(module, (torch.jit.ScriptModule, nn.DataParallel)) or hasattr(kind, "__del__"):
         raise TypeError(
@@ -90,7 +90,7 @@ def _empty_copy(module: nn.Module, slots: Iterable[str]) -> nn.Module:
             "during the call."
         )
     copy = object.__new__(kind)
-    for name in slots:
+    for name in slot_names:
         if hasattr(module, name):
             object.__setattr__(copy, name, getattr(module, name))
     return copy
@@ -134,7 +134,7 @@ def _carry(
         if (name not in placed or placed[name] is not value) and name not in ours:
             into[name] = own(substituted(value, back))
             if not torch.compiler.is_dynamo_compiling():
-                mend(into[name], back)
+                substitute_attributes(into[name], back)
     for name in placed:
         if name not in found and name not in ours:
             into.pop(name, None)

@@ -10,13 +10,13 @@ from ttfunc.torch_private import has_storage, is_wrapped, storage_key
 
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
     """Where a tensor lies in memory, and its layout; equal for two tensors over the same memory."""
-    if not _is_strided(tensor):
+    if not _may_share_memory(tensor):
         return (id(tensor),)
     storage = storage_key(tensor)
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _is_strided(tensor: Tensor) -> bool:
+def _may_share_memory(tensor: Tensor) -> bool:
     """Whether it lies in one storage, which another tensor may share.
 
     A tensor that is sparse, nested, wrapped by a transform or not yet made (LazyLinear) is the same
@@ -34,7 +34,7 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 def overlaps(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors share bytes."""
-    if not (_is_strided(a) and _is_strided(b)):
+    if not (_may_share_memory(a) and _may_share_memory(b)):
         return False
     if storage_key(a) != storage_key(b):
         return False

@@ -26,7 +26,7 @@ class Visit(NamedTuple):
     """A module of the path at a call.
 
     state: a copy of its dictionary. watched: the attributes that may lead further along the path.
-    containers: the attributes that are lists and the like. slots: the attributes that it keeps
+    containers: the attributes that are lists and the like. slot_names: the attributes that it keeps
     outside of the dictionary.
     """
 
@@ -34,7 +34,7 @@ class Visit(NamedTuple):
     state: dict[str, Any]
     watched: Collection[str]
     containers: Collection[str]
-    slots: tuple[str, ...]
+    slot_names: tuple[str, ...]
 
     def joined(self, other: Visit) -> Visit:
         """One visit for a module that is on two paths."""
@@ -46,14 +46,14 @@ class Step:
     """A module on the path.
 
     attributes: those other than its parameters, buffers and submodules that lead further along the
-    path, for example through a list or a closure. sight: what it was like at the last visit. slots:
-    the attributes that it keeps outside of its dictionary.
+    path, for example through a list or a closure. sight: what it was like at the last visit.
+    slot_names: the attributes that it keeps outside of its dictionary.
     """
 
     module: weakref.ref[nn.Module]
     attributes: tuple[str, ...]
     sight: Sight
-    slots: tuple[str, ...]
+    slot_names: tuple[str, ...]
 
     def visit(self) -> Visit | None:
         """The module as it is now; None if it is gone, or if its functions have changed since."""
@@ -63,7 +63,7 @@ class Step:
         state = vars(module).copy()  # in one step: another thread may add to it
         if torch.compiler.is_dynamo_compiling():  # Dynamo would guard on everything that is read
             same = callables(state) == self.sight.callables
-            return Visit(module, state, self.attributes, (), self.slots) if same else None
+            return Visit(module, state, self.attributes, (), self.slot_names) if same else None
         if not self.sight.holds(state):
             sight = self.sight.renewed(state)
             if sight.callables != self.sight.callables:
@@ -72,20 +72,20 @@ class Step:
         watched, containers = self.sight.watched, self.sight.containers
         if hooks := [name for name in HOOKS if state[name]]:
             watched, containers = watched.union(hooks), (*containers, *hooks)
-        return Visit(module, state, watched, containers, self.slots)
+        return Visit(module, state, watched, containers, self.slot_names)
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class ModulePath:
     """The modules through which some tensors of `model` are reached; the model comes first.
 
-    The references are weak: trained rows do not keep a model alive. aside: other objects that reach
-    the tensors and cannot be copied (an object that is not a module, a global of a function).
+    The references are weak: trained rows do not keep a model alive. uncopyable: other objects that
+    reach the tensors and cannot be copied (an object that is not a module, a global of a function).
     """
 
     model: weakref.ref[nn.Module]
     steps: tuple[Step, ...]
-    aside: tuple[str, ...]
+    uncopyable: tuple[str, ...]
 
     def visits(self) -> dict[int, Visit] | None:
         """Its modules as they are now, by identity; None if one may lead elsewhere now."""
@@ -100,32 +100,32 @@ class Path:
 
 def find_path(
     model: nn.Module, tensors: Iterable[Tensor], through: Iterable[nn.Module] = ()
-) -> Path:
+) -> ModulePath:
     """The path to exactly these tensors; the modules in `through` are on it too."""
     referrers = _referrers(model)
     on: dict[int, nn.Module] = {id(one): one for one in (model, *through)}
     leading: dict[int, dict[str, None]] = {}
-    aside: dict[str, None] = {}
+    uncopyable: dict[str, None] = {}
     pending, seen = [*map(id, tensors), *on], set()
     while pending:
         if (one := pending.pop()) in seen:
             continue
         seen.add(one)
-        for module, attribute, reached_aside in referrers.get(one, ()):
-            if reached_aside:
-                aside[f"{type(module).__name__}.{attribute}"] = None
+        for module, attribute, is_uncopyable in referrers.get(one, ()):
+            if is_uncopyable:
+                uncopyable[f"{type(module).__name__}.{attribute}"] = None
                 continue
             on[id(module)] = module
             if attribute not in HELD:
                 leading.setdefault(id(module), {})[attribute] = None
             pending.append(id(module))
     steps = [_step(module, tuple(leading.get(key, ()))) for key, module in on.items()]
-    return Path(weakref.ref(model), tuple(steps), tuple(aside))
+    return ModulePath(weakref.ref(model), tuple(steps), tuple(uncopyable))
 
 
 def _step(module: nn.Module, attributes: tuple[str, ...]) -> Step:
-    slots = [vars(base).get("__slots__", ()) for base in type(module).__mro__]
-    names = chain.from_iterable((one,) if isinstance(one, str) else one for one in slots)
+    declared = [vars(base).get("__slots__", ()) for base in type(module).__mro__]
+    names = chain.from_iterable((one,) if isinstance(one, str) else one for one in declared)
     sight = Sight.of(vars(module).copy(), attributes)
     return Step(weakref.ref(module), attributes, sight, tuple(names))
 
@@ -140,9 +140,9 @@ def _referrers(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, bool]]]
     pending, seen = [model], {id(model)}
     while pending:
         module = pending.pop()
-        for attribute, one, aside in _leads(module):
-            found.setdefault(id(one), []).append((module, attribute, aside))
-            if isinstance(one, nn.Module) and not aside and id(one) not in seen:
+        for attribute, one, uncopyable in _leads(module):
+            found.setdefault(id(one), []).append((module, attribute, uncopyable))
+            if isinstance(one, nn.Module) and not uncopyable and id(one) not in seen:
                 seen.add(id(one))
                 pending.append(one)
     return found

@@ -21,6 +21,8 @@ _SEQUENCES = (list, tuple, set, frozenset, deque)
 # What can be changed in place.
 CONTAINERS = (list, set, deque, dict, OrderedDict)
 _MAPPINGS = (dict, OrderedDict)
+# Another class to follow needs branches in `parts_of` and `substituted`; one that can be changed in
+# place is also one of CONTAINERS, and needs a branch in `refill`.
 _FOLLOWED = {*CALLABLES, *_SEQUENCES, *_MAPPINGS, weakref.ref}
 # What cannot be changed in place, though the objects in it may.
 FIXED = _FOLLOWED.difference(CONTAINERS)
@@ -78,7 +80,10 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
 
 
 def refill(container: Any, content: Any) -> None:
-    """Make a list, set, dict or deque hold the items of another of its class, in their order."""
+    """Make a list, set, dict or deque hold the items of another of its class.
+
+    A list and a deque take their order; a dict keeps the order of the keys that it has.
+    """
     parts, held = list(content), list(container)  # for a dict, its keys
     if isinstance(container, dict):
         parts, held = [*parts, *content.values()], [*held, *container.values()]
@@ -97,7 +102,7 @@ def refill(container: Any, content: Any) -> None:
             container.pop(key) if isinstance(container, dict) else container.discard(key)
 
 
-def mend(value: Any, others: Mapping[int, Any], most: int = 1000) -> None:
+def substitute_attributes(value: Any, others: Mapping[int, Any], most: int = 1000) -> None:
     """Replace attributes of an object of another class by `others`, in place."""
     pending, seen = [value], {id(value)}
     while pending and len(seen) < most:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from ttfunc.model.memory import overlaps, same_memory
-from ttfunc.model.path import Path, find_path
+from ttfunc.model.path import ModulePath, find_path
 
 Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
 
@@ -34,7 +34,7 @@ class Matrix:
     names: tuple[str, ...]
     slots: tuple[tuple[str, Tensor], ...]
     has_max_norm: bool
-    path: Path
+    path: ModulePath
 
     @property
     def tensor(self) -> Tensor:

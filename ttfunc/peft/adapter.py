@@ -1,4 +1,8 @@
-"""Reading the directory of a PEFT adapter with token rows, without a model and without PEFT."""
+"""Reading the directory of a PEFT adapter with token rows, without a model and without PEFT.
+
+Of the config are read: `peft_type`, `token_indices` or `trainable_token_indices`, and
+`target_modules`. What else is in it says nothing of the token rows.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def check_targets(
     config: Mapping[str, Any], model: nn.Module, specs: Mapping[str, RowSpec]
 ) -> None:
     """Raises ValueError unless the matrices with rows are those that the config is for."""
-    targeted = {f"{module}.weight" for module in _targets(config, model)}
+    targeted = {f"{module}.weight" for module in _targeted_modules(config, model)}
     if missing := sorted(targeted - {name for spec in specs.values() for name in spec.names}):
         raise ValueError(
             f"it has no rows for its targets {missing}. It was trained on a model that ties them "
@@ -74,7 +74,7 @@ def _ties(model: nn.Module, targeted: set[str]) -> bool:
     return bool(says_so) and f"{next(iter(find_targets(model, None)))}.weight" in targeted
 
 
-def _targets(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+def _targeted_modules(config: Mapping[str, Any], model: nn.Module) -> list[str]:
     """The modules with a weight that PEFT would give rows, by its rules."""
     weights = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]

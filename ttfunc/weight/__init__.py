@@ -1,3 +1,3 @@
-"""The patched weight: an `index_copy` that has not happened yet."""
+"""The patched weight: how it is read without a copy, and what happens where it cannot be."""
 
 from ttfunc.weight import handlers as handlers  # the import registers them

@@ -17,7 +17,12 @@ from torch import Tensor
 from ttfunc.model.memory import memory_of
 from ttfunc.model.targets import Matrix
 from ttfunc.torch_private import no_torch_function, transforms_active, tree_map
-from ttfunc.weight.overrides import METADATA, PLACEHOLDER, refuse_layout, refuse_writes
+from ttfunc.weight.overrides import (
+    ANSWERED_BY_BASE,
+    ANSWERED_BY_PLACEHOLDER,
+    refuse_layout,
+    refuse_writes,
+)
 from ttfunc.weight.source import Reads, RowPatch, Source, versions
 
 # For each torch function that needs no copy, its handler (see handlers.py).
@@ -99,10 +104,10 @@ class PatchedWeight(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA:
+        if func in ANSWERED_BY_BASE:
             with no_torch_function():
                 return func(*tree_map(frozen, args), **tree_map(frozen, kwargs))
-        if func in PLACEHOLDER:
+        if func in ANSWERED_BY_PLACEHOLDER:
             with no_torch_function():
                 return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
@@ -110,7 +115,7 @@ class PatchedWeight(Tensor):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        refuse_writes(func, args, kwargs, _is_lost)
+        refuse_writes(func, args, kwargs, _is_deferred_weight)
         with no_torch_function():
             return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
@@ -127,13 +132,13 @@ class PatchedWeight(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        refuse_layout(func, args, _is_lost)
-        refuse_writes(func, args, kwargs, _is_lost)
+        refuse_layout(func, args, _is_deferred_weight)
+        refuse_writes(func, args, kwargs, _is_deferred_weight)
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
 
 def is_deferred(value: Any, *, transposed: bool = False) -> bool:
-    """Whether `value` stands for a matrix not yet copied, transposed or not."""
+    """Whether `value` is a deferred weight, and the transpose of one exactly if `transposed`."""
     return isinstance(value, PatchedWeight) and value.deferred and value.transposed is transposed
 
 
@@ -181,11 +186,11 @@ def _dense(value: Any) -> Any:
     if not isinstance(value, PatchedWeight):
         return value
     source = value.source
-    source.note("dense")
+    source.check_and_note("dense")
     # The copy is not kept for the next read, which may be under another grad mode or transform.
     copy = source.rows.materialise(source.base) if source.copy is None else source.copy
     return copy.mT if value.transposed else copy
 
 
-def _is_lost(value: Any) -> bool:
+def _is_deferred_weight(value: Any) -> bool:
     return isinstance(value, PatchedWeight) and value.deferred

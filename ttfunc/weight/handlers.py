@@ -56,7 +56,7 @@ def _embedding(
             return NotImplemented
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
     source = weight.source
-    source.note("lookup")
+    source.check_and_note("lookup")
     return source.rows.lookup(input, source.base, padding_idx)
 
 
@@ -85,7 +85,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1])):
         return NotImplemented
     source = weight.source
-    source.note("product")
+    source.check_and_note("product")
     return source.rows.product(input, source.base, bias)
 
 

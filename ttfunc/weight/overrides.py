@@ -12,7 +12,7 @@ from torch import Tensor
 from ttfunc.torch_private import TensorBase, tree_leaves, writes_of
 
 # Questions about metadata, which the base answers: no values are read.
-METADATA = {
+ANSWERED_BY_BASE = {
     getattr(Tensor, name).__get__
     for name in (
         *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
@@ -28,7 +28,7 @@ METADATA = {
 
 # Questions that only the placeholder can answer: about autograd, and about the layout in memory,
 # which torch.compile compares with the layout that it finds.
-PLACEHOLDER = {
+ANSWERED_BY_PLACEHOLDER = {
     getattr(Tensor, name).__get__
     for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")
 } | {Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage}

@@ -70,7 +70,7 @@ class SharedRows(NamedTuple):
         operands = (autocast(hidden), autocast(base), rows, bias, ids)
         if _has_no_rule():
             return _product(*operands)
-        function = _TracedProduct if torch.compiler.is_dynamo_compiling() else _Product
+        function = _ProductFunction if torch.compiler.is_dynamo_compiling() else _ProductWithVmap
         parts = _parts(self.indices, operands[1])
         result: Tensor = function.apply(*operands, parts)  # type: ignore[no-untyped-call]
         return result
@@ -99,7 +99,7 @@ def _product(
     return F.linear(hidden, base, bias).index_copy(-1, ids, F.linear(hidden, rows, some_bias))
 
 
-class _TracedProduct(torch.autograd.Function):
+class _ProductFunction(torch.autograd.Function):
     """The product with k columns written in place, and a backward to match.
 
     Plain autograd of `_product` keeps three buffers of the size of the logits. This keeps none, and
@@ -146,7 +146,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-class _Product(_TracedProduct):
+class _ProductWithVmap(_ProductFunction):
     """The same with the rules for transforms, which torch.compile cannot trace."""
 
     @staticmethod

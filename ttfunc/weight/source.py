@@ -75,7 +75,7 @@ class Source(NamedTuple):
         """The ways in which it was read: `"lookup"`, `"product"`, `"dense"`."""
         return {how for how, read in vars(self.reads).items() if read}
 
-    def note(self, how: str) -> None:
+    def check_and_note(self, how: str) -> None:
         """Note a read. Raises ValueError where what was copied has been written to since."""
         traced = torch.compiler.is_dynamo_compiling()  # Dynamo does not trace versions
         if not traced and any(version_of(tensor) != known for tensor, known in self.made_from):
