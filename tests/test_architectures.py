@@ -12,8 +12,19 @@ import pytest
 import torch
 
 from tests.helpers.architecture_sizes import EXCLUDED
-from tests.helpers.architectures import ARCHITECTURES, IDS, in_place, logits_of, new_rows, toy
+from tests.helpers.architectures import (
+    ARCHITECTURES,
+    IDS,
+    TARGETS,
+    find_height,
+    in_place,
+    logits_of,
+    new_rows,
+    toy,
+    with_state,
+)
 from tests.helpers.oracle import same_bits, snapshot
+from tests.helpers.rows import random_rows
 from ttfunc import functional_call, merge, patch, unmerge
 
 
@@ -55,6 +66,49 @@ def test_patched_is_edited(name: str):
         theirs = torch.func.functional_call(model, patch(params), (), inputs)
         assert torch.equal(logits_of(theirs), logits)
         assert snapshot(model) == before
+
+
+# Why these have no new tokens: another table of the same size, or a part of a wider matrix.
+BOUNDED = {
+    "BltForCausalLM": "index out of range",
+    "DeepseekV4ForCausalLM": "is out of bounds for dimension 0 with size 99",
+    "FSMTForConditionalGeneration": "index out of range",
+    "Gemma4ForCausalLM": "index out of range",
+    "Gemma4ForConditionalGeneration": "index out of range",
+    "MobileBertForMaskedLM": "Sizes of tensors must match",
+    "MusicgenForCausalLM": "index out of range",
+    "MusicgenMelodyForCausalLM": "index out of range",
+    "NeoMMEForMaskedLM": "index out of range",
+    "PerceiverForMaskedLM": "must match the size",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in EXCLUDED])
+def test_a_call_with_new_tokens_is_that_of_the_merged_model(name: str):
+    model, inputs = toy(name)
+    height = find_height(model, name)
+    new = [height, 5, height + 1]
+    params = random_rows(model, new, seed=1, targets=TARGETS.get(name), grow=True)
+    with torch.no_grad():  # first, as BigBird chooses its kind of attention here
+        model(**inputs)
+    for ids in ("input_ids", "decoder_input_ids"):
+        if ids in inputs:
+            inputs[ids] = inputs[ids].clone()
+            inputs[ids][:, 2:4] = torch.tensor(new[::2])
+    before = snapshot(model)
+    merged = with_state(model, merge(model.state_dict(), params))
+    with torch.no_grad():
+        if name in BOUNDED:
+            with pytest.raises(
+                (IndexError, RuntimeError, ValueError), match=BOUNDED[name]
+            ) as caught:
+                functional_call(model, patch(params), kwargs=inputs)
+            assert "bounds its vocabulary elsewhere" in caught.value.__notes__[0]
+            return
+        logits = logits_of(functional_call(model, patch(params), kwargs=inputs))
+        expected = logits_of(merged(**inputs))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert snapshot(model) == before
 
 
 def test_the_sweep_is_wide():

@@ -190,8 +190,7 @@ def _matrices(params: TokenDeltas) -> list[str]:
         delta, originals = params.deltas[key], params.originals[key]
         lines += [
             f"  {' = '.join(spec.names)}",
-            f"    rows      {len(spec.indices):,} of {spec.shape[0]:,} × {spec.shape[1]:,}: "
-            f"{_listed(spec.indices.ids)}",
+            f"    rows      {spec.counted} × {spec.shape[1]:,}: {_listed(spec.indices.ids)}",
             f"    deltas    {_dtype(delta.dtype)}, {size(delta.nbytes)}",
             f"    originals {_dtype(originals.dtype)}, {size(originals.nbytes)}",
         ]

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ttfunc.model.copies import Copies
 from ttfunc.model.path import ModulePath, Visit, find_path
 from ttfunc.model.targets import way_to
-from ttfunc.slots import Slot, find_slots, is_patch
+from ttfunc.slots import Slot, find_slots, is_patch, sizes_of
 from ttfunc.torch_private import transforms_active, tree_leaves
 from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER
 
@@ -91,24 +91,38 @@ def call_copy(
     """`functional_call` with the modules of `modes` in these training modes."""
     modes = modes or {}
     slots = find_slots(model, weights)
+    sizes = sizes_of(slots)
     if not (slots or modes):  # no weight but its own
         return (model if method == "forward" else getattr(model, method))(*args, **kwargs)
     traced = torch.compiler.is_dynamo_compiling()
     if not traced:
         _warn_of_frozen_rows(model, slots)
     visits, uncopyable = _visits(model, slots, modes)
-    copies = Copies(visits, {id(slot.held): slot.stand_in for slot in slots}, modes)
+    copies = Copies(visits, {id(slot.held): slot.stand_in for slot in slots}, modes, sizes)
     called = copies.model if method == "forward" else getattr(copies.model, method)
     if traced and uncopyable:
         raise RuntimeError(_reached(slots[0].name, uncopyable, "may be read in a compiled call"))
     try:
         with _RefuseOwn(uncopyable, slots) if uncopyable else contextlib.nullcontext():
             out = called(*args, **kwargs)
+    except Exception as error:
+        if sizes and not traced:
+            error.add_note(_bounded(model, sizes))
+        raise
     finally:  # what a model sets before it raises is there afterwards, as after any call
         copies.carry_over([slot.held for slot in slots], _own)
     if not (traced or isinstance(out, _LATER)):
         _check_read(model, slots)
     return out
+
+
+def _bounded(model: nn.Module, sizes: Mapping[int, int]) -> str:
+    return (
+        f"The call has new tokens, rows of the matrix from {sizes}. If this {type(model).__name__} "
+        "bounds its vocabulary elsewhere (another table of that size, a mask, an assertion), new "
+        "tokens need a model that is resized: model.resize_token_embeddings(...), and init_deltas "
+        "on it."
+    )
 
 
 def _own(value: Any) -> Any:

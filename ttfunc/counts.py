@@ -63,7 +63,7 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
         tied = f", tied with {', '.join(spec.names[1:])}" if len(spec.names) > 1 else ""
         delta = params.deltas[name]
         matrices[name] = (
-            f"{len(spec.indices):,} of {spec.shape[0]:,} rows × {spec.shape[1]:,}, "
+            f"{spec.counted} rows × {spec.shape[1]:,}, "
             f"{str(delta.dtype).removeprefix('torch.')}{tied}"
         )
     # Parameters over the same memory (a tie that torch does not know of) are one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, cast
 
 import optree
@@ -21,8 +21,9 @@ class RowSpec:
     """What stays fixed about the rows of one matrix. Compares by content; never copied.
 
     names: all names of the matrix. shape: its `(V, D)`. indices: which rows. originals: the
-    `(k, D)` rows as they were, in the matrix's dtype. matrix: where the rows belong, in the model
-    that they were made from; not part of the content, and not pickled.
+    `(k, D)` rows as they were, in the matrix's dtype; zeros for new tokens. matrix: where the rows
+    belong, in the model that they were made from; not part of the content, and not pickled. grown:
+    how many of them are new, for tokens that the matrix does not have.
     """
 
     names: tuple[str, ...]
@@ -30,6 +31,27 @@ class RowSpec:
     indices: TokenIndices
     originals: Tensor
     matrix: Matrix | None
+
+    grown: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        new = sum(token >= self.shape[0] for token in self.indices.ids)
+        object.__setattr__(self, "grown", new)
+
+    @property
+    def counted(self) -> str:
+        """How many rows, of how many; for a person."""
+        count = f"{len(self.indices) - self.grown:,} of {self.shape[0]:,}"
+        return f"{count} and {self.grown:,} new" if self.grown else count
+
+    def known(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids that the matrix has, and those of `(k, D)` rows that are theirs."""
+        ids = self.indices.on(rows.device).ids
+        if not self.grown:
+            return ids, rows
+        has = [row for row, token in enumerate(self.indices.ids) if token < self.shape[0]]
+        places = ids.new_tensor(has)
+        return ids[places], rows.index_select(0, places)
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -111,10 +133,7 @@ class TokenDeltas:
         raise AttributeError(f"TokenDeltas has no attribute {name!r}.{hint}")
 
     def __repr__(self) -> str:
-        parts = [
-            f"{' = '.join(spec.names)}: {len(spec.indices)} of {spec.shape[0]} rows"
-            for spec in self.specs.values()
-        ]
+        parts = [f"{' = '.join(spec.names)}: {spec.counted} rows" for spec in self.specs.values()]
         return f"TokenDeltas({'; '.join(parts)})"
 
 
@@ -165,6 +184,17 @@ def check_one_model(params: Sequence[TokenDeltas]) -> None:
                     "they were made from different models, or the model was tied in between. Make "
                     "all with init_deltas on the same model."
                 )
+
+
+def check_same_new(params: Sequence[TokenDeltas]) -> None:
+    """Raise ValueError where adapters that are to be side by side have other new tokens."""
+    for name in dict.fromkeys(name for given in params for name in given.specs):
+        found = [given.specs[name].grown if name in given.specs else 0 for given in params]
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"the adapters have {found} new tokens for {name!r}: side by side their logits "
+                "must be of one size. Give each the same new ids."
+            )
 
 
 def _joined(a: Tensor, b: Tensor, name: str) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ttfunc.torch_private import outside_of_modes
@@ -96,7 +97,7 @@ def gaps(indices: TokenIndices, size: int, most: int) -> tuple[slice, ...]:
     """The slices of `range(size)` between these ids, in order; empty if more than `most`."""
     known = indices._stretches
     if (size, most) not in known:
-        bounds = (-1, *sorted(indices.ids), size)
+        bounds = (-1, *sorted(token for token in indices.ids if token < size), size)
         found = (slice(a + 1, b) for a, b in itertools.pairwise(bounds) if b - a > 1)
         first = tuple(itertools.islice(found, most + 1))
         known[size, most] = first if len(first) <= most else ()
@@ -131,9 +132,14 @@ def _forget_dead(first: weakref.ref[TokenIndices], _: object) -> None:
                 indices._unions.pop(key, None)
 
 
-def with_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-    """A copy of `(..., V, D)` with the `(..., k, D)` rows at `ids`; or of `(V,)` with `(k,)`."""
+def with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, grown: int = 0) -> Tensor:
+    """A copy of `(..., V, D)` with the `(..., k, D)` rows at `ids`; or of `(V,)` with `(k,)`.
+
+    With `grown`, of which so many ids are past the end, the copy has `V + grown` rows.
+    """
     with outside_of_autocast(matrix.device):
+        if grown:
+            matrix = F.pad(matrix, (0, 0, 0, grown))
         return matrix.index_copy(max(matrix.ndim - 2, 0), ids, rows)
 
 
@@ -148,11 +154,14 @@ def outside_of_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
-def token_indices(idx: Iterable[Any], vocabulary: int, name: str) -> TokenIndices:
+def token_indices(
+    idx: Iterable[Any], vocabulary: int, name: str, grow: bool = False
+) -> TokenIndices:
     """Token ids for the matrix `name` of `vocabulary` rows, from any sequence of integers.
 
     Takes a list, tuple, range, tensor or numpy array of one dimension. Raises TypeError for what is
-    not an integer, ValueError for an empty, repeated or negative one, IndexError past the end.
+    not an integer, ValueError for an empty, repeated or negative one, IndexError past the end; with
+    `grow`, IndexError where an id between the end and one of them is left out.
     """
     ids = [_token_id(token, name) for token in _elements(idx, name)]
     if not ids:
@@ -162,11 +171,21 @@ def token_indices(idx: Iterable[Any], vocabulary: int, name: str) -> TokenIndice
             f"negative token indices {shortened(negative)} for {name!r}: a token id counts from 0. "
             f"For the last row write {vocabulary - 1}."
         )
-    if beyond := [token for token in ids if token >= vocabulary]:
+    beyond = [token for token in ids if token >= vocabulary]
+    if beyond and not grow:
         raise IndexError(
             f"token indices {shortened(beyond)} are past the end of {name!r}, which has "
             f"{vocabulary} rows (0 to {vocabulary - 1}). Resize the model first "
-            "(model.resize_token_embeddings(len(tokenizer))), or use spare rows that it has."
+            "(model.resize_token_embeddings(len(tokenizer))), or use spare rows that it has. Or "
+            "leave the model as it is: init_deltas(..., grow=True) takes new tokens."
+        )
+    new = set(beyond)
+    # The first that is left out: an id from a file may be any number.
+    first = next(token for token in itertools.count(vocabulary) if token not in new)
+    if beyond and max(beyond) > first:
+        raise IndexError(
+            f"the new tokens {shortened(beyond)} for {name!r}, which has {vocabulary} rows, leave "
+            f"out {first}: new rows follow on the last one. Give all ids from {vocabulary} on."
         )
     if len(set(ids)) != len(ids):
         repeated = sorted(token for token, times in Counter(ids).items() if times > 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.indices import TokenIndices, token_indices
-from ttfunc.model.targets import Matrix, Targets, find_targets, matrix_of
+from ttfunc.model.targets import Matrix, Targets, both_ends, find_targets, matrix_of
 from ttfunc.torch_private import version_of, warn_of_untested
 
 Init: TypeAlias = "str | Tensor | Callable[[Tensor, Tensor], Tensor]"
@@ -26,6 +26,7 @@ def init_deltas(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     requires_grad: bool = False,
+    grow: bool = False,
 ) -> TokenDeltas:
     """The rows `idx` of the model's token matrices, as a pytree of their own.
 
@@ -44,13 +45,17 @@ def init_deltas(
         targets: Embedding and Linear modules: a module name or the end of one, a compiled pattern,
             or a list of them. By default the input embedding. A matrix that is tied to a target, by
             identity or memory, is trained with it.
-        init: where the rows start. `"base"`: as they are. `"mean"`: the mean of the matrix.
-            `"normal"`: drawn with the mean and the standard deviation of each of its columns. A
+        init: where the rows start. `"base"`: as they are, and new ones at the mean. `"mean"`: the
+            mean of the matrix. `"normal"`: drawn with the mean and the standard deviation of each
+            of its columns. A
             `(k, D)` tensor. Or a function of the `(V, D)` matrix and the `(k,)` ids that returns
             `(k, D)` rows.
         dtype: of the deltas; by default the matrix's own, but float32 for a half-precision one.
         generator: for `"normal"`.
         requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
+        grow: allows new tokens. Their ids follow on the last one of the matrix: V, V+1, … without a
+            gap. The patched matrix has one row more for each, and the model stays as it is. An
+            untied head grows with the input embedding.
 
     Returns:
         TokenDeltas with a `(k, D)` delta on the device of each distinct matrix.
@@ -68,10 +73,10 @@ def init_deltas(
             f"dtype={dtype!r} cannot be trained: give a floating-point dtype such as torch.float32."
         )
     deltas, specs = {}, {}
-    for matrix, indices in _requests(model, idx, targets):
+    for matrix, indices in _requests(model, idx, targets, grow):
         weight = matrix.tensor.detach()
         name, ids = matrix.names[0], indices.on(weight.device).ids
-        originals = weight.index_select(0, ids)
+        originals = _originals(weight, ids, indices)
         start = _start(init, weight, ids, originals, name, generator)
         delta = start.to(weight.device, dtype or _delta_dtype(weight.dtype), copy=True)
         deltas[name] = delta.requires_grad_(requires_grad)
@@ -80,8 +85,19 @@ def init_deltas(
     return TokenDeltas(deltas, specs)
 
 
+def _originals(weight: Tensor, ids: Tensor, indices: TokenIndices) -> Tensor:
+    """The rows as they are; zeros for new tokens."""
+    if max(indices.ids) < len(weight):
+        return weight.index_select(0, ids)
+    new = (ids >= len(weight)).unsqueeze(-1)
+    return weight.index_select(0, ids.clamp(max=len(weight) - 1)).masked_fill(new, 0)
+
+
 def _requests(
-    model: nn.Module, idx: Iterable[int] | Mapping[str, Iterable[int]], targets: Targets | None
+    model: nn.Module,
+    idx: Iterable[int] | Mapping[str, Iterable[int]],
+    targets: Targets | None,
+    grow: bool,
 ) -> list[tuple[Matrix, TokenIndices]]:
     """Each distinct matrix that is asked for, with its indices."""
     if isinstance(idx, Mapping):
@@ -94,12 +110,16 @@ def _requests(
             raise ValueError("no token indices: idx is an empty mapping. Name a target in it.")
         wanted = [(find_targets(model, [key]), ids) for key, ids in idx.items()]
     else:
-        wanted = [(find_targets(model, targets), idx)]
+        both = both_ends(model) if grow and targets is None else {}
+        wanted = [(both or find_targets(model, targets), idx)]
 
     requests: dict[str, tuple[str, Matrix, TokenIndices]] = {}
     for target, module, ids in _each_module(wanted):
         weight = module.get_parameter("weight")
-        matrix, indices = matrix_of(model, weight), token_indices(ids, weight.shape[0], target)
+        matrix, indices = (
+            matrix_of(model, weight),
+            token_indices(ids, weight.shape[0], target, grow),
+        )
         first, _, other = requests.setdefault(matrix.names[0], (target, matrix, indices))
         if other != indices:
             raise ValueError(
@@ -108,7 +128,26 @@ def _requests(
                 "ones in the same order, or name only one of the two."
             )
         _warn_of_padding(target, module, indices)
+    if grow:
+        _check_ends(model, [(matrix, indices) for _, matrix, indices in requests.values()])
     return [(matrix, indices) for _, matrix, indices in requests.values()]
+
+
+def _check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) -> None:
+    """Raise ValueError where one end of the model grows otherwise than the other."""
+    sizes: dict[str, int] = {}
+    for name, module in both_ends(model).items():
+        weight = module.get_parameter("weight")
+        sizes[name] = len(weight)
+        for matrix, indices in requests:
+            if any(weight is one for _, one in matrix.slots):
+                sizes[name] = max(len(weight), *(token + 1 for token in indices.ids))
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"with these rows the matrices of {type(model).__name__} would have {sizes} rows: a "
+            f"new token needs one at both ends. Give the same new ids to both: "
+            f"targets={list(sizes)}, or leave targets out."
+        )
 
 
 def _each_module(
@@ -158,7 +197,10 @@ def _start(
 
 
 def _base(weight: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
-    return weight.index_select(0, ids)
+    rows = weight.index_select(0, ids.clamp(max=len(weight) - 1))
+    new = (ids >= len(weight)).unsqueeze(-1)
+    mean = _mean(weight, ids, generator)
+    return torch.where(new, mean.to(rows.dtype), rows)
 
 
 def _mean(weight: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from reprlib import repr as shown
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas, combine
-from ttfunc.state_dict import Group, called, groups_of
+from ttfunc.indices import with_rows
+from ttfunc.state_dict import Group, biases_of, called, groups_of
 from ttfunc.torch_private import is_wrapped, outside_of_modes
 
 
@@ -86,10 +88,10 @@ def unmerge(
             than the dtype of the originals: they may be rounded.
     """
     together = called(state_dict, combine(params, *more), names)
-    groups = groups_of(state_dict, together)
+    groups = groups_of(state_dict, together, merged=True)
     for _, spec, aliases in groups:
         check_originals(aliases[0], state_dict[aliases[0]].dtype, spec.originals.dtype)
-    return _written(state_dict, groups, together.originals)
+    return _written(_shortened(state_dict, groups), groups, together.originals, original=True)
 
 
 def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> None:
@@ -135,33 +137,60 @@ def _is_plain(tensor: Tensor) -> bool:
 def _holds(matrix: Tensor, spec: RowSpec) -> bool:
     """Whether the matrix has the originals, in its dtype."""
     with outside_of_modes():
-        ids = spec.indices.on(matrix.device).ids
-        originals = spec.originals.detach().to(matrix.device, matrix.dtype)
+        ids, originals = spec.known(spec.originals.detach().to(matrix.device, matrix.dtype))
         found = matrix.detach().index_select(0, ids)
         return torch.equal(found.view(torch.uint8), originals.contiguous().view(torch.uint8))
 
 
-def _written(
-    state_dict: Mapping[str, Tensor], groups: list[Group], values: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _copied(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # copy.copy keeps the type and the _metadata of what nn.Module.state_dict returns.
-    result: dict[str, Tensor] = (
-        copy.copy(state_dict) if isinstance(state_dict, dict) else dict(state_dict)
-    )
+    return copy.copy(state_dict) if isinstance(state_dict, dict) else dict(state_dict)
+
+
+def _written(
+    state_dict: Mapping[str, Tensor],
+    groups: list[Group],
+    values: Mapping[str, Tensor],
+    *,
+    original: bool = False,
+) -> dict[str, Tensor]:
+    """A copy of the state dict with these rows; the `original` ones are of old tokens alone."""
+    result = _copied(state_dict)
     for key, spec, aliases in groups:
         # Read from the result: another adapter may already have written to one of these names.
         matrix = result[aliases[0]]
         rows = values[key].to(matrix.device, matrix.dtype)
-        written = _with_rows(matrix, spec.indices.on(matrix.device).ids, rows)
+        ids = spec.indices.on(matrix.device).ids
+        if original:
+            ids, rows = spec.known(rows)
+        longer = spec.shape[0] + spec.grown - len(matrix)
+        written = _with_rows(matrix, ids, rows, 0 if original else longer)
         result.update(dict.fromkeys(aliases, written))
+        if spec.grown and not original:
+            for names in biases_of(state_dict, aliases, spec.shape[0]):
+                bias = F.pad(result[names[0]], (0, longer))
+                result.update(dict.fromkeys(names, bias))
     return result
 
 
-def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+def _shortened(state_dict: Mapping[str, Tensor], groups: list[Group]) -> dict[str, Tensor]:
+    """A copy of the state dict without what was added for new tokens."""
+    result = _copied(state_dict)
+    for _, spec, aliases in groups:
+        if not spec.grown:
+            continue
+        height = spec.shape[0]
+        result.update(dict.fromkeys(aliases, state_dict[aliases[0]][:height]))
+        for names in biases_of(state_dict, aliases, height + spec.grown):
+            result.update(dict.fromkeys(names, state_dict[names[0]][..., :height]))
+    return result
+
+
+def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, longer: int) -> Tensor:
     if matrix.element_size() > 1:
-        return matrix.index_copy(0, ids, rows)
+        return with_rows(matrix, ids, rows, longer)
     # index_copy does not support 8-bit floats, so their bytes are copied.
-    as_bytes = matrix.view(torch.uint8).index_copy(0, ids, rows.view(torch.uint8))
+    as_bytes = with_rows(matrix.view(torch.uint8), ids, rows.view(torch.uint8), longer)
     return as_bytes.view(matrix.dtype)
 
 

@@ -61,8 +61,14 @@ def patch_mixed(
                 "the model separately for each adapter's examples."
             )
         base = matrix.tensor.detach()
+        if spec.grown and len(adapters) in numbers:
+            raise ValueError(
+                f"the adapters have {spec.grown} new tokens for {name!r}, which the plain model "
+                "(-1) does not have. Call its examples on their own."
+            )
         with outside_of_autocast(base.device):
             rows = _mixed(name, adapters, base, torch.tensor(numbers, device=base.device))
+            rows = rows._replace(grown=spec.grown)
         deltas = [adapter.deltas[name] for adapter in adapters if name in adapter.deltas]
         weight = patched(base, rows, matrix, dense=False, copied_from=deltas)
         weights.update(dict.fromkeys(matrix.distinct, weight))

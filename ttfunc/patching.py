@@ -37,7 +37,8 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
             `max_norm` is always copied.
 
     Returns:
-        A `(V, D)` weight for each distinct matrix, under one name of each Parameter that holds it.
+        A `(V, D)` weight for each distinct matrix, under one name of each Parameter that holds it;
+        with n new tokens `(V + n, D)`.
 
     Raises:
         ValueError: deltas of another shape, a matrix that was resized or untied since they were
@@ -54,7 +55,7 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
         base = matrix.tensor.detach()
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
         copied = dense or matrix.has_max_norm
-        weight = patched(base, SharedRows(delta, spec.indices), matrix, dense=copied)
+        weight = patched(base, SharedRows(delta, spec.indices, spec.grown), matrix, dense=copied)
         weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttfunc.model.sizes import biases
 from ttfunc.model.targets import Matrix, count_slots, held_at, held_under, matrix_of, way_to
 from ttfunc.names import did_you_mean
 from ttfunc.stale import check_fresh
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.per_example import check_batch_first
+from ttfunc.weight.source import Source
 
 
 class Slot(NamedTuple):
@@ -48,7 +51,7 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
         held = [held_at(way, one) for way, (one, _) in zip(ways, matrix.slots, strict=True)]
         if source is not None and source.matrix is not None:
             check_fresh(model, matrix, held, source)
-        elif weight.shape != matrix.tensor.shape:
+        elif not _fits(weight, matrix.tensor, weights):
             raise ValueError(
                 f"the weight for {name!r} has shape {tuple(weight.shape)}, but that of "
                 f"{type(model).__name__} has {tuple(matrix.tensor.shape)}. Give one of that shape."
@@ -62,9 +65,47 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
                     f"{name!r} and another of the names {list(weights)} are one tied weight of "
                     f"{type(model).__name__} ({one!r}). Give it once."
                 )
+    for slot in [slot for slot in slots.values() if is_patch(slot.weight)]:
+        for bias in _biases(slot, slots):
+            slots.setdefault(bias.name, bias)
     found = list(slots.values())
     _check_ties(model, [slot for slot in found if _is_of(slot.weight, slot.matrix)])
     return found
+
+
+def sizes_of(slots: Sequence[Slot]) -> dict[int, int]:
+    """The heights of the matrices that are another in the call, and what they are there."""
+    sources = [slot.weight.source for slot in slots if is_patch(slot.weight)]
+    return _grown(sources)
+
+
+def _grown(sources: Iterable[Source]) -> dict[int, int]:
+    return {
+        len(source.base): len(source.base) + source.rows.grown
+        for source in sources
+        if source.rows.grown
+    }
+
+
+def _fits(weight: Tensor, held: Tensor, weights: Mapping[str, Tensor]) -> bool:
+    """Whether it has the shape of what it is to stand for, or that of a bias for new tokens too."""
+    if weight.shape == held.shape:
+        return True
+    grown = _grown(one.source for one in weights.values() if is_patch(one))
+    longer = (*held.shape[:-1], grown.get(held.shape[-1], -1)) if held.ndim else ()
+    return tuple(weight.shape) == longer and held.numel() == held.shape[-1]
+
+
+def _biases(slot: Slot, known: Mapping[str, Slot]) -> Iterator[Slot]:
+    """For a matrix with new tokens the biases of its logits, with 0 for these."""
+    source = slot.weight.source  # type: ignore[attr-defined]
+    if not source.rows.grown:
+        return
+    # A tied one goes by several names.
+    longer = {id(other.held): other.weight for other in known.values()}
+    for name, depth, bias in biases(slot.way, slot.name, len(source.base)):
+        weight = longer.setdefault(id(bias), F.pad(bias, (0, source.rows.grown)))
+        yield Slot(name, slot.way[:depth], bias, weight, weight, slot.matrix)
 
 
 def _is_of(weight: Tensor, matrix: Matrix) -> bool:

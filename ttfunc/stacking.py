@@ -13,6 +13,7 @@ from ttfunc.deltas import (
     RowSpec,
     TokenDeltas,
     check_one_model,
+    check_same_new,
     check_shapes,
     check_type,
     same_bits,
@@ -75,6 +76,7 @@ def aligned(params_list: Iterable[TokenDeltas]) -> list[TokenDeltas]:
         check_type(adapter)
         check_shapes(adapter)
     check_one_model(adapters)
+    check_same_new(adapters)
     return adapters
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes
 from ttfunc.model.memory import same_memory
+from ttfunc.model.sizes import bias_names
 from ttfunc.names import advice, renamed, through_wrappers
 
 
@@ -36,14 +37,19 @@ def called(
     return renamed(params, names, state_dict, "the state dict", lambda spec, other: begins)
 
 
-def groups_of(state_dict: Mapping[str, Tensor], params: TokenDeltas) -> list[Group]:
-    """The tensors to write to. Raises KeyError, TypeError or ValueError where one cannot be."""
+def groups_of(
+    state_dict: Mapping[str, Tensor], params: TokenDeltas, *, merged: bool = False
+) -> list[Group]:
+    """The tensors to write to, of a state dict that was merged or not.
+
+    Raises KeyError, TypeError or ValueError where one cannot be.
+    """
     groups = []
     for key, spec in params.specs.items():
         held = {alias: state_dict[alias] for alias in spec.names if alias in state_dict}
         _check_found(state_dict, spec, held)
         for alias, matrix in held.items():
-            _check_matrix(alias, matrix, spec)
+            _check_matrix(alias, matrix, spec, merged)
         groups += [Group(key, spec, aliases) for _, aliases in _distinct(state_dict, held)]
     for one, other in itertools.combinations(groups, 2):
         both = sorted(set(one.spec.indices.ids) & set(other.spec.indices.ids))
@@ -78,17 +84,25 @@ def _check_found(
         )
 
 
-def _check_matrix(alias: str, matrix: object, spec: RowSpec) -> None:
+def biases_of(state_dict: Mapping[str, Tensor], aliases: list[str], height: int) -> list[list[str]]:
+    """The biases of the logits in a state dict, each with all its names; see `sizes.biases`."""
+    shapes = {name: one.shape for name, one in state_dict.items() if isinstance(one, Tensor)}
+    held = {name: state_dict[name] for name in bias_names(shapes, aliases, height)}
+    return [names for _, names in _distinct(state_dict, held)]
+
+
+def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> None:
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
         what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
         raise TypeError(
             f"{alias!r} in the state dict is {what}, which holds no rows to replace: a "
             "floating-point tensor is needed. Merge before quantising."
         )
-    if tuple(matrix.shape) != spec.shape:
+    shape = (spec.shape[0] + spec.grown * merged, spec.shape[1])
+    if tuple(matrix.shape) != shape:
         raise ValueError(
             f"{alias!r} in the state dict has shape {tuple(matrix.shape)}, and the "
-            f"parameters were made for {spec.shape}. Use the state dict of that model."
+            f"parameters were made for {shape}. Use the state dict of that model."
         )
 
 

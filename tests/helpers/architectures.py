@@ -125,3 +125,24 @@ def in_place(model: nn.Module, name: str, params: TokenDeltas) -> tuple[nn.Modul
     with torch.no_grad():
         weight[IDS] = next(iter(params.deltas.values()))
     return reference, weight
+
+
+def find_height(model: nn.Module, name: str) -> int:
+    """How many rows its embedding has."""
+    (module,) = find_targets(model, TARGETS.get(name)).values()
+    return len(module.weight)
+
+
+def with_state(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A copy with the tensors of a state dict, of whatever size, in the place of its own."""
+    model = copy.deepcopy(model)
+    made: dict[int, nn.Parameter] = {}
+    for name, tensor in state.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if attribute in module._buffers:
+            module._buffers[attribute] = tensor
+        else:
+            parameter = made.setdefault(id(tensor), nn.Parameter(tensor.detach(), False))
+            module._parameters[attribute] = parameter
+    return model

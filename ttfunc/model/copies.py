@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ttfunc.model.path import HELD, HOOKS, Visit
 from ttfunc.model.references import CONTAINERS, refill, substitute_attributes, substituted
+from ttfunc.model.sizes import resize
 
 _NONE: Mapping[str, Any] = {}
 
@@ -25,7 +26,8 @@ class Copies:
     """Copies of the visited modules, in which some tensors are replaced by others.
 
     others: the replacement of each tensor, by the identity of that tensor. modes: the training mode
-    of each module whose copy is to have another mode than the original.
+    of each module whose copy is to have another mode than the original. sizes: of a vocabulary that
+    has another size in the call, from the old one to the new one.
     """
 
     def __init__(
@@ -33,16 +35,20 @@ class Copies:
         visits: Sequence[Visit],
         others: Mapping[int, Tensor],
         modes: Mapping[nn.Module, bool],
+        sizes: Mapping[int, int],
     ) -> None:
         self._originals = [visit.module for visit in visits]
         self._copies = [_empty_copy(visit.module, visit.slot_names) for visit in visits]
         self._others: dict[int, Any] = dict(others)
         self._others.update(zip(map(id, self._originals), self._copies, strict=True))
         self._placed = []
+        configs: dict[int, Any] = {}
         for visit, copy in zip(visits, self._copies, strict=True):
             state = _state(visit, self._others)
             if modes:
                 state["training"] = modes.get(visit.module, visit.module.training)
+            if sizes:
+                resize(state, sizes, configs)
             vars(copy).update(state)
             # Most are empty, and need no record of what was in them.
             held = [dict(state[part]) if state[part] else _NONE for part in HELD]

@@ -247,6 +247,24 @@ def _input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
     )
 
 
+def both_ends(model: nn.Module) -> dict[str, nn.Module]:
+    """The input embedding and the head of a model that names both, where they are as high."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        head = None
+    try:
+        found = dict([_input_embedding(model)])
+    except (TypeError, ValueError):  # which init_deltas says, where nothing else is named
+        return {}
+    (first,) = found.values()
+    height = len(first.get_parameter("weight"))
+    for name, module in model.named_modules():
+        if module is head and isinstance(module, nn.Linear) and len(module.weight) == height:
+            found[name] = module
+    return found
+
+
 def _candidates(model: nn.Module, most: int = 8) -> str:
     embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n]
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n]

@@ -20,6 +20,7 @@ from ttfunc.torch_private import no_torch_function, transforms_active, tree_map
 from ttfunc.weight.overrides import (
     ANSWERED_BY_BASE,
     ANSWERED_BY_PLACEHOLDER,
+    SIZES,
     refuse_layout,
     refuse_writes,
 )
@@ -70,6 +71,17 @@ class PatchedWeight(Tensor):
         """Its base, which has the same shape, dtype, device and layout."""
         return self.source.base.mT if self.transposed else self.source.base
 
+    @property
+    def sized(self) -> Tensor:
+        """A tensor of its size, with no values."""
+        if not self.source.rows.grown:
+            return self.frozen
+        height, width = self.source.base.shape
+        grown = self.source.base.new_empty(
+            height + self.source.rows.grown, width, device=torch.device("meta")
+        )
+        return grown.mT if self.transposed else grown
+
     def with_source(self, source: Source) -> PatchedWeight:
         """The same for another source, transposed as this one is."""
         return _wrap(source, self.transposed)
@@ -104,6 +116,9 @@ class PatchedWeight(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in SIZES:
+            with no_torch_function():
+                return func(*tree_map(_sized, args), **tree_map(_sized, kwargs))
         if func in ANSWERED_BY_BASE:
             with no_torch_function():
                 return func(*tree_map(frozen, args), **tree_map(frozen, kwargs))
@@ -140,6 +155,10 @@ class PatchedWeight(Tensor):
 def is_deferred(value: Any, *, transposed: bool = False) -> bool:
     """Whether `value` is a deferred weight, and the transpose of one exactly if `transposed`."""
     return isinstance(value, PatchedWeight) and value.deferred and value.transposed is transposed
+
+
+def _sized(value: Any) -> Any:
+    return value.sized if isinstance(value, PatchedWeight) else value
 
 
 def frozen(value: Any) -> Any:

@@ -48,7 +48,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if isinstance(input, PatchedWeight):
+    if isinstance(input, PatchedWeight) or not isinstance(input, Tensor):
         return NotImplemented
     # max_norm rescales the matrix itself, and scale_grad_by_freq says how its V×D gradient is made.
     if max_norm is not None or scale_grad_by_freq or not is_deferred(weight):
@@ -82,9 +82,10 @@ def _getitem(weight: Any, tokens: Any) -> Any:
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not (is_deferred(weight) and _is_plain(input)):
         return NotImplemented
-    if not (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1])):
-        return NotImplemented
     source = weight.source
+    heights = (len(source.base), len(source.base) + source.rows.grown)
+    if not (bias is None or (_is_plain(bias) and bias.ndim == 1 and len(bias) in heights)):
+        return NotImplemented
     source.check_and_note("product")
     return source.rows.product(input, source.base, bias)
 

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from ttfunc.torch_private import TensorBase, tree_leaves, writes_of
 
+# Questions about the size: there may be more rows than the base has.
+SIZES = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "nbytes")} | {
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
+    *(Tensor.is_contiguous, torch.numel),
+}
+
 # Questions about metadata, which the base answers: no values are read.
 ANSWERED_BY_BASE = {
     getattr(Tensor, name).__get__

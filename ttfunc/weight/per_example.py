@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from ttfunc.indices import TokenIndices
 from ttfunc.torch_private import outside_of_transforms, transforms_active
 from ttfunc.weight.placeholder import NaNPlaceholder, nan_placeholder
-from ttfunc.weight.reads import autocast, no_placeholder
+from ttfunc.weight.reads import (
+    autocast,
+    bias_of_base,
+    known_tokens,
+    lengthened,
+    no_placeholder,
+)
 from ttfunc.weight.source import Reads
 
 # The model types of transformers that have the examples in the second dimension.
@@ -31,6 +37,7 @@ class PerExampleRows(NamedTuple):
     own: Tensor
     indices: TokenIndices
     assignment: Tensor
+    grown: int = 0
     by_example: bool = True
 
     def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -38,8 +45,8 @@ class PerExampleRows(NamedTuple):
         self._check(tokens, least=2)
         if padding_idx is not None:  # the row of padding_idx gets no gradient
             padding_idx = padding_idx % len(base)
-        frozen = F.embedding(tokens, base)
         hit, row = self.indices.find(tokens, base.device)
+        frozen = F.embedding(known_tokens(tokens, hit, self.grown), base)
         adapter = self.assignment.view(-1, *[1] * (tokens.ndim - 1)).expand_as(row)
         values = self.values[adapter, row]
         if padding_idx is not None:
@@ -49,12 +56,13 @@ class PerExampleRows(NamedTuple):
     def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear` of `(B, ..., D)` hidden states: `(B, ..., V)`."""
         self._check(hidden, least=3)
-        fresh = F.linear(hidden, base, bias)
+        height = len(base) + self.grown
+        fresh = lengthened(F.linear(hidden, base, bias_of_base(bias, base)), self.grown)
         ids = self.indices.on(base.device).ids
         rows = autocast(self.values)[self.assignment]
         columns = autocast(hidden).flatten(1, -2) @ rows.mT
         if bias is not None:
-            columns = columns + autocast(bias)[ids]
+            columns = columns + lengthened(autocast(bias), height - len(bias))[ids]
         own = self.own[self.assignment].view(-1, *[1] * (hidden.ndim - 2), len(ids))
         columns = columns.view(*hidden.shape[:-1], len(ids))
         columns = torch.where(own, columns, fresh.index_select(-1, ids))
@@ -67,13 +75,15 @@ class PerExampleRows(NamedTuple):
         raise _not_mixed()
 
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
-        """One NaN, expanded to the shape of `base`, that refuses a read and a gradient."""
+        """One NaN, expanded to the shape of the matrix, that refuses a read and a gradient."""
+        shape = (len(base) + self.grown, base.shape[1])
         if no_placeholder():
             if torch.compiler.is_dynamo_compiling():
-                return self.values.new_full((), torch.nan).expand(base.shape)
+                return self.values.new_full((), torch.nan).expand(shape)
             with outside_of_transforms():  # so that the dispatcher finds the weight itself
-                return base.new_full((), torch.nan).expand(base.shape)
-        return nan_placeholder(_Refusing, self.values[0], base, self.indices, reads)
+                return base.new_full((), torch.nan).expand(shape)
+        values = self.values[0]
+        return nan_placeholder(_Refusing, values, base, self.indices, self.grown, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> PerExampleRows:
         """The rows after `func`, which acts on each row separately."""
@@ -94,7 +104,7 @@ class _Refusing(NaNPlaceholder):
     """NaN without a gradient, for a model that gives the weight to its own autograd.Function."""
 
     @staticmethod
-    def matrix(rows: Tensor, base: Tensor, ids: Tensor) -> Tensor:
+    def matrix(rows: Tensor, base: Tensor, ids: Tensor, grown: int) -> Tensor:
         raise _not_mixed()
 
     @staticmethod

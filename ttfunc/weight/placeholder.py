@@ -87,28 +87,28 @@ class NaNPlaceholder(torch.autograd.Function):
     @classmethod
     @keeps_signature
     def forward(
-        cls, rows: Tensor, base: Tensor, ids: Tensor, transformed: bool, reads: Reads
+        cls, rows: Tensor, base: Tensor, ids: Tensor, grown: int, transformed: bool, reads: Reads
     ) -> Tensor:
         nan = rows.new_full((), torch.nan)
         forbid_writes(nan)
-        nan = nan.expand(*rows.shape[:-2], *base.shape[-2:])
+        nan = nan.expand(*rows.shape[:-2], base.shape[-2] + grown, base.shape[-1])
         if not transformed:  # the weight itself is what the dispatcher finds
             return nan
 
         def made() -> Tensor:
             reads.dense = True
-            return cls.matrix(rows, base, ids)
+            return cls.matrix(rows, base, ids, grown)
 
         return _placeholder(nan, made)
 
     @staticmethod
-    def matrix(rows: Tensor, base: Tensor, ids: Tensor) -> Tensor:
+    def matrix(rows: Tensor, base: Tensor, ids: Tensor, grown: int) -> Tensor:
         """What the NaN stands for; rows and base may have a batch in front."""
-        return with_rows(base.expand(*rows.shape[:-2], *base.shape[-2:]), ids, rows)
+        return with_rows(base.expand(*rows.shape[:-2], *base.shape[-2:]), ids, rows, grown)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, base, ids, _, ctx.reads = inputs
+        _, base, ids, ctx.grown, _, ctx.reads = inputs
         ctx.set_materialize_grads(False)  # no zeros of the size of the base for its tangent
         # Not by save_for_backward: a patch that is made once is used by many backward passes.
         ctx.ids, ctx.shape = ids, base.shape
@@ -116,12 +116,13 @@ class NaNPlaceholder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.to_dense() if grad.is_sparse else grad  # from an embedding with sparse=True
-        return grad.index_select(-2, ctx.ids), None, None, None, None
+        return grad.index_select(-2, ctx.ids), None, None, None, None, None
 
     @classmethod
     def jvp(cls, ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         nothing = tangent.new_zeros(()).expand(ctx.shape)
-        result: Tensor = cls.apply(tangent, nothing, ctx.ids, True, ctx.reads)  # type: ignore[no-untyped-call]
+        operands = (tangent, nothing, ctx.ids, ctx.grown, True, ctx.reads)
+        result: Tensor = cls.apply(*operands)  # type: ignore[no-untyped-call]
         return result
 
     @classmethod
@@ -134,7 +135,12 @@ class NaNPlaceholder(torch.autograd.Function):
 
 
 def nan_placeholder(
-    kind: type[NaNPlaceholder], rows: Tensor, base: Tensor, indices: TokenIndices, reads: Reads
+    kind: type[NaNPlaceholder],
+    rows: Tensor,
+    base: Tensor,
+    indices: TokenIndices,
+    grown: int,
+    reads: Reads,
 ) -> Tensor:
     """One NaN, expanded to the shape of `base`, with the gradient that `kind` gives it.
 
@@ -142,5 +148,6 @@ def nan_placeholder(
     """
     ids = indices.on(base.device).ids
     transformed = is_wrapped(rows)  # only a wrapper takes the class of the weight off
-    placeholder: Tensor = kind.apply(rows, base, ids, transformed, reads)  # type: ignore[no-untyped-call]
+    operands = (rows, base, ids, grown, transformed, reads)
+    placeholder: Tensor = kind.apply(*operands)  # type: ignore[no-untyped-call]
     return placeholder

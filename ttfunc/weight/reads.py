@@ -34,6 +34,7 @@ class SharedRows(NamedTuple):
 
     values: Tensor
     indices: TokenIndices
+    grown: int = 0
     by_example: bool = False
 
     def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -47,8 +48,8 @@ class SharedRows(NamedTuple):
         tensor([[1., 1.],
                 [0., 0.]])
         """
-        frozen = F.embedding(tokens, base)
         hit, row = self.indices.find(tokens, base.device)
+        frozen = F.embedding(known_tokens(tokens, hit, self.grown), base)
         padding_row = None if padding_idx is None else self.indices.row_of(padding_idx % len(base))
         replaced = F.embedding(row, cast_like(self.values, base), padding_idx=padding_row)
         return torch.where(hit.unsqueeze(-1), replaced, frozen)
@@ -69,34 +70,75 @@ class SharedRows(NamedTuple):
         rows = autocast(cast_like(self.values, base))
         operands = (autocast(hidden), autocast(base), rows, bias, ids)
         if _has_no_rule():
-            return _product(*operands)
+            return _product(*operands, self.grown)
         function = _ProductFunction if torch.compiler.is_dynamo_compiling() else _ProductWithVmap
-        parts = _parts(self.indices, operands[1])
-        result: Tensor = function.apply(*operands, parts)  # type: ignore[no-untyped-call]
+        parts = _parts(self.indices, operands[1], self.grown)
+        result: Tensor = function.apply(*operands, self.grown, parts)  # type: ignore[no-untyped-call]
         return result
 
     def materialise(self, base: Tensor) -> Tensor:
         """The matrix itself, `(V, D)`."""
-        return with_rows(base, self.indices.on(base.device).ids, cast_like(self.values, base))
+        ids = self.indices.on(base.device).ids
+        return with_rows(base, ids, cast_like(self.values, base), self.grown)
 
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """One NaN, expanded to the shape of `base`; its `(V, D)` gradient goes to the rows."""
         if no_placeholder():
             return self.materialise(base)
-        return nan_placeholder(
-            NaNPlaceholder, cast_like(self.values, base), base, self.indices, reads
-        )
+        values = cast_like(self.values, base)
+        return nan_placeholder(NaNPlaceholder, values, base, self.indices, self.grown, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> SharedRows:
         """The rows after `func`, which acts on each row separately."""
         return self._replace(values=func(self.values))
 
 
+def known_tokens(tokens: Tensor, hit: Tensor, grown: int) -> Tensor:
+    """Tokens that the base has: any in place of new ones, whose rows are elsewhere."""
+    # What is no token at all stays what it is, and F.embedding says so.
+    return torch.where(hit, 0, tokens) if grown else tokens
+
+
+def lengthened(logits: Tensor, grown: int) -> Tensor:
+    """Logits, or a bias of theirs, with so many columns more."""
+    return F.pad(logits, (0, grown)) if grown else logits
+
+
+def _first(columns: Tensor, count: int) -> Tensor:
+    """The first of the columns; no view where they are all, as a batched gradient has no rule."""
+    return columns if columns.shape[-1] == count else columns[..., :count]
+
+
+def bias_of_base(bias: Tensor | None, base: Tensor) -> Tensor | None:
+    """That of the tokens that the base has."""
+    return None if bias is None else _first(bias, len(base))
+
+
+def bias_at(ids: Tensor, bias: Tensor | None, base: Tensor, grown: int) -> Tensor | None:
+    """That of some tokens; 0 for new ones, where the bias is as long as the base."""
+    if bias is None:
+        return None
+    return lengthened(bias, len(base) + grown - len(bias)).index_select(0, ids)
+
+
 def _product(
-    hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, ids: Tensor
+    hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, ids: Tensor, grown: int
 ) -> Tensor:
-    some_bias = None if bias is None else bias.index_select(0, ids)
-    return F.linear(hidden, base, bias).index_copy(-1, ids, F.linear(hidden, rows, some_bias))
+    fresh = lengthened(F.linear(hidden, base, bias_of_base(bias, base)), grown)
+    return fresh.index_copy(-1, ids, F.linear(hidden, rows, bias_at(ids, bias, base, grown)))
+
+
+def _in_one_buffer(hidden: Tensor, base: Tensor, bias: Tensor | None, grown: int) -> Tensor:
+    """`F.linear` with so many columns more, which are yet to be written, and no copy."""
+    if not grown or torch.compiler.is_dynamo_compiling():
+        return lengthened(F.linear(hidden, base, bias), grown)
+    logits = hidden.new_empty(*hidden.shape[:-1], len(base) + grown)
+    known, flat = _flat(logits)[:, : len(base)], _flat(hidden)
+    if bias is None:
+        torch.mm(flat, base.mT, out=known)
+    else:
+        torch.addmm(bias, flat, base.mT, out=known)
+    return logits
 
 
 class _ProductFunction(torch.autograd.Function):
@@ -115,15 +157,16 @@ class _ProductFunction(torch.autograd.Function):
         rows: Tensor,
         bias: Tensor | None,
         ids: Tensor,
+        grown: int,
         parts: tuple[slice, ...],
     ) -> Tensor:
-        some_bias = None if bias is None else bias.index_select(0, ids)
-        fresh = F.linear(hidden, base, bias)
-        return fresh.index_copy_(-1, ids, F.linear(hidden, rows, some_bias))
+        fresh = _in_one_buffer(hidden, base, bias_of_base(bias, base), grown)
+        return fresh.index_copy_(-1, ids, F.linear(hidden, rows, bias_at(ids, bias, base, grown)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        hidden, base, rows, _, ids, ctx.parts = inputs
+        hidden, base, rows, bias, ids, _, ctx.parts = inputs
+        ctx.bias_size = 0 if bias is None else len(bias)
         ctx.save_for_backward(hidden, base, rows, ids)
 
     @staticmethod
@@ -137,8 +180,8 @@ class _ProductFunction(torch.autograd.Function):
         if needs_rows:
             to_rows = _flat(some).mT @ _flat(hidden)
         if needs_bias:
-            to_bias = _flat(grad).sum(0)
-        return to_hidden, None, to_rows, to_bias, None, None
+            to_bias = _first(_flat(grad).sum(0), ctx.bias_size)
+        return to_hidden, None, to_rows, to_bias, None, None, None
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -156,12 +199,14 @@ class _ProductWithVmap(_ProductFunction):
         return function(*operands[:-1]), 0
 
 
-def _parts(indices: TokenIndices, base: Tensor) -> tuple[slice, ...]:
+def _parts(indices: TokenIndices, base: Tensor, grown: int) -> tuple[slice, ...]:
     """The ranges of columns of the logits between the replaced ones; none if there are too many.
 
     Only on the CPU, where a fresh buffer of the size of the logits costs a page fault for each
     4 KiB, and only in eager mode: a compiled step already runs at floor speed with the copy.
     """
+    if grown and grown == len(indices):
+        return (slice(0, len(base)),)
     if base.device.type != "cpu" or torch.compiler.is_dynamo_compiling():
         return ()
     return gaps(indices, len(base), _most_parts(base))
@@ -176,7 +221,7 @@ def _most_parts(base: Tensor) -> int:
 def _product_without(ids: Tensor, parts: tuple[slice, ...], grad: Tensor, base: Tensor) -> Tensor:
     """`grad @ base` as if the columns `ids` of `grad` were 0; `parts` are the others, if given."""
     if not parts:
-        return grad.index_fill(-1, ids, 0) @ base
+        return _first(grad.index_fill(-1, ids, 0), len(base)) @ base
     flat = _flat(grad)
     first, *others = parts
     total = flat[:, first] @ base[first]

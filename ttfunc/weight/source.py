@@ -24,11 +24,15 @@ class Reads:
 class RowPatch(Protocol):
     """Replacement rows for a `(V, D)` base, and how to read the two as one matrix.
 
-    by_example: each example of a batch has its own; the first dimension is the batch.
+    grown: how many of the rows are new ones, behind the last of the base. by_example: each example
+    of a batch has its own; the first dimension is the batch.
     """
 
     @property
     def values(self) -> Tensor: ...
+
+    @property
+    def grown(self) -> int: ...
 
     @property
     def by_example(self) -> bool: ...

@@ -1,0 +1,57 @@
+"""What says how large a vocabulary is, and what has that size."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ttfunc.model.sizes import bias_names, biases, in_configs, resize
+
+
+class Config:
+    def __init__(self, **values: object) -> None:
+        vars(self).update(values)
+
+
+def test_a_config_and_those_in_it_are_copied_and_resized():
+    text = Config(vocab_size=23, hidden_size=23)
+    config = Config(vocab_size=23, text_config=text, other_config=Config(vocab_size=7), n=23)
+    state = {"config": config, "text_config": text, "out_features": 23, "in_features": 23}
+    resize(state, {23: 25}, made := {})
+    assert (state["out_features"], state["in_features"]) == (25, 23)
+    assert (state["config"].vocab_size, state["config"].n) == (25, 23)
+    assert state["config"].other_config.vocab_size == 7
+    assert state["text_config"] is state["config"].text_config  # one still
+    assert (state["text_config"].vocab_size, state["text_config"].hidden_size) == (25, 23)
+    assert (config.vocab_size, text.vocab_size) == (23, 23)
+    again = {"config": config}
+    resize(again, {23: 25}, made)
+    assert again["config"] is state["config"]
+
+
+def test_a_size_under_another_name():
+    names = {"vocab_size": "symbols"}
+    state = {"config": Config(symbols=23, vocab_size=7, attribute_map=names)}
+    resize(state, {23: 25}, {})
+    assert (state["config"].symbols, state["config"].vocab_size) == (25, 7)
+
+
+def test_biases_are_beside_the_matrix_or_above_it():
+    model = nn.Module()
+    model.head = nn.Linear(4, 23)
+    model.norm = nn.LayerNorm(23)
+    model.register_buffer("final_logits_bias", torch.zeros(1, 23))
+    model.register_parameter("square_bias", nn.Parameter(torch.zeros(23, 23)))
+    found = biases([model, model.head], "head.weight", 23)
+    assert {name: depth for name, depth, _ in found} == {"final_logits_bias": 1, "head.bias": 2}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert bias_names(shapes, ["head.weight"], 23) == ["final_logits_bias", "head.bias"]
+    assert bias_names(shapes, ["head.weight"], 4) == []
+
+
+def test_the_text_of_a_config_keeps_its_form():
+    text = '{"vocab_size": 23,\n "n_words" :23}, "vocab_size":230, "size": 23'
+    assert in_configs(text, {23: 25}) == (
+        '{"vocab_size": 25,\n "n_words" :25}, "vocab_size":230, "size": 23'
+    )
+    assert in_configs(in_configs(text, {23: 25}), {25: 23}) == text

@@ -1,0 +1,84 @@
+"""What a model says of the size of its vocabulary, and what has that size, beside the matrix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+# Attributes that are the number of tokens: of configs, and of modules.
+_OF_CONFIGS = ("vocab_size", "decoder_vocab_size", "n_words")
+_OF_MODULES = (*_OF_CONFIGS, "num_embeddings", "out_features")
+
+
+def resize(state: dict[str, Any], sizes: Mapping[int, int], made: dict[int, Any]) -> None:
+    """Give a module's dictionary other sizes of the vocabulary, from the old one to the new one.
+
+    The configs in it are replaced by copies; `made` has those that there are, by the identity of
+    the original, so that what was one config is one still.
+    """
+    for name, value in list(state.items()):
+        if name in _OF_MODULES and type(value) is int:
+            state[name] = sizes.get(value, value)
+        elif _is_config(name, value):
+            state[name] = _resized(value, sizes, made)
+
+
+def _is_config(name: str, value: Any) -> bool:
+    return name.endswith("config") and hasattr(value, "__dict__") and not isinstance(value, type)
+
+
+def _resized(config: Any, sizes: Mapping[int, int], made: dict[int, Any]) -> Any:
+    if id(config) in made:
+        return made[id(config)]
+    copy = made[id(config)] = object.__new__(type(config))
+    vars(copy).update(vars(config))
+    # Some of transformers' configs have it under another name.
+    names = (*_OF_CONFIGS, getattr(config, "attribute_map", {}).get("vocab_size"))
+    for attribute, value in vars(config).items():
+        if attribute in names and type(value) is int:
+            vars(copy)[attribute] = sizes.get(value, value)
+        elif _is_config(attribute, value):
+            vars(copy)[attribute] = _resized(value, sizes, made)
+    return copy
+
+
+def biases(way: list[nn.Module], name: str, height: int) -> Iterator[tuple[str, int, Tensor]]:
+    """The biases of the logits: a number for each of `height` tokens, on the way to the matrix.
+
+    Of each the name, how many modules of the way lead to it, and the tensor.
+    """
+    parts = name.split(".")[:-1]
+    for depth, module in enumerate(way):
+        for held in (module._parameters, module._buffers):
+            for attribute, tensor in held.items():
+                if tensor is not None and is_bias(attribute, tensor.shape, height):
+                    yield ".".join((*parts[:depth], attribute)), depth + 1, tensor
+
+
+def is_bias(name: str, shape: Sequence[int], height: int) -> bool:
+    """Whether it is one, by its name and its shape."""
+    return name.endswith("bias") and tuple(shape) in {(height,), (1, height)}
+
+
+def bias_names(
+    shapes: Mapping[str, Sequence[int]], matrix: Iterable[str], height: int
+) -> list[str]:
+    """The same in a state dict, of which the shapes are known: beside the matrix, or above it."""
+    holders = [name.rpartition(".")[0] + "." for name in matrix]
+    return [
+        name
+        for name, shape in shapes.items()
+        if is_bias(name, shape, height)
+        and any(holder.startswith(name[: name.rfind(".") + 1]) for holder in holders)
+    ]
+
+
+def in_configs(text: str, sizes: Mapping[int, int]) -> str:
+    """The text of a config, in JSON, with other sizes of the vocabulary; otherwise as it was."""
+    for old, new in sizes.items():
+        number = rf'("(?:{"|".join(_OF_CONFIGS)})"\s*:\s*){old}(?=\s*[,}}])'
+        text = re.sub(number, rf"\g<1>{new}", text)
+    return text
