@@ -71,9 +71,11 @@ def test_every_bit_of_the_header_flipped(saved: Path):
     for text in readable:
         saved.write_bytes(whole[:8] + text + whole[header:])
         meant = json.loads(json.loads(text)["__metadata__"]["ttfunc"])
-        if meant == {"format": 1, "matrices": [{"names": [NAME, HEAD], "shape": [23, D]}]}:
+        (matrix,) = meant["matrices"]
+        # The rows fit a matrix of more rows, and one of fewer that has their tokens.
+        if matrix["names"] == [NAME, HEAD] and matrix["shape"][1] == D:
             assert same(load(saved, model), params)
-        else:  # another name or another number of rows
+        else:  # another name
             with pytest.raises((KeyError, ValueError), match="has no parameter|its shape is"):
                 load(saved, model)
 
@@ -126,7 +128,7 @@ def matrix(names=(NAME, HEAD), shape=(23, D)) -> dict:
         ("[]", "no format version"),
         ('{"format": true}', "no format version"),
         ('{"format": 0}', "no format version"),
-        ('{"format": 2}', "format 2, and this ttfunc knows 1. Upgrade"),
+        ('{"format": 3}', "format 3, and this ttfunc knows 2. Upgrade"),
         ('{"format": 1, "format": 1}', "more than once"),
         ("[" * 100_000, "nested too deeply"),
         ('{"format": ' + "9" * 5000 + "}", "cannot be loaded"),

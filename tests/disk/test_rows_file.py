@@ -174,9 +174,24 @@ def test_another_shape(saved: Path):
     model = make("tied")
     model.embed_tokens = torch.nn.Embedding(24, D)
     model.lm_head.weight = model.embed_tokens.weight
-    with pytest.raises(
-        ValueError, match=r"shape \(23, 8\), but .* Language its shape is \(24, 8\)"
-    ):
+    before = read(saved)
+    with pytest.warns(UserWarning, match=r"rows of tokens \[7, 5, 11\] .* are not those that"):
+        loaded = load(saved, model)  # of a taller model, which has these tokens as well
+    assert loaded.specs[NAME].shape == (24, D)
+    assert torch.equal(loaded.deltas[NAME], before.deltas[NAME])
+    functional_call(model, patch(loaded), tokens(7, 11))
+
+    model.embed_tokens = torch.nn.Embedding(11, D)
+    model.lm_head.weight = model.embed_tokens.weight
+    with pytest.warns(UserWarning, match=r"rows of tokens \[7, 5\] in"):
+        assert load(saved, model).specs[NAME].grown == 1  # token 11 follows on the last one
+    model.embed_tokens = torch.nn.Embedding(10, D)
+    model.lm_head.weight = model.embed_tokens.weight
+    with pytest.raises(ValueError, match=r"on a matrix of 23 rows: the new .* leave out 10"):
+        load(saved, model)
+    model.embed_tokens = torch.nn.Embedding(23, D + 1)
+    model.lm_head.weight = model.embed_tokens.weight
+    with pytest.raises(ValueError, match=r"shape \(23, 8\), but .* its shape is \(23, 9\)"):
         load(saved, model)
 
 

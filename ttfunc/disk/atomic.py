@@ -9,13 +9,14 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from ttfunc.disk.uninterrupted import to_the_end
 
 Edits: TypeAlias = Iterable[tuple[int, memoryview]]
+Piece: TypeAlias = "bytes | range"
 
 _BLOCK = 1 << 20  # what is held in memory
 _SPAN = 1 << 24  # what the kernel copies between two reports of progress
@@ -116,8 +117,12 @@ def rename_new(source: Path, destination: Path) -> None:
     source.rename(destination)
 
 
-def copy_file(source: Path, destination: Path, edits: Edits) -> Generator[int]:
+def copy_file(
+    source: Path, destination: Path, edits: Edits, pieces: Sequence[Piece] | None = None
+) -> Generator[int]:
     """A new file with the bytes and permissions of `source`, then `edits` at their offsets; synced.
+
+    With `pieces`, the file consists of these: bytes as they are, and ranges of the source.
 
     The kernel copies, and shares the blocks where the file system can. Yields the number of bytes
     that were copied since the last yield; the file is whole at the end. Raises an OSError that
@@ -127,7 +132,15 @@ def copy_file(source: Path, destination: Path, edits: Edits) -> Generator[int]:
         status = os.fstat(reader.fileno())
         try:
             with destination.open("xb") as writer:
-                yield from _copy_bytes(reader, writer, status.st_size)
+                at = 0
+                for piece in [range(status.st_size)] if pieces is None else pieces:
+                    if isinstance(piece, range):
+                        yield from _copy_bytes(reader, writer, piece, at)
+                    else:
+                        writer.seek(at)
+                        writer.write(piece)
+                        writer.flush()  # the kernel copies past the buffer
+                    at += len(piece)
                 for offset, block in edits:
                     writer.seek(offset)
                     writer.write(block)
@@ -139,20 +152,22 @@ def copy_file(source: Path, destination: Path, edits: Edits) -> Generator[int]:
             raise OSError(error.errno, reason, str(source)) from error
 
 
-def _copy_bytes(reader: BinaryIO, writer: BinaryIO, size: int) -> Iterator[int]:
-    done, in_kernel = 0, hasattr(os, "copy_file_range")
-    while done < size:
-        moved = 0
+def _copy_bytes(reader: BinaryIO, writer: BinaryIO, span: range, at: int) -> Iterator[int]:
+    """Copy these bytes to where `at` is."""
+    done, in_kernel = span.start, hasattr(os, "copy_file_range")
+    while done < span.stop:
+        moved, left, there = 0, span.stop - done, at + done - span.start
         if in_kernel:
-            moved = _kernel_copy(reader.fileno(), writer.fileno(), done, min(size - done, _SPAN))
+            moved = _kernel_copy(reader.fileno(), writer.fileno(), done, there, min(left, _SPAN))
             in_kernel = moved > 0  # some file systems copy nothing and say so
         if not in_kernel:
             reader.seek(done)
-            writer.seek(done)
-            moved = writer.write(reader.read(min(size - done, _BLOCK)))
+            writer.seek(there)
+            moved = writer.write(reader.read(min(left, _BLOCK)))
+            writer.flush()
             if not moved:
-                raise OSError(errno.EIO, f"the file ends at {done} of {size} bytes")
-        _begin_writing(writer.fileno(), done, moved)
+                raise OSError(errno.EIO, f"the file ends at {done} of {span.stop} bytes")
+        _begin_writing(writer.fileno(), there, moved)
         done += moved
         yield moved
 
@@ -164,9 +179,9 @@ def _begin_writing(descriptor: int, offset: int, count: int) -> None:
             os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
 
 
-def _kernel_copy(source: int, destination: int, offset: int, count: int) -> int:
+def _kernel_copy(source: int, destination: int, offset: int, at: int, count: int) -> int:
     try:
-        return os.copy_file_range(source, destination, count, offset, offset)
+        return os.copy_file_range(source, destination, count, offset, at)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise

@@ -11,9 +11,10 @@ from typing import TypeAlias
 
 from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk import rows_file
-from ttfunc.disk.atomic import copy_file, make_directory, stage, sync_directory
+from ttfunc.disk.atomic import Edits, Piece, copy_file, make_directory, stage, sync_directory
 from ttfunc.disk.folder import Checkpoint, open_checkpoint, warn_of_copies
 from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
+from ttfunc.disk.resizing import resizing
 from ttfunc.disk.tensors import path_of
 from ttfunc.merging import check_originals
 
@@ -33,9 +34,11 @@ def merge_checkpoint(
 ) -> None:
     """A copy of a checkpoint with the trained rows in it, made without building the model.
 
-    The bytes are those of `ttfunc.merge` on the loaded tensors. Memory does not grow with the
-    checkpoint, and all but the rows is copied byte for byte. The source is only read; the
-    destination appears whole or not at all. Permissions are kept, times are those of the copy.
+    The bytes are those of `ttfunc.merge` on the loaded tensors. With new tokens the tensors get
+    longer, and the sizes in the index of the shards and `vocab_size` in `config.json` follow. All
+    else is copied byte for byte, and memory does not grow with the checkpoint. The source is only
+    read; the destination appears whole or not at all. Permissions are kept, times are those of the
+    copy.
 
     Args:
         source: a Hugging Face folder with `.safetensors` files, sharded or not, or one such file.
@@ -72,7 +75,8 @@ def merge_checkpoint(
                 "this checkpoint.",
                 stacklevel=2,
             )
-    _write_copy(checkpoint, matrices, Path(destination), progress)
+    heights = {s.name: max(s.entry.shape[0], max(s.spec.indices.ids) + 1) for s in matrices}
+    _write_copy(checkpoint, matrices, heights, Path(destination), progress)
 
 
 def unmerge_checkpoint(
@@ -98,7 +102,7 @@ def unmerge_checkpoint(
     """
     checkpoint = _opened(source, destination)
     params = _given(params_or_path, checkpoint, names)
-    matrices = find_matrices(checkpoint, params, params.originals)
+    matrices = find_matrices(checkpoint, params, params.originals, merged=True)
     for stored in matrices:
         check_originals(stored.name, stored.dtype, stored.rows.dtype)
         deltas = params.deltas[stored.key].detach()
@@ -109,7 +113,8 @@ def unmerge_checkpoint(
                 "originals replace them anyway.",
                 stacklevel=2,
             )
-    _write_copy(checkpoint, matrices, Path(destination), progress)
+    heights = {s.name: s.entry.shape[0] - s.spec.grown for s in matrices}
+    _write_copy(checkpoint, matrices, heights, Path(destination), progress)
 
 
 def _given(
@@ -150,10 +155,23 @@ def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
 def _write_copy(
     checkpoint: Checkpoint,
     matrices: Sequence[StoredMatrix],
+    heights: Mapping[str, int],
     destination: Path,
     progress: Progress | None,
 ) -> None:
     warn_of_copies(checkpoint)
+    resized = resizing(checkpoint, matrices, heights)
+    edits = {
+        name: [
+            edit
+            for stored in matrices
+            if stored.file == name
+            for edit in stored.edits(
+                stored.rows, heights[stored.name], resized.moved(checkpoint, stored)
+            )
+        ]
+        for name in checkpoint.headers
+    }
     done, total = 0, checkpoint.size
 
     def advance(count: int) -> None:
@@ -168,7 +186,8 @@ def _write_copy(
         for name in folders:
             make_directory(checkpoint.root / name, partial / name)
         for name in checkpoint.files:
-            _copy_one(checkpoint, name, matrices, partial, advance)
+            pieces = resized.pieces(checkpoint, name)
+            _copy_one(checkpoint, name, edits.get(name, []), pieces, partial, advance)
         for name in reversed(folders):
             sync_directory(partial / name)
         checkpoint.check_unchanged()  # so all of the copy is from one point in time
@@ -179,15 +198,17 @@ def _write_copy(
 def _copy_one(
     checkpoint: Checkpoint,
     name: str,
-    matrices: Sequence[StoredMatrix],
+    edits: Edits,
+    pieces: Sequence[Piece] | None,
     partial: Path,
     advance: Callable[[int], None],
 ) -> None:
-    edits = (
-        edit for stored in matrices if stored.file == name for edit in stored.edits(stored.rows)
-    )
+    left = checkpoint.files[name].size
     # An error of the progress callback must not be reported as an error of the file.
-    with closing(copy_file(checkpoint.root / name, partial / name, edits)) as copying:
+    with closing(copy_file(checkpoint.root / name, partial / name, edits, pieces)) as copying:
         for count in copying:
+            left -= count
             advance(count)
+    if left:  # what was written anew
+        advance(left)
     checkpoint.check_unchanged(name)

@@ -38,13 +38,26 @@ class StoredMatrix:
         """The dtype in the file."""
         return FLOATS[self.entry.dtype]
 
-    def edits(self, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
-        """For each row, the byte at which it begins, and the row in the dtype of the file."""
+    def edits(self, rows: Tensor, height: int, moved: int = 0) -> Iterator[tuple[int, memoryview]]:
+        """For each row of a token below `height`, the byte at which it begins, and its bytes.
+
+        moved: by how many bytes the matrix begins later than in this file.
+        """
         stride = self.spec.shape[1] * self.dtype.itemsize
+        for token, block in self._blocks(rows):
+            if token < height:
+                yield self.entry.start + moved + token * stride, block
+
+    def tail(self, height: int) -> bytes:
+        """The rows of tokens from `height` on, in their order."""
+        new = {token: block for token, block in self._blocks(self.rows) if token >= height}
+        return b"".join(new[token] for token in sorted(new))
+
+    def _blocks(self, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
         # The cast is that of ttfunc.merge.
         blocks = rows.to(self.dtype).contiguous().view(torch.uint8).numpy()
         for token, block in zip(self.spec.indices.ids, blocks, strict=True):
-            yield self.entry.start + token * stride, memoryview(block)
+            yield token, memoryview(block)
 
 
 def under_names(
@@ -59,9 +72,15 @@ def under_names(
 
 
 def find_matrices(
-    checkpoint: Checkpoint, params: TokenDeltas, values: Mapping[str, Tensor]
+    checkpoint: Checkpoint,
+    params: TokenDeltas,
+    values: Mapping[str, Tensor],
+    *,
+    merged: bool = False,
 ) -> list[StoredMatrix]:
     """Every tensor of `checkpoint` to write `values` to: `(k, D)` rows for each key of `params`.
+
+    merged: whether the checkpoint has the new tokens of `params` already.
 
     Raises KeyError for a matrix that is not there under any of its names; ValueError where it has
     another shape, or cannot take rows.
@@ -83,15 +102,15 @@ def find_matrices(
             )
         for stored in found:
             _check_rows(stored)
-            _check_matrix(checkpoint, stored)
+            _check_matrix(checkpoint, stored, merged)
         matrices += found
     return matrices
 
 
 def holds(root: Path, stored: StoredMatrix, rows: Tensor) -> bool:
-    """Whether the file has these `rows`, cast to its dtype, at their place."""
+    """Whether the file has these `rows`, cast to its dtype, at their place; new ones apart."""
     with open_file(root / stored.file) as file:
-        for offset, block in stored.edits(rows):
+        for offset, block in stored.edits(rows, stored.entry.shape[0]):
             file.seek(offset)
             if file.read(len(block)) != block:
                 return False
@@ -120,14 +139,15 @@ def _check_rows(stored: StoredMatrix) -> None:
             f"the rows of {stored.key!r} are {rows.dtype} of shape {tuple(rows.shape)}, "
             f"and floats of {needed} are needed. Merge stacked adapters one at a time."
         )
-    if wrong := [token for token in spec.indices.ids if not 0 <= token < spec.shape[0]]:
+    height = spec.shape[0] + spec.grown
+    if wrong := [token for token in spec.indices.ids if not 0 <= token < height]:
         raise ValueError(
             f"token indices {shown(wrong)} of {stored.key!r} are outside of its {spec.shape[0]} "
             "rows."
         )
 
 
-def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix) -> None:
+def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) -> None:
     entry, spec = stored.entry, stored.spec
     # Scales and the like, such as weight_scale_inv and weight.absmax.
     parts = (f"{stored.name}_", f"{stored.name}.")
@@ -142,10 +162,14 @@ def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix) -> None:
             "written to a quantised matrix. Merge the checkpoint that it was made from, and "
             "quantise the result."
         )
-    if entry.shape != spec.shape:
+    shape = (spec.shape[0] + spec.grown * merged, spec.shape[1])
+    # A taller one, padded or resized, has the tokens as well.
+    taller = len(entry.shape) == 2 and entry.shape[0] > max(spec.indices.ids)
+    taller = taller and entry.shape[0] > shape[0] and entry.shape[1] == shape[1]
+    if entry.shape != shape and not (taller and not (merged and spec.grown)):
         raise ValueError(
             f"{stored.name!r} has shape {entry.shape} in the checkpoint, and the parameters were "
-            f"made for {spec.shape}. Use the checkpoint of that model, with whole matrices (not "
+            f"made for {shape}. Use the checkpoint of that model, with whole matrices (not "
             "split for tensor parallelism)."
         )
 

@@ -38,7 +38,7 @@ from ttfunc.model.targets import Matrix
 from ttfunc.names import advice, matrix_named, names_of, renamed
 from ttfunc.torch_private import outside_of_modes
 
-FORMAT = 1
+FORMAT = 2
 KEY = "ttfunc"
 PARTS = ("deltas", "token_indices", "originals")
 
@@ -81,8 +81,11 @@ def save(
                 if part != "token_indices":
                     check_rows(tensor, len(spec.indices), spec.shape[1], f"the {part} of {name!r}")
                 tensors[f"{part}/{spec.names[0]}"] = cpu_copy(tensor, f"the {part} of {name!r}")
-            described.append({"names": list(spec.names), "shape": list(spec.shape)})
-        own = json.dumps({"format": FORMAT, "matrices": described})
+            entry = {"names": list(spec.names), "shape": list(spec.shape)}
+            described.append({**entry, "grown": spec.grown} if spec.grown else entry)
+        # Rows of tokens that the matrix had are what the first version was made for.
+        version = FORMAT if any("grown" in entry for entry in described) else 1
+        own = json.dumps({"format": version, "matrices": described})
         _checked_metadata(own)
     write_file(Path(os.path.realpath(path)), serialized(tensors, {**_strings(metadata), KEY: own}))
 
@@ -121,6 +124,7 @@ def load(
     deltas, specs = {}, {}
     for name, spec in params.specs.items():
         matrix = _same_matrix(model, spec, path)
+        spec = _at_height_of(matrix, spec, path)
         weight, first = matrix.tensor.detach(), matrix.names[0]
         with outside_of_modes():
             originals = spec.originals.to(rows_device(weight))
@@ -129,8 +133,9 @@ def load(
         specs[first] = replace(spec, names=matrix.names, originals=originals, matrix=matrix)
         if weight.is_meta:
             continue
-        found = weight.index_select(0, spec.indices.on(weight.device).ids)
-        if other := [spec.indices.ids[i] for i in differing(found, originals)]:
+        ids, known = spec.known(originals)
+        found = weight.index_select(0, ids.to(weight.device))
+        if other := [ids.tolist()[i] for i in differing(found, known)]:
             warnings.warn(
                 f"the rows of tokens {shown(other)} in {first!r} are not those that {str(path)!r} "
                 "was trained from: this is another model, or one resized and initialised anew. The "
@@ -156,22 +161,24 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
         if own is None:
             raise ValueError("it has no metadata of ttfunc. For a PEFT adapter use load_peft")
         matrices = _checked_metadata(own)
-        expected = {f"{part}/{names[0]}" for names, _ in matrices for part in PARTS}
+        expected = {f"{part}/{names[0]}" for names, *_ in matrices for part in PARTS}
         if wrong := expected ^ set(file.keys()):
             raise ValueError(f"tensors are missing, or unknown: {sorted(wrong)[:4]}")
-        for names, shape in matrices:
+        for names, shape, grown in matrices:
             delta, ids, originals = (tensor_of(file, f"{part}/{names[0]}") for part in PARTS)
             if ids.dtype != torch.int64:
                 raise ValueError(f"the token indices of {names[0]!r} are {ids.dtype}, not int64")
-            indices = token_indices(ids, shape[0], names[0])
+            indices = token_indices(ids, shape[0], names[0], grow=grown > 0)
             check_rows(delta, len(indices), shape[1], f"the deltas of {names[0]!r}")
             check_rows(originals, len(indices), shape[1], f"the originals of {names[0]!r}")
             deltas[names[0]] = delta
-            specs[names[0]] = RowSpec(names, shape, indices, originals, None)
+            specs[names[0]] = spec = RowSpec(names, shape, indices, originals, None)
+            if spec.grown != grown:
+                raise ValueError(f"{names[0]!r} has {spec.grown} new tokens, and {grown} are told")
     return TokenDeltas(deltas, specs)
 
 
-def _checked_metadata(own: str) -> list[tuple[tuple[str, ...], tuple[int, int]]]:
+def _checked_metadata(own: str) -> list[tuple[tuple[str, ...], tuple[int, int], int]]:
     """Names and shape of each matrix, from ttfunc's own JSON."""
     described = parse_json(own.encode())
     version = described.get("format") if isinstance(described, dict) else None
@@ -185,11 +192,14 @@ def _checked_metadata(own: str) -> list[tuple[tuple[str, ...], tuple[int, int]]]
     names = Counter(name for entry in entries for name in entry["names"])
     if twice := [name for name, times in names.items() if times > 1]:
         raise ValueError(f"{twice[:4]} are given twice: a name belongs to one matrix")
-    return [(tuple(e["names"]), (e["shape"][0], e["shape"][1])) for e in entries]
+    return [(tuple(e["names"]), (e["shape"][0], e["shape"][1]), e.get("grown", 0)) for e in entries]
 
 
 def _is_matrix(entry: Any) -> bool:
-    if not isinstance(entry, dict) or entry.keys() != {"names", "shape"}:
+    if not isinstance(entry, dict) or entry.keys() - {"grown"} != {"names", "shape"}:
+        return False
+    grown = entry.get("grown", 1)
+    if type(grown) is not int or grown < 1:
         return False
     names, shape = entry["names"], entry["shape"]
     if not isinstance(names, list) or not isinstance(shape, list):
@@ -235,11 +245,10 @@ def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:
     """The matrix of `model` that has the names, the shape and the ties of the file."""
     matrix = matrix_named(model, spec.names[0], path)
     shape = tuple(matrix.tensor.shape)
-    if shape != spec.shape:
+    if shape[1:] != spec.shape[1:]:
         raise ValueError(
             f"{str(path)!r} has rows of a matrix {spec.names[0]!r} of shape {spec.shape}, but in "
-            f"this {type(model).__name__} its shape is {shape}. Resize this model as the trained "
-            "one was, or use the trained one."
+            f"this {type(model).__name__} its shape is {shape}. Use the model that was trained."
         )
     if set(matrix.names) != set(spec.names):
         raise ValueError(
@@ -247,3 +256,26 @@ def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:
             f"in this {type(model).__name__} it is {matrix.names}. Tie the model as it was."
         )
     return matrix
+
+
+def _at_height_of(matrix: Matrix, spec: RowSpec, path: Path) -> RowSpec:
+    """The rows on a matrix that has more rows by now, or fewer: what was new may be there."""
+    weight = matrix.tensor.detach()
+    if len(weight) == spec.shape[0]:
+        return spec
+    with prefix_errors(f"{str(path)!r} was trained on a matrix of {spec.shape[0]} rows"):
+        token_indices(spec.indices.ids, len(weight), matrix.names[0], grow=True)
+    shape = (len(weight), spec.shape[1])
+    there = [i for i, token in enumerate(spec.indices.ids) if spec.shape[0] <= token < shape[0]]
+    if not there:
+        return replace(spec, shape=shape)
+    if weight.is_meta:
+        raise ValueError(
+            f"{str(path)!r} has new rows for {matrix.names[0]!r} at tokens that this model has by "
+            "now, and on meta there are no values to keep of them. Load onto the real model."
+        )
+    ids = [spec.indices.ids[i] for i in there]
+    with outside_of_modes():
+        originals = spec.originals.clone()
+        originals[there] = weight[ids].to(originals.device, originals.dtype)
+    return replace(spec, shape=shape, originals=originals)
