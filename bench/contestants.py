@@ -119,6 +119,36 @@ def dense(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
     return deferred(model, x, idx, wrap, dense=True)
 
 
+def new_tokens(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
+    """As many tokens that the model does not have, in the places of those that are trained."""
+    ids, x = _renumbered(model, x, idx)
+    params = ttfunc.init_deltas(model, ids, grow=True, init="mean", requires_grad=True)
+
+    @wrap
+    def loss(params: ttfunc.TokenDeltas, x: Tensor) -> Tensor:
+        kwargs = {"input_ids": x, "labels": x}
+        return ttfunc.functional_call(model, ttfunc.patch(params), kwargs=kwargs).loss  # type: ignore[no-any-return]
+
+    return lambda: loss(params, x).backward()
+
+
+def peft_resized(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
+    """The same with PEFT, on a model that is resized before."""
+    ids, x = _renumbered(model, x, idx)
+    model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    return peft_tokens(model.requires_grad_(False), x, ids, wrap)
+
+
+def _renumbered(model: Any, x: Tensor, idx: list[int]) -> tuple[list[int], Tensor]:
+    """New ids in the places of `idx`, and the text with them."""
+    vocabulary = len(model.get_input_embeddings().weight)
+    ids = [vocabulary + row for row in range(len(idx))]
+    x = x.clone()
+    for old, new in zip(idx, ids, strict=True):
+        x[x == old] = new
+    return ids, x
+
+
 def peft_tokens(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
     """PEFT's TrainableTokensConfig."""
     wrapped = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=idx))
@@ -159,12 +189,14 @@ def _plain_step(model: Any, x: Tensor, wrap: Wrap) -> Step:
 
 
 # These do not change the model, so they can share one.
-LEAVE_THE_MODEL = ("frozen floor", "ttfunc", "ttfunc, dense")
+LEAVE_THE_MODEL = ("frozen floor", "ttfunc", "ttfunc, dense", "ttfunc, new tokens")
 CONTESTANTS: dict[str, Callable[..., Step]] = {
     "frozen floor": frozen_floor,
     "ttfunc": deferred,
     "ttfunc, dense": dense,
+    "ttfunc, new tokens": new_tokens,
     "PEFT": peft_tokens,
+    "PEFT, resized": peft_resized,
     "PEFT in LoRA": peft_lora,
     "gradient mask": gradient_mask,
     "full embedding": full_embedding,

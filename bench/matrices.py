@@ -1,6 +1,6 @@
 """Time and peak memory of a step on the token matrices of well-known models, on two layers.
 
-python -m bench.matrices [--repeats 7] [--tokens 64] [--memory] [--quick]
+python -m bench.matrices [--repeats 7] [--tokens 64] [--memory] [--new-tokens] [--quick]
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ MATRICES = {
 MIB = 2**20
 # Four models of the largest matrix are what 24 GiB hold.
 NAMES = ["frozen floor", "ttfunc", "PEFT", "full embedding"]
+NEW_TOKENS = ["frozen floor", "ttfunc, new tokens", "PEFT, resized"]
 
 
-def run(matrices: Sequence[str], repeats: int, tokens: int, rows: int = 16) -> None:
+def run(
+    matrices: Sequence[str], names: list[str], repeats: int, tokens: int, rows: int = 16
+) -> None:
     """A row for each matrix and dtype: milliseconds, and times the floor."""
     lines = []
     for model in matrices:
         vocabulary, width = MATRICES[model]
         for dtype in ("float32", "bfloat16"):
             work = Work(vocabulary, width, 2, dtype, tokens, rows)
-            found = times(work, NAMES, repeats)
+            found = times(work, names, repeats)
             floor = found["frozen floor"]
             cells = [f"{1e3 * s:,.0f} ({s / floor:.2f})" for s in found.values()]
             lines.append([f"{model}, {work}", *cells])
             print(*lines[-1], sep="; ", flush=True)
-    print_table(f"a step, ms (times the floor), {tokens} tokens, {rows} rows", ["", *NAMES], lines)
+    print_table(f"a step, ms (times the floor), {tokens} tokens, {rows} rows", ["", *names], lines)
 
 
 def run_memory(matrices: Sequence[str], tokens: int) -> None:
@@ -66,18 +69,33 @@ def run_memory(matrices: Sequence[str], tokens: int) -> None:
     print_table(title, columns, lines)
 
 
+def run_memory_of_new(matrices: Sequence[str], tokens: int) -> None:
+    """The same for 16 new tokens."""
+    lines = []
+    for model in matrices:
+        work = Work(*MATRICES[model], 2, "float32", tokens, 16)
+        floor, *peaks = (measure(name, work) for name in NEW_TOKENS)
+        above = [f"{p / MIB:,.0f} ({(p - floor) / work.matrix_bytes:.1%})" for p in peaks]
+        lines.append([f"{model}, {work}", f"{floor / MIB:,.0f}", *above])
+        print(*lines[-1], sep="; ", flush=True)
+    title = "peak over the loaded model, MiB (above the floor, of the matrix), 16 new tokens"
+    print_table(title, ["", *NEW_TOKENS], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--memory", action="store_true", help="measure memory in place of time")
+    parser.add_argument("--new-tokens", action="store_true", help="for 16 that the model lacks")
     parser.add_argument("--quick", action="store_true", help="the smallest matrix alone")
     options = parser.parse_args()
     matrices = list(MATRICES)[: 1 if options.quick else None]
     if options.memory:
-        run_memory(matrices, options.tokens)
+        (run_memory_of_new if options.new_tokens else run_memory)(matrices, options.tokens)
     else:
-        run(matrices, options.repeats, options.tokens)
+        names = NEW_TOKENS if options.new_tokens else NAMES
+        run(matrices, names, options.repeats, options.tokens)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,12 @@ def test_the_bench_page_has_no_code():
 
 def test_the_examples_page_s_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    namespace = run("examples/README.md", 7)
+    namespace = run("examples/README.md", 8)
     assert "2 of 1,000 rows × 64, float32, tied with lm_head.weight" in capsys.readouterr().out
     assert same_bits(namespace["restored"], namespace["model"].state_dict())
     assert not same_bits(namespace["restored"], namespace["merged"])
+    assert len(namespace["grown"]["lm_head.weight"]) == namespace["vocabulary"] + 2
+    assert namespace["out"].logits.shape[-1] == namespace["vocabulary"] + 2
     folder = namespace["folder"]
     weights = [folder / name / "model.safetensors" for name in ("model", "merged", "restored")]
     before, merged, restored = (path.read_bytes() for path in weights)
