@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from tests.helpers.clients import IDS, STEPS, batch, loss_at, setting, trainable
-from tests.helpers.models import V, loss_of
+from tests.helpers.models import V, loss_of, make
 from tests.helpers.oracle import edited, row_gradients
-from ttfunc import TokenDeltas
+from tests.helpers.rows import random_rows
+from ttfunc import TokenDeltas, functional_call, patch
 
 NAME = "embed_tokens.weight"
 CASES = ["tied", "untied", "biased", "encoder_decoder", "einsum"]
@@ -184,3 +185,37 @@ def test_maps_of_optree_and_torch_agree():
     largest = optree.tree_reduce(torch.maximum, optree.tree_map(torch.max, params))
     assert largest == before[NAME].max()
     assert loss_at(model, doubled, batch(0)) != loss_at(model, params, batch(0))
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_weight_decay_pulls_towards_the_start_and_leaves_what_no_batch_reads(functional: bool):
+    model = make("untied").requires_grad_(False)  # whose head does not read the embedding
+    start = random_rows(model, [7, 3])
+    x = torch.tensor([[7, 1, 7, 2]])  # without token 3
+
+    def loss(offset: TokenDeltas) -> torch.Tensor:
+        moved = optree.tree_map(torch.add, start, offset)
+        return loss_of(functional_call(model, patch(moved), (x,)))
+
+    offset = optree.tree_map(lambda row: torch.zeros_like(row).requires_grad_(), start)
+    if functional:
+        optimizer = torchopt.adamw(1e-2, weight_decay=0.5)
+        state = optimizer.init(offset)
+        for _ in range(5):
+            updates, state = optimizer.update(grad(loss)(offset), state, params=offset)
+            offset = torchopt.apply_updates(offset, updates, inplace=False)
+    else:
+        optimizer = torch.optim.AdamW(optree.tree_leaves(offset), lr=1e-2, weight_decay=0.5)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss(offset).backward()
+            optimizer.step()
+    (moved,) = optree.tree_leaves(offset)
+    assert moved[0].abs().min() > 0
+    assert moved[1].count_nonzero() == 0
+    # Without a gradient decay alone is left, and brings the row back.
+    (before,) = (leaf.detach().clone() for leaf in optree.tree_leaves(offset))
+    plain = torch.optim.AdamW([kept := before.clone().requires_grad_()], lr=1e-2, weight_decay=0.5)
+    kept.grad = torch.zeros_like(kept)
+    plain.step()
+    assert (kept[0].abs() < before[0].abs()).all()
