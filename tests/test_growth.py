@@ -211,6 +211,21 @@ def test_new_ids_that_cannot_be():
         functional_call(model, patch(a), tokens(V + 2))
 
 
+def test_no_new_ids_grow_nothing():
+    params = init_deltas(llama(tie=False), iter([7, 3]), grow=True)
+    assert {name: spec.grown for name, spec in params.specs.items()} == {f"model.{NAME}": 0}
+    both = init_deltas(llama(tie=False), iter([7, V]), grow=True)
+    assert [spec.grown for spec in both.specs.values()] == [1, 1]
+
+
+def test_a_compiled_model():
+    model = make("tied").requires_grad_(False)
+    params, compiled = grown(model), torch.compile(model, backend="eager")
+    weights = {f"_orig_mod.{name}": weight for name, weight in patch(params).items()}
+    expected = lengthened(model, params)(X)
+    torch.testing.assert_close(functional_call(compiled, weights, X), expected)
+
+
 def test_one_end_of_an_untied_model_is_refused():
     model = llama(tie=False)
     match = r"would have \{'model.embed_tokens': 25, 'lm_head': 23\} rows.*targets=\['model.embed"

@@ -110,16 +110,17 @@ def _requests(
             raise ValueError("no token indices: idx is an empty mapping. Name a target in it.")
         wanted = [(find_targets(model, [key]), ids) for key, ids in idx.items()]
     else:
-        both = both_ends(model) if grow and targets is None else {}
-        wanted = [(both or find_targets(model, targets), idx)]
+        idx = list(idx) if isinstance(idx, Iterator) else idx  # which may be read twice
+        named = find_targets(model, targets)
+        if grow and targets is None and _has_new(named, idx):
+            named = both_ends(model) or named
+        wanted = [(named, idx)]
 
     requests: dict[str, tuple[str, Matrix, TokenIndices]] = {}
     for target, module, ids in _each_module(wanted):
         weight = module.get_parameter("weight")
-        matrix, indices = (
-            matrix_of(model, weight),
-            token_indices(ids, weight.shape[0], target, grow),
-        )
+        matrix = matrix_of(model, weight)
+        indices = token_indices(ids, weight.shape[0], target, grow)
         first, _, other = requests.setdefault(matrix.names[0], (target, matrix, indices))
         if other != indices:
             raise ValueError(
@@ -128,9 +129,17 @@ def _requests(
                 "ones in the same order, or name only one of the two."
             )
         _warn_of_padding(target, module, indices)
-    if grow:
-        _check_ends(model, [(matrix, indices) for _, matrix, indices in requests.values()])
-    return [(matrix, indices) for _, matrix, indices in requests.values()]
+    found = [(matrix, indices) for _, matrix, indices in requests.values()]
+    if any(max(indices.ids) >= len(matrix.tensor) for matrix, indices in found):
+        _check_ends(model, found)
+    return found
+
+
+def _has_new(named: Mapping[str, nn.Module], idx: Iterable[int]) -> bool:
+    """Whether one of the ids is past the end of the one matrix."""
+    ((name, module),) = named.items()
+    height = len(module.get_parameter("weight"))
+    return max(token_indices(idx, height, name, grow=True).ids) >= height
 
 
 def _check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) -> None:

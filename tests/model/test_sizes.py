@@ -29,6 +29,15 @@ def test_a_config_and_those_in_it_are_copied_and_resized():
     assert again["config"] is state["config"]
 
 
+def test_what_is_called_so_and_is_no_config_stays():
+    def get_config() -> None: ...
+
+    state = {"get_config": get_config, "config": dict, "path_config": "a", "other_config": None}
+    before = dict(state)
+    resize(state, {23: 25}, {})
+    assert state == before
+
+
 def test_a_size_under_another_name():
     names = {"vocab_size": "symbols"}
     state = {"config": Config(symbols=23, vocab_size=7, attribute_map=names)}

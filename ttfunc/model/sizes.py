@@ -27,7 +27,7 @@ def resize(state: dict[str, Any], sizes: Mapping[int, int], made: dict[int, Any]
 
 
 def _is_config(name: str, value: Any) -> bool:
-    return name.endswith("config") and hasattr(value, "__dict__") and not isinstance(value, type)
+    return name.endswith("config") and hasattr(value, "__dict__") and not callable(value)
 
 
 def _resized(config: Any, sizes: Mapping[int, int], made: dict[int, Any]) -> Any:
