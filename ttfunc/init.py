@@ -100,22 +100,7 @@ def _requests(
     grow: bool,
 ) -> list[tuple[Matrix, TokenIndices]]:
     """Each distinct matrix that is asked for, with its indices."""
-    if isinstance(idx, Mapping):
-        if targets is not None:
-            raise ValueError(
-                f"idx is a mapping with targets of its own, {list(idx)}, and targets={targets!r} "
-                "is given too. Give one of the two."
-            )
-        if not idx:
-            raise ValueError("no token indices: idx is an empty mapping. Name a target in it.")
-        wanted = [(find_targets(model, [key]), ids) for key, ids in idx.items()]
-    else:
-        idx = list(idx) if isinstance(idx, Iterator) else idx  # which may be read twice
-        named = find_targets(model, targets)
-        if grow and targets is None and _has_new(named, idx):
-            named = both_ends(model) or named
-        wanted = [(named, idx)]
-
+    wanted = _wanted(model, idx, targets, grow)
     requests: dict[str, tuple[str, Matrix, TokenIndices]] = {}
     for target, module, ids in _each_module(wanted):
         weight = module.get_parameter("weight")
@@ -133,6 +118,29 @@ def _requests(
     if any(max(indices.ids) >= len(matrix.tensor) for matrix, indices in found):
         _check_ends(model, found)
     return found
+
+
+def _wanted(
+    model: nn.Module,
+    idx: Iterable[int] | Mapping[str, Iterable[int]],
+    targets: Targets | None,
+    grow: bool,
+) -> list[tuple[dict[str, nn.Module], Iterable[int]]]:
+    """Groups of modules, each with its ids."""
+    if not isinstance(idx, Mapping):
+        idx = list(idx) if isinstance(idx, Iterator) else idx  # it may be read twice
+        named = find_targets(model, targets)
+        if grow and targets is None and _has_new(named, idx):
+            named = both_ends(model) or named
+        return [(named, idx)]
+    if targets is not None:
+        raise ValueError(
+            f"idx is a mapping with targets of its own, {list(idx)}, and targets={targets!r} "
+            "is given too. Give one of the two."
+        )
+    if not idx:
+        raise ValueError("no token indices: idx is an empty mapping. Name a target in it.")
+    return [(find_targets(model, [key]), ids) for key, ids in idx.items()]
 
 
 def _has_new(named: Mapping[str, nn.Module], idx: Iterable[int]) -> bool:

@@ -40,30 +40,11 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
     for name, weight in weights.items():
         if name in slots and slots[name].weight is weight:  # by another name of the same matrix
             continue
-        source = weight.source if is_patch(weight) else None
-        matrix = source.matrix if source is not None else None
-        if matrix is None or name not in matrix.names:
-            # The caller uses another name, as for a wrapper of the model.
-            matrix = matrix_of(model, _named(model, name))
-        if source is not None and source.rows.by_example:
-            check_batch_first(model)
-        ways = [way_to(model, one) for one, _ in matrix.slots]
-        held = [held_at(way, one) for way, (one, _) in zip(ways, matrix.slots, strict=True)]
-        if source is not None and source.matrix is not None:
-            check_fresh(model, matrix, held, source)
-        elif not _fits(weight, matrix.tensor, weights):
-            raise ValueError(
-                f"the weight for {name!r} has shape {tuple(weight.shape)}, but that of "
-                f"{type(model).__name__} has {tuple(matrix.tensor.shape)}. Give one of that shape."
-            )
-        counted = is_patch(weight) and not torch.compiler.is_dynamo_compiling()
-        stand_in = weight.unread() if counted else weight  # type: ignore[attr-defined]
-        for (one, tensor), way, now in zip(matrix.slots, ways, held, strict=True):
-            slot = Slot(one, way, tensor if now is None else now, weight, stand_in, matrix)
-            if slots.setdefault(one, slot).weight is not weight:
+        for slot in _slots_of(model, name, weight, weights):
+            if slots.setdefault(slot.name, slot).weight is not weight:
                 raise ValueError(
                     f"{name!r} and another of the names {list(weights)} are one tied weight of "
-                    f"{type(model).__name__} ({one!r}). Give it once."
+                    f"{type(model).__name__} ({slot.name!r}). Give it once."
                 )
     for slot in [slot for slot in slots.values() if is_patch(slot.weight)]:
         for bias in _biases(slot, slots):
@@ -71,6 +52,33 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
     found = list(slots.values())
     _check_ties(model, [slot for slot in found if _is_of(slot.weight, slot.matrix)])
     return found
+
+
+def _slots_of(
+    model: nn.Module, name: str, weight: Tensor, weights: Mapping[str, Tensor]
+) -> list[Slot]:
+    source = weight.source if is_patch(weight) else None
+    matrix = source.matrix if source is not None else None
+    if matrix is None or name not in matrix.names:
+        # The caller uses another name, as for a wrapper of the model.
+        matrix = matrix_of(model, _named(model, name))
+    if source is not None and source.rows.by_example:
+        check_batch_first(model)
+    ways = [way_to(model, one) for one, _ in matrix.slots]
+    held = [held_at(way, one) for way, (one, _) in zip(ways, matrix.slots, strict=True)]
+    if source is not None and source.matrix is not None:
+        check_fresh(model, matrix, held, source)
+    elif not _fits(weight, matrix.tensor, weights):
+        raise ValueError(
+            f"the weight for {name!r} has shape {tuple(weight.shape)}, but that of "
+            f"{type(model).__name__} has {tuple(matrix.tensor.shape)}. Give one of that shape."
+        )
+    counted = is_patch(weight) and not torch.compiler.is_dynamo_compiling()
+    stand_in = weight.unread() if counted else weight  # type: ignore[attr-defined]
+    return [
+        Slot(one, way, tensor if now is None else now, weight, stand_in, matrix)
+        for (one, tensor), way, now in zip(matrix.slots, ways, held, strict=True)
+    ]
 
 
 def sizes_of(slots: Sequence[Slot]) -> dict[int, int]:

@@ -161,17 +161,6 @@ def _write_copy(
 ) -> None:
     warn_of_copies(checkpoint)
     resized = resizing(checkpoint, matrices, heights)
-    edits = {
-        name: [
-            edit
-            for stored in matrices
-            if stored.file == name
-            for edit in stored.edits(
-                stored.rows, heights[stored.name], resized.moved(checkpoint, stored)
-            )
-        ]
-        for name in checkpoint.headers
-    }
     done, total = 0, checkpoint.size
 
     def advance(count: int) -> None:
@@ -187,7 +176,15 @@ def _write_copy(
             make_directory(checkpoint.root / name, partial / name)
         for name in checkpoint.files:
             pieces = resized.pieces(checkpoint, name)
-            _copy_one(checkpoint, name, edits.get(name, []), pieces, partial, advance)
+            edits = (
+                edit
+                for stored in matrices
+                if stored.file == name
+                for edit in stored.edits(
+                    stored.rows, heights[stored.name], resized.moved(checkpoint, stored)
+                )
+            )
+            _copy_one(checkpoint, name, edits, pieces, partial, advance)
         for name in reversed(folders):
             sync_directory(partial / name)
         checkpoint.check_unchanged()  # so all of the copy is from one point in time
