@@ -29,8 +29,9 @@ from tests.helpers.lessons import (
     looped,
     student,
 )
+from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
-from ttfunc import functional_call, merge, patch
+from ttfunc import functional_call, init_deltas, merge, patch
 from ttfunc.module import TokenModule
 
 
@@ -72,6 +73,29 @@ def test_trainer_equals_the_functional_loop(tmp_path):
     assert distance(rows, looped()) < 2e-6
     module.eval()
     assert oracle.snapshot(module.base) == before
+
+
+def test_trainer_on_new_tokens_equals_that_on_a_model_that_has_them(tmp_path):
+    """The labels are new tokens, and the loss is the model's own."""
+    small = llama(vocabulary=48, width=16)
+    state = {name: tensor[:48] for name, tensor in student().state_dict().items()}
+    small.load_state_dict(state)
+    start = bridge().params().deltas[NAME].detach()
+    params = init_deltas(small, TOKENS, grow=True, init=start)
+    module = TokenModule(small, params)
+    rows = trained(tmp_path, module, save_strategy="steps", save_steps=4)
+    assert distance(rows, looped()) < 2e-6
+    assert (small.config.vocab_size, len(small.lm_head.weight)) == (48, 48)
+    again = TokenModule(small, init_deltas(small, TOKENS, grow=True, init=start))
+    assert torch.equal(trained(tmp_path / "b", again, tmp_path / "checkpoint-4"), rows)
+    plain, options = bridge(), arguments(tmp_path, label_smoothing_factor=0.1)
+    with torch.no_grad():
+        plain.params().deltas[NAME].copy_(rows)
+    found = [
+        Trainer(model=one, args=options, eval_dataset=lessons()).evaluate()["eval_loss"]
+        for one in (module, plain)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_trainer_resumes_bit_for_bit_from_kilobytes(tmp_path):
