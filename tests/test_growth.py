@@ -9,6 +9,7 @@ import copy
 from typing import Any
 
 import optree
+import peft
 import pytest
 import torch
 import transformers
@@ -26,10 +27,12 @@ from ttfunc import (
     functional_call,
     init_deltas,
     load,
+    load_peft,
     merge,
     patch,
     patch_mixed,
     save,
+    save_peft,
     stack,
     unmerge,
 )
@@ -181,6 +184,36 @@ def test_a_file_of_new_rows(tmp_path):
     torch.testing.assert_close(
         functional_call(resized, patch(again), X), functional_call(model, patch(params), X)
     )
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+def test_a_peft_adapter_of_new_tokens_is_for_a_model_that_was_resized(tmp_path):
+    model = llama()
+    params = random_rows(model, NEW, grow=True)
+    save_peft(params, tmp_path / "adapter")
+    resized = copy.deepcopy(model)
+    resized.resize_token_embeddings(V + 2, mean_resizing=False)
+    expected = functional_call(model, patch(params), X).logits
+    loaded = load_peft(tmp_path / "adapter", resized)
+    torch.testing.assert_close(functional_call(resized, patch(loaded), X).logits, expected)
+    theirs = peft.PeftModel.from_pretrained(resized, tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(X).logits, expected)
+    with pytest.raises(ValueError, match=r"\[23, 24\] are past the end"):
+        load_peft(tmp_path / "adapter", model)
+
+
+def test_one_tensor_in_a_state_dict_for_a_matrix_that_grows_and_one_that_does_not():
+    model = make("untied")
+    state = model.state_dict()
+    state["lm_head.weight"] = state[NAME]
+    params = combine(
+        random_rows(model, NEW, targets="embed_tokens", grow=True),
+        random_rows(model, [3], targets="lm_head"),
+    )
+    merged = merge(state, params)
+    assert merged[NAME] is merged["lm_head.weight"]
+    assert torch.equal(merged[NAME][NEW], params.deltas[NAME])
+    assert torch.equal(merged[NAME][3], params.deltas["lm_head.weight"][0])
 
 
 def test_where_new_rows_start():

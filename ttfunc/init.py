@@ -75,9 +75,9 @@ def init_deltas(
     deltas, specs = {}, {}
     for matrix, indices in _requests(model, idx, targets, grow):
         weight = matrix.tensor.detach()
-        name, ids = matrix.names[0], indices.on(weight.device).ids
-        originals = _originals(weight, ids, indices)
-        start = _start(init, weight, ids, originals, name, generator)
+        name = matrix.names[0]
+        originals = _originals(weight, indices)
+        start = _start(init, weight, indices, originals, name, generator)
         delta = start.to(weight.device, dtype or _delta_dtype(weight.dtype), copy=True)
         deltas[name] = delta.requires_grad_(requires_grad)
         shape = (weight.shape[0], weight.shape[1])
@@ -85,8 +85,9 @@ def init_deltas(
     return TokenDeltas(deltas, specs)
 
 
-def _originals(weight: Tensor, ids: Tensor, indices: TokenIndices) -> Tensor:
+def _originals(weight: Tensor, indices: TokenIndices) -> Tensor:
     """The rows as they are; zeros for new tokens."""
+    ids = indices.on(weight.device).ids
     if max(indices.ids) < len(weight):
         return weight.index_select(0, ids)
     new = (ids >= len(weight)).unsqueeze(-1)
@@ -131,7 +132,7 @@ def _wanted(
         idx = list(idx) if isinstance(idx, Iterator) else idx  # it may be read twice
         named = find_targets(model, targets)
         if grow and targets is None and _has_new(named, idx):
-            named = both_ends(model) or named
+            named = both_ends(model)
         return [(named, idx)]
     if targets is not None:
         raise ValueError(
@@ -190,7 +191,7 @@ def _warn_of_padding(target: str, module: nn.Module, indices: TokenIndices) -> N
 def _start(
     init: Init,
     weight: Tensor,
-    ids: Tensor,
+    indices: TokenIndices,
     originals: Tensor,
     name: str,
     generator: torch.Generator | None,
@@ -198,10 +199,10 @@ def _start(
     if isinstance(init, str):
         if init not in _STARTS:
             raise ValueError(f"init={init!r} is unknown. {_INITS}")
-        return _STARTS[init](weight, ids, generator)
+        return _STARTS[init](weight, indices, generator)
     if not (isinstance(init, Tensor) or callable(init)):
         raise TypeError(f"init is a {type(init).__name__}. {_INITS}")
-    start = init if isinstance(init, Tensor) else _called(init, weight, ids, name)
+    start = init if isinstance(init, Tensor) else _called(init, weight, indices, name)
     if not isinstance(start, Tensor) or start.shape != originals.shape:
         got = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
         raise ValueError(
@@ -213,19 +214,21 @@ def _start(
     return start.detach()
 
 
-def _base(weight: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
-    rows = weight.index_select(0, ids.clamp(max=len(weight) - 1))
-    new = (ids >= len(weight)).unsqueeze(-1)
-    mean = _mean(weight, ids, generator)
-    return torch.where(new, mean.to(rows.dtype), rows)
+def _base(weight: Tensor, indices: TokenIndices, generator: torch.Generator | None) -> Tensor:
+    rows = _originals(weight, indices)
+    if max(indices.ids) < len(weight):  # the mean reads the whole matrix
+        return rows
+    new = (indices.on(weight.device).ids >= len(weight)).unsqueeze(-1)
+    mean = _mean(weight, indices, generator)
+    return torch.where(new, mean, rows.to(mean.dtype))
 
 
-def _mean(weight: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
-    return weight.mean(0, dtype=_delta_dtype(weight.dtype)).expand(len(ids), -1)
+def _mean(weight: Tensor, indices: TokenIndices, generator: torch.Generator | None) -> Tensor:
+    return weight.mean(0, dtype=_delta_dtype(weight.dtype)).expand(len(indices), -1)
 
 
-def _normal(weight: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
-    mean = _mean(weight, ids, generator)
+def _normal(weight: Tensor, indices: TokenIndices, generator: torch.Generator | None) -> Tensor:
+    mean = _mean(weight, indices, generator)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     # torch has no std for 8-bit floats.
     wide = weight.to(mean.dtype) if weight.element_size() == 1 else weight
@@ -236,10 +239,10 @@ _STARTS = {"base": _base, "mean": _mean, "normal": _normal}
 
 
 def _called(
-    init: Callable[[Tensor, Tensor], Tensor], weight: Tensor, ids: Tensor, name: str
+    init: Callable[[Tensor, Tensor], Tensor], weight: Tensor, indices: TokenIndices, name: str
 ) -> Tensor:
     version = version_of(weight)
-    start = init(weight, ids.clone())
+    start = init(weight, indices.on(weight.device).ids.clone())
     if version_of(weight) != version:
         raise RuntimeError(
             f"the function init wrote to the matrix {name!r}, which is the model's own. Load the "

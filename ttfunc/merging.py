@@ -163,10 +163,11 @@ def _written(
         ids = spec.indices.on(matrix.device).ids
         if original:
             ids, rows = spec.known(rows)
-        longer = spec.shape[0] + spec.grown - len(matrix)
-        written = _with_rows(matrix, ids, rows, 0 if original else longer)
+        # Another matrix that is this tensor here may have made it longer already.
+        longer = 0 if original else max(0, spec.shape[0] + spec.grown - len(matrix))
+        written = _with_rows(matrix, ids, rows, longer)
         result.update(dict.fromkeys(aliases, written))
-        if spec.grown and not original:
+        if longer:
             for names in biases_of(state_dict, aliases, spec.shape[0]):
                 bias = F.pad(result[names[0]], (0, longer))
                 result.update(dict.fromkeys(names, bias))

@@ -180,9 +180,7 @@ def _write_copy(
                 edit
                 for stored in matrices
                 if stored.file == name
-                for edit in stored.edits(
-                    stored.rows, heights[stored.name], resized.moved(checkpoint, stored)
-                )
+                for edit in stored.edits(stored.rows, heights[stored.name], resized.moved(stored))
             )
             _copy_one(checkpoint, name, edits, pieces, partial, advance)
         for name in reversed(folders):

@@ -37,17 +37,18 @@ class Resizing:
     """What is to have another size in a checkpoint.
 
     sizes: of the vocabulary, from the old to the new one. tails: of the tensors in each file.
+    headers: of these files the new one, and where each tensor begins in the new file.
     """
 
     sizes: dict[int, int] = field(default_factory=dict)
     tails: dict[str, dict[str, Tail]] = field(default_factory=dict)
+    headers: dict[str, tuple[bytes, dict[str, int]]] = field(default_factory=dict)
 
-    def moved(self, checkpoint: Checkpoint, stored: StoredMatrix) -> int:
+    def moved(self, stored: StoredMatrix) -> int:
         """By how many bytes the matrix begins later in the new file."""
-        if stored.file not in self.tails:
+        if stored.file not in self.headers:
             return 0
-        _, starts, length = self._header(checkpoint, stored.file)
-        return length + starts[stored.name] - stored.entry.start
+        return self.headers[stored.file][1][stored.name] - stored.entry.start
 
     def pieces(self, checkpoint: Checkpoint, name: str) -> list[Piece] | None:
         """What a file consists of; None for one that stays as it is."""
@@ -61,8 +62,7 @@ class Resizing:
         return None
 
     def _of_tensors(self, checkpoint: Checkpoint, name: str) -> list[Piece]:
-        header, _, _ = self._header(checkpoint, name)
-        pieces: list[Piece] = [header]
+        pieces: list[Piece] = [self.headers[name][0]]
         entries, tails = checkpoint.headers[name], self.tails[name]
         for tensor, entry in _in_order(entries):
             tail = tails.get(tensor)
@@ -71,23 +71,6 @@ class Resizing:
             if tail is not None:
                 pieces.append(tail.more)
         return pieces
-
-    def _header(self, checkpoint: Checkpoint, name: str) -> tuple[bytes, dict[str, int], int]:
-        """The new header, where each tensor begins behind it, and how long it is."""
-        entries, tails = checkpoint.headers[name], self.tails[name]
-        header = _own_form(checkpoint, name)
-        starts: dict[str, int] = {}
-        at = 0
-        for tensor, entry in _in_order(entries):
-            shape, size = list(entry.shape), entry.end - entry.start
-            if tensor in tails:
-                shape[tails[tensor].dim] = tails[tensor].size
-                size += tails[tensor].longer(entry)
-            starts[tensor] = at
-            at += size
-            header[tensor].update(shape=shape, data_offsets=[starts[tensor], at])
-        raw = _serialized(header)
-        return raw, starts, len(raw)
 
     def _index(self, checkpoint: Checkpoint, text: str) -> str:
         """The index of the shards, with the new sizes in its metadata."""
@@ -127,9 +110,27 @@ def resizing(
                     width = BITS[header[bias].dtype] // 8
                     tails = found.tails.setdefault(file, {})
                     tails[bias] = Tail(-1, new, bytes(max(0, new - old) * width))
-    for name in found.tails:
-        _own_form(checkpoint, name)
+    for name, tails in found.tails.items():
+        found.headers[name] = _resized_header(checkpoint, name, tails)
     return found
+
+
+def _resized_header(
+    checkpoint: Checkpoint, name: str, tails: Mapping[str, Tail]
+) -> tuple[bytes, dict[str, int]]:
+    header = _own_form(checkpoint, name)
+    starts: dict[str, int] = {}
+    at = 0
+    for tensor, entry in _in_order(checkpoint.headers[name]):
+        shape, size = list(entry.shape), entry.end - entry.start
+        if tensor in tails:
+            shape[tails[tensor].dim] = tails[tensor].size
+            size += tails[tensor].longer(entry)
+        starts[tensor] = at
+        at += size
+        header[tensor].update(shape=shape, data_offsets=[starts[tensor], at])
+    raw = _serialized(header)
+    return raw, {tensor: len(raw) + start for tensor, start in starts.items()}
 
 
 def _in_order(entries: Mapping[str, Any]) -> list[tuple[str, Any]]:

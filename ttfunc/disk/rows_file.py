@@ -110,12 +110,13 @@ def load(
         TokenDeltas with the deltas and originals of the file, bit for bit and in its dtypes. They
         are on the device of the matrix; for a model on `meta` they are on the CPU, so that they can
         be merged into real weights. Warns where the model's rows are not the originals of the file:
-        `unmerge` writes those of the file.
+        `unmerge` writes those of the file. On a matrix of another height the ids decide: those past
+        its end are new tokens, and new tokens that it has by now are replaced ones.
 
     Raises:
         KeyError: the model has no parameter with a name in the file, or in `names`.
-        ValueError: the model has the matrix in another shape, or tied to other names than in the
-            file; or the file cannot be `read`.
+        ValueError: the model has the matrix in another width, without room for the ids, or tied to
+            other names than in the file; or the file cannot be `read`.
         FileNotFoundError: there is no file.
     """
     path = path_of(path, "load(path, model)")

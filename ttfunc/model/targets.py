@@ -219,10 +219,10 @@ def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
         )
 
 
-def _named_by_model(model: nn.Module) -> object:
-    """The input embedding that the model itself names; None where it names none."""
+def _named_by_model(model: nn.Module, end: str = "input") -> object:
+    """The embedding of that end that the model itself names; None where it names none."""
     try:
-        return model.get_input_embeddings()  # type: ignore[operator]
+        return getattr(model, f"get_{end}_embeddings")()
     except (AttributeError, NotImplementedError):  # not a transformers model, or a composite one
         return None
 
@@ -249,10 +249,7 @@ def _input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
 
 def both_ends(model: nn.Module) -> dict[str, nn.Module]:
     """The input embedding and the head of a model that names both, where they are as high."""
-    try:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        head = None
+    head = _named_by_model(model, "output")
     try:
         found = dict([_input_embedding(model)])
     except (TypeError, ValueError):  # which init_deltas says, where nothing else is named

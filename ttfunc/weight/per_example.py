@@ -14,6 +14,7 @@ from ttfunc.torch_private import outside_of_transforms, transforms_active
 from ttfunc.weight.placeholder import NaNPlaceholder, nan_placeholder
 from ttfunc.weight.reads import (
     autocast,
+    bias_at,
     bias_of_base,
     known_tokens,
     lengthened,
@@ -56,13 +57,13 @@ class PerExampleRows(NamedTuple):
     def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear` of `(B, ..., D)` hidden states: `(B, ..., V)`."""
         self._check(hidden, least=3)
-        height = len(base) + self.grown
         fresh = lengthened(F.linear(hidden, base, bias_of_base(bias, base)), self.grown)
         ids = self.indices.on(base.device).ids
         rows = autocast(self.values)[self.assignment]
         columns = autocast(hidden).flatten(1, -2) @ rows.mT
-        if bias is not None:
-            columns = columns + lengthened(autocast(bias), height - len(bias))[ids]
+        some_bias = bias_at(ids, bias, base, self.grown)
+        if some_bias is not None:
+            columns = columns + autocast(some_bias)
         own = self.own[self.assignment].view(-1, *[1] * (hidden.ndim - 2), len(ids))
         columns = columns.view(*hidden.shape[:-1], len(ids))
         columns = torch.where(own, columns, fresh.index_select(-1, ids))

@@ -94,8 +94,8 @@ class SharedRows(NamedTuple):
 
 
 def known_tokens(tokens: Tensor, hit: Tensor, grown: int) -> Tensor:
-    """Tokens that the base has: any in place of new ones, whose rows are elsewhere."""
-    # What is no token at all stays what it is, and F.embedding says so.
+    """Tokens to look up in the base: 0 in place of those that have rows, which may be new ones."""
+    # An id that is no token stays as it is, and F.embedding raises for it.
     return torch.where(hit, 0, tokens) if grown else tokens
 
 
