@@ -43,8 +43,6 @@ NAME = "embed_tokens.weight"
 
 
 def grown(model: nn.Module, idx: object = tuple(NEW), seed: int = 0, **options: Any) -> TokenDeltas:
-    if model.__class__.__name__ == "Language" and "targets" not in options:
-        options["targets"] = ["embed_tokens", "lm_head"]  # untied, if they are
     return random_rows(model, list(idx), seed, grow=True, **options)
 
 

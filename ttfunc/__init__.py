@@ -11,6 +11,7 @@ from ttfunc.mixing import patch_mixed
 from ttfunc.module import TokenModule
 from ttfunc.patching import patch
 from ttfunc.peft.convert import load_peft, save_peft
+from ttfunc.pieces import mean_of_pieces
 from ttfunc.stacking import stack
 from ttfunc.weight.deferred import PatchedWeight
 
@@ -20,6 +21,7 @@ __all__ = [
     # the rows, and where they come from
     "TokenDeltas",
     "init_deltas",
+    "mean_of_pieces",
     "combine",
     "stack",
     # the call

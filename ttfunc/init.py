@@ -132,7 +132,7 @@ def _wanted(
         idx = list(idx) if isinstance(idx, Iterator) else idx  # it may be read twice
         named = find_targets(model, targets)
         if grow and targets is None and _has_new(named, idx):
-            named = both_ends(model)
+            named = both_ends(model, likely=True)
         return [(named, idx)]
     if targets is not None:
         raise ValueError(

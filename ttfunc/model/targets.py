@@ -247,19 +247,26 @@ def _input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
     )
 
 
-def both_ends(model: nn.Module) -> dict[str, nn.Module]:
-    """The input embedding and the head of a model that names both, where they are as high."""
-    head = _named_by_model(model, "output")
+def both_ends(model: nn.Module, likely: bool = False) -> dict[str, nn.Module]:
+    """The input embedding and the head of a model that names both, where they are as high.
+
+    With `likely`, the only Linear of this height is the head of a model that names none.
+    """
     try:
         found = dict([_input_embedding(model)])
     except (TypeError, ValueError):  # which init_deltas says, where nothing else is named
         return {}
     (first,) = found.values()
     height = len(first.get_parameter("weight"))
-    for name, module in model.named_modules():
-        if module is head and isinstance(module, nn.Linear) and len(module.weight) == height:
-            found[name] = module
-    return found
+    heads = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and len(module.weight) == height
+    }
+    named = _named_by_model(model, "output")
+    if named is not None or not likely or len(heads) > 1:
+        heads = {name: module for name, module in heads.items() if module is named}
+    return {**found, **heads}
 
 
 def _candidates(model: nn.Module, most: int = 8) -> str:
