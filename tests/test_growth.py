@@ -46,13 +46,13 @@ def grown(model: nn.Module, idx: object = tuple(NEW), seed: int = 0, **options: 
     return random_rows(model, list(idx), seed, grow=True, **options)
 
 
-def lengthened(model: nn.Module, params: TokenDeltas) -> nn.Module:
+def lengthened(model: nn.Module, params: TokenDeltas, height: int = V) -> nn.Module:
     """A copy with the new rows at the end of each matrix, and zeros at the end of its biases."""
     model = copy.deepcopy(model)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, held in list(module._parameters.items()):
-            if held is not None and len(held) == V:
+            if held is not None and len(held) == height:
                 longer = torch.cat([held, torch.zeros(2, *held.shape[1:])])
                 made.setdefault(id(held), nn.Parameter(longer.detach()))
                 module._parameters[name] = made[id(held)]
@@ -240,6 +240,60 @@ def test_new_ids_that_cannot_be():
         combine(a, b)
     with pytest.raises(IndexError, match="out of range"):  # torch's, of a token that nobody has
         functional_call(model, patch(a), tokens(V + 2))
+
+
+@pytest.mark.parametrize("case", ["tied", "untied", "biased"])
+def test_new_tokens_that_follow_on_earlier_ones(case, tmp_path):
+    model = make(case)
+    first, state = grown(model), model.state_dict()
+    then = random_rows(model, [V + 3, 5, V + 2], 1, grow=first)
+    both, x = combine(first, then), tokens(7, V, V + 3, V + 1, 5, V + 2)
+    expected = functional_call(lengthened(lengthened(model, first), then, V + 2), {}, x)
+    for weights in (patch(first, then), patch(then, first), patch(both), patch(both, dense=True)):
+        torch.testing.assert_close(functional_call(model, weights, x), expected)
+
+    merged = merge(merge(state, first), then)
+    assert same_bits(merged, merge(state, both))
+    assert same_bits(unmerge(merged, then), merge(state, first))
+    assert same_bits(unmerge(unmerge(merged, then), first), state)
+    assert same_bits(unmerge(merged, both), state)
+
+    save(then, tmp_path / "then.safetensors")
+    loaded = load(tmp_path / "then.safetensors", model)
+    torch.testing.assert_close(functional_call(model, patch(first, loaded), x), expected)
+    taller = lengthened(model, first)  # that was merged in the meantime
+    again = load(tmp_path / "then.safetensors", taller)
+    assert [spec.follows for spec in again.specs.values()] == [0] * len(first.specs)
+    torch.testing.assert_close(functional_call(taller, patch(again), x), expected)
+
+
+def test_new_tokens_that_follow_on_earlier_ones_are_nothing_without_them():
+    model = make("tied")
+    first = grown(model)
+    then = random_rows(model, [V + 2], grow=first)
+    match = r"leave out token 23.*combine\(first, these\), or patch\(first, these\)"
+    for use in (
+        lambda: patch(then),
+        lambda: patch_mixed([then], [0]),
+        lambda: vmap(lambda params: patch(params)[NAME].sum())(stack([then])),
+        lambda: TokenModule(model.requires_grad_(False), then),
+    ):
+        with pytest.raises(ValueError, match=match):
+            use()
+    with pytest.raises(ValueError, match=r"shape \(23, 8\), and the parameters were made for \(25"):
+        merge(model.state_dict(), then)
+    between = random_rows(model, [V + 3], grow=combine(first, then))
+    apart = combine(then, random_rows(model, [V + 4], grow=between))
+    with pytest.raises(ValueError, match="leave out token 26"):
+        merge(merge(model.state_dict(), first), apart)
+    with pytest.raises(ValueError, match=r"have \['1 after 2', 2\] new tokens"):
+        stack([then, first])
+    with pytest.raises(IndexError, match=r"\[24\] .* are of the parameters .* from 25"):
+        init_deltas(model, [V + 1, V + 2], grow=first)
+    with pytest.raises(IndexError, match=r"\[26\].* leave out 25"):
+        init_deltas(model, [V + 3], grow=first)
+    with pytest.raises(TypeError, match="grow is a list: give True"):
+        init_deltas(model, [V], grow=[V])  # type: ignore[arg-type]
 
 
 def test_no_new_ids_grow_nothing():

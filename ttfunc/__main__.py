@@ -84,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
             metavar="MODEL=CHECKPOINT",
             help="the name of a matrix in the model, and its other name in the checkpoint",
         )
+        command.add_argument(
+            "--tokenizer",
+            metavar="FOLDER",
+            help="a tokenizer of this folder in place of the source's, as one with the new tokens",
+        )
         command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
         command.set_defaults(run=_copy, command=name)
     what = "what a file of trained rows, an adapter of PEFT's, or a checkpoint holds"
@@ -127,6 +132,7 @@ def _copy(options: argparse.Namespace) -> None:
             options.params,
             options.destination,
             names=options.name or None,
+            tokenizer=options.tokenizer,
             progress=progress,
         )
     if not options.quiet:

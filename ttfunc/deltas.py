@@ -23,7 +23,8 @@ class RowSpec:
     names: all names of the matrix. shape: its `(V, D)`. indices: which rows. originals: the
     `(k, D)` rows as they were, in the matrix's dtype; zeros for new tokens. matrix: where the rows
     belong, in the model that they were made from; not part of the content, and not pickled. grown:
-    how many of them are new, for tokens that the matrix does not have.
+    how many of them are new, for tokens that the matrix does not have. follows: how many new tokens
+    of others come before the first of these.
     """
 
     names: tuple[str, ...]
@@ -33,10 +34,17 @@ class RowSpec:
     matrix: Matrix | None
 
     grown: int = field(init=False)
+    follows: int = field(init=False)
 
     def __post_init__(self) -> None:
-        new = sum(token >= self.shape[0] for token in self.indices.ids)
-        object.__setattr__(self, "grown", new)
+        new = [token for token in self.indices.ids if token >= self.shape[0]]
+        object.__setattr__(self, "grown", len(new))
+        object.__setattr__(self, "follows", min(new) - self.shape[0] if new else 0)
+
+    @property
+    def height(self) -> int:
+        """V, and the rows that it grows by."""
+        return max(self.shape[0], max(self.indices.ids) + 1)
 
     @property
     def counted(self) -> str:
@@ -184,17 +192,6 @@ def check_one_model(params: Sequence[TokenDeltas]) -> None:
                     "they were made from different models, or the model was tied in between. Make "
                     "all with init_deltas on the same model."
                 )
-
-
-def check_same_new(params: Sequence[TokenDeltas]) -> None:
-    """Raise ValueError where adapters that are to be side by side have other new tokens."""
-    for name in dict.fromkeys(name for given in params for name in given.specs):
-        found = [given.specs[name].grown if name in given.specs else 0 for given in params]
-        if len(set(found)) > 1:
-            raise ValueError(
-                f"the adapters have {found} new tokens for {name!r}: side by side their logits "
-                "must be of one size. Give each the same new ids."
-            )
 
 
 def _joined(a: Tensor, b: Tensor, name: str) -> Tensor:

@@ -155,13 +155,13 @@ def outside_of_autocast(device: torch.device) -> Iterator[None]:
 
 
 def token_indices(
-    idx: Iterable[Any], vocabulary: int, name: str, grow: bool = False
+    idx: Iterable[Any], vocabulary: int, name: str, first_new: int | None = None
 ) -> TokenIndices:
     """Token ids for the matrix `name` of `vocabulary` rows, from any sequence of integers.
 
     Takes a list, tuple, range, tensor or numpy array of one dimension. Raises TypeError for what is
-    not an integer, ValueError for an empty, repeated or negative one, IndexError past the end; with
-    `grow`, IndexError where an id between the end and one of them is left out.
+    not an integer, ValueError for an empty, repeated or negative one, IndexError past the end. Ids
+    from `first_new` on, if it is given, are allowed: IndexError where one of them is left out.
     """
     ids = [_token_id(token, name) for token in _elements(idx, name)]
     if not ids:
@@ -172,21 +172,15 @@ def token_indices(
             f"For the last row write {vocabulary - 1}."
         )
     beyond = [token for token in ids if token >= vocabulary]
-    if beyond and not grow:
+    if beyond and first_new is None:
         raise IndexError(
             f"token indices {shortened(beyond)} are past the end of {name!r}, which has "
             f"{vocabulary} rows (0 to {vocabulary - 1}). Resize the model first "
             "(model.resize_token_embeddings(len(tokenizer))), or use spare rows that it has. Or "
             "leave the model as it is: init_deltas(..., grow=True) takes new tokens."
         )
-    new = set(beyond)
-    # The first that is left out: an id from a file may be any number.
-    first = next(token for token in itertools.count(vocabulary) if token not in new)
-    if beyond and max(beyond) > first:
-        raise IndexError(
-            f"the new tokens {shortened(beyond)} for {name!r}, which has {vocabulary} rows, leave "
-            f"out {first}: new rows follow on the last one. Give all ids from {vocabulary} on."
-        )
+    if beyond and first_new is not None:
+        _check_new(beyond, first_new, name)
     if len(set(ids)) != len(ids):
         repeated = sorted(token for token, times in Counter(ids).items() if times > 1)
         raise ValueError(
@@ -194,6 +188,22 @@ def token_indices(
             "token has one row. Remove the copies: list(dict.fromkeys(idx)) keeps the order."
         )
     return TokenIndices(tuple(ids))
+
+
+def _check_new(new: list[int], first_new: int, name: str) -> None:
+    if early := [token for token in new if token < first_new]:
+        raise IndexError(
+            f"the new tokens {shortened(early)} for {name!r} are of the parameters that these are "
+            f"to follow on. Give ids from {first_new} on."
+        )
+    given = set(new)
+    # The first that is left out: an id from a file may be any number.
+    first = next(token for token in itertools.count(first_new) if token not in given)
+    if max(new) > first:
+        raise IndexError(
+            f"the new tokens {shortened(new)} for {name!r}, which has {first_new} rows, leave "
+            f"out {first}: new rows follow on the last one. Give all ids from {first_new} on."
+        )
 
 
 def _elements(idx: Iterable[Any], name: str) -> list[Any]:

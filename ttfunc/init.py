@@ -26,7 +26,7 @@ def init_deltas(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     requires_grad: bool = False,
-    grow: bool = False,
+    grow: bool | TokenDeltas = False,
 ) -> TokenDeltas:
     """The rows `idx` of the model's token matrices, as a pytree of their own.
 
@@ -55,7 +55,8 @@ def init_deltas(
         requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
         grow: allows new tokens. Their ids follow on the last one of the matrix: V, V+1, … without a
             gap. The patched matrix has one row more for each, and the model stays as it is. An
-            untied head grows with the input embedding.
+            untied head grows with the input embedding. Or TokenDeltas that have new tokens
+            already: these ids follow on theirs, and `patch(first, these)` is the model with both.
 
     Returns:
         TokenDeltas with a `(k, D)` delta on the device of each distinct matrix.
@@ -68,6 +69,11 @@ def init_deltas(
     warn_of_untested()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}.")
+    if not isinstance(grow, (bool, TokenDeltas)):
+        raise TypeError(
+            f"grow is a {type(grow).__name__}: give True for new tokens, or the TokenDeltas that "
+            "they follow on."
+        )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(
             f"dtype={dtype!r} cannot be trained: give a floating-point dtype such as torch.float32."
@@ -98,7 +104,7 @@ def _requests(
     model: nn.Module,
     idx: Iterable[int] | Mapping[str, Iterable[int]],
     targets: Targets | None,
-    grow: bool,
+    grow: bool | TokenDeltas,
 ) -> list[tuple[Matrix, TokenIndices]]:
     """Each distinct matrix that is asked for, with its indices."""
     wanted = _wanted(model, idx, targets, grow)
@@ -106,7 +112,7 @@ def _requests(
     for target, module, ids in _each_module(wanted):
         weight = module.get_parameter("weight")
         matrix = matrix_of(model, weight)
-        indices = token_indices(ids, weight.shape[0], target, grow)
+        indices = token_indices(ids, len(weight), target, _first_new(grow, matrix))
         first, _, other = requests.setdefault(matrix.names[0], (target, matrix, indices))
         if other != indices:
             raise ValueError(
@@ -125,13 +131,13 @@ def _wanted(
     model: nn.Module,
     idx: Iterable[int] | Mapping[str, Iterable[int]],
     targets: Targets | None,
-    grow: bool,
+    grow: bool | TokenDeltas,
 ) -> list[tuple[dict[str, nn.Module], Iterable[int]]]:
     """Groups of modules, each with its ids."""
     if not isinstance(idx, Mapping):
         idx = list(idx) if isinstance(idx, Iterator) else idx  # it may be read twice
         named = find_targets(model, targets)
-        if grow and targets is None and _has_new(named, idx):
+        if grow is not False and targets is None and _has_new(model, named, idx, grow):
             named = both_ends(model, likely=True)
         return [(named, idx)]
     if targets is not None:
@@ -144,11 +150,25 @@ def _wanted(
     return [(find_targets(model, [key]), ids) for key, ids in idx.items()]
 
 
-def _has_new(named: Mapping[str, nn.Module], idx: Iterable[int]) -> bool:
+def _has_new(
+    model: nn.Module,
+    named: Mapping[str, nn.Module],
+    idx: Iterable[int],
+    grow: bool | TokenDeltas,
+) -> bool:
     """Whether one of the ids is past the end of the one matrix."""
     ((name, module),) = named.items()
-    height = len(module.get_parameter("weight"))
-    return max(token_indices(idx, height, name, grow=True).ids) >= height
+    matrix = matrix_of(model, module.get_parameter("weight"))
+    indices = token_indices(idx, len(matrix.tensor), name, _first_new(grow, matrix))
+    return max(indices.ids) >= len(matrix.tensor)
+
+
+def _first_new(grow: bool | TokenDeltas, matrix: Matrix) -> int | None:
+    """The first id that a new token of the matrix may have, if it may have one."""
+    if isinstance(grow, TokenDeltas):
+        spec = grow.specs.get(matrix.names[0])
+        return len(matrix.tensor) if spec is None else spec.height
+    return len(matrix.tensor) if grow else None
 
 
 def _check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas, combine
+from ttfunc.growth import shape_in_weights
 from ttfunc.indices import with_rows
 from ttfunc.state_dict import Group, biases_of, called, groups_of
 from ttfunc.torch_private import is_wrapped, outside_of_modes
@@ -164,11 +165,11 @@ def _written(
         if original:
             ids, rows = spec.known(rows)
         # Another matrix that is this tensor here may have made it longer already.
-        longer = 0 if original else max(0, spec.shape[0] + spec.grown - len(matrix))
+        longer = 0 if original else max(0, spec.height - len(matrix))
         written = _with_rows(matrix, ids, rows, longer)
         result.update(dict.fromkeys(aliases, written))
         if longer:
-            for names in biases_of(state_dict, aliases, spec.shape[0]):
+            for names in biases_of(state_dict, aliases, shape_in_weights(spec, False)[0]):
                 bias = F.pad(result[names[0]], (0, longer))
                 result.update(dict.fromkeys(names, bias))
     return result
@@ -180,7 +181,7 @@ def _shortened(state_dict: Mapping[str, Tensor], groups: list[Group]) -> dict[st
     for _, spec, aliases in groups:
         if not spec.grown:
             continue
-        height = spec.shape[0]
+        height, _ = shape_in_weights(spec, False)
         result.update(dict.fromkeys(aliases, state_dict[aliases[0]][:height]))
         for names in biases_of(state_dict, aliases, height + spec.grown):
             result.update(dict.fromkeys(names, state_dict[names[0]][..., :height]))

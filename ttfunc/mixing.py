@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ttfunc.deltas import TokenDeltas
+from ttfunc.growth import check_complete
 from ttfunc.indices import outside_of_autocast, union
 from ttfunc.patching import matrix_of_rows
 from ttfunc.stacking import aligned, scattered
@@ -49,6 +50,8 @@ def patch_mixed(
         TypeError: adapters or an assignment of another type.
     """
     adapters = aligned(adapters)
+    for adapter in adapters:
+        check_complete(adapter)
     numbers = _numbers(assignment, len(adapters))
     weights: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.specs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes, check_type, combine
+from ttfunc.growth import check_complete
 from ttfunc.model.memory import same_memory
 from ttfunc.model.targets import Matrix
 from ttfunc.weight.deferred import patched
@@ -42,13 +43,14 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
 
     Raises:
         ValueError: deltas of another shape, a matrix that was resized or untied since they were
-            made, or a token in more than one of the parameters.
+            made, a token in more than one of the parameters, or new tokens without the ones before.
         TypeError: deltas that are not float tensors.
         RuntimeError: `params` were unpickled and belong to no model.
     """
     weights: dict[str, Tensor] = {}
     together = combine(params, *more)
     check_shapes(together)
+    check_complete(together)
     for name, delta in together.deltas.items():
         spec = together.specs[name]
         matrix = matrix_of_rows(spec)
@@ -64,6 +66,7 @@ def check_current(params: TokenDeltas) -> None:
     """Raise what `patch` would raise for wrong types and shapes, and for stale parameters."""
     check_type(params)
     check_shapes(params)
+    check_complete(params)
     for spec in params.specs.values():
         matrix_of_rows(spec)
 

@@ -13,11 +13,11 @@ from ttfunc.deltas import (
     RowSpec,
     TokenDeltas,
     check_one_model,
-    check_same_new,
     check_shapes,
     check_type,
     same_bits,
 )
+from ttfunc.growth import check_same_new
 from ttfunc.indices import TokenIndices, outside_of_autocast, union, with_rows
 from ttfunc.torch_private import outside_of_modes
 

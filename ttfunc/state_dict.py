@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes
+from ttfunc.growth import shape_in_weights
 from ttfunc.model.memory import same_memory
 from ttfunc.model.sizes import bias_names
 from ttfunc.names import advice, renamed, through_wrappers
@@ -98,7 +99,7 @@ def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> No
             f"{alias!r} in the state dict is {what}, which holds no rows to replace: a "
             "floating-point tensor is needed. Merge before quantising."
         )
-    shape = (spec.shape[0] + spec.grown * merged, spec.shape[1])
+    shape = shape_in_weights(spec, merged)
     if tuple(matrix.shape) != shape:
         raise ValueError(
             f"{alias!r} in the state dict has shape {tuple(matrix.shape)}, and the "

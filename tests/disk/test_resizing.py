@@ -18,7 +18,15 @@ from tests.helpers.llama import llama
 from tests.helpers.models import D, V
 from tests.helpers.oracle import same_bits
 from tests.helpers.rows import random_rows
-from ttfunc import functional_call, init_deltas, merge, merge_checkpoint, patch, unmerge_checkpoint
+from ttfunc import (
+    combine,
+    functional_call,
+    init_deltas,
+    merge,
+    merge_checkpoint,
+    patch,
+    unmerge_checkpoint,
+)
 
 NEW = [V + 1, 7, V]
 X = torch.tensor([[3, V, 7, V + 1, 5]])
@@ -79,6 +87,23 @@ def test_a_merged_folder_is_that_of_a_resized_model_and_goes_back(kind: str, siz
 
     unmerge_checkpoint(tmp_path / "merged", params, tmp_path / "back")
     assert bytes_of(tmp_path / "back") == bytes_of(tmp_path / "model")
+
+
+def test_one_merge_after_another(tmp_path):
+    model = phi()
+    model.save_pretrained(tmp_path / "model")
+    first = random_rows(model, NEW, grow=True)
+    then = random_rows(model, [V + 2, 5, V + 3], 1, grow=first)
+    merge_checkpoint(tmp_path / "model", first, tmp_path / "first")
+    merge_checkpoint(tmp_path / "first", then, tmp_path / "then")
+    merge_checkpoint(tmp_path / "model", combine(first, then), tmp_path / "both")
+    assert bytes_of(tmp_path / "then") == bytes_of(tmp_path / "both")
+    unmerge_checkpoint(tmp_path / "then", then, tmp_path / "back")
+    assert bytes_of(tmp_path / "back") == bytes_of(tmp_path / "first")
+    with pytest.raises(ValueError, match=r"shape \(23, 8\) in the checkpoint, .* for \(25, 8\)"):
+        merge_checkpoint(tmp_path / "model", then, tmp_path / "wrong")
+    with pytest.raises(ValueError, match=r"shape \(27, 8\) in the checkpoint, .* for \(25, 8\)"):
+        unmerge_checkpoint(tmp_path / "both", first, tmp_path / "wrong")
 
 
 def test_nested_configs_follow(tmp_path):

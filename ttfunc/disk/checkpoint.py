@@ -7,15 +7,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk import rows_file
 from ttfunc.disk.atomic import Edits, Piece, copy_file, make_directory, stage, sync_directory
-from ttfunc.disk.folder import Checkpoint, open_checkpoint, warn_of_copies
+from ttfunc.disk.folder import INDEX, Checkpoint, open_checkpoint, warn_of_copies
 from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
 from ttfunc.disk.resizing import resizing
 from ttfunc.disk.tensors import path_of
+from ttfunc.disk.tokenizer import check_tokenizer, save_tokenizer
 from ttfunc.merging import check_originals
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
@@ -30,6 +31,7 @@ def merge_checkpoint(
     destination: AnyPath,
     *,
     names: Mapping[str, str] | None = None,
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> None:
     """A copy of a checkpoint with the trained rows in it, made without building the model.
@@ -48,6 +50,8 @@ def merge_checkpoint(
         destination: the path of the copy; nothing may have this name yet.
         names: a mapping from the model's name of a matrix to the checkpoint's, where the two differ
             (as for some models of transformers).
+        tokenizer: that knows the new tokens, saved into the copy by its `save_pretrained`; or the
+            folder where it is saved already. By default the copy has the files of the source.
         progress: called with the bytes copied so far, and the bytes of the whole checkpoint.
 
     Warns:
@@ -57,7 +61,8 @@ def merge_checkpoint(
     Raises:
         KeyError: the checkpoint has none of the names of a matrix, or lacks the one in `names`.
         ValueError: a matrix of another shape, or quantised; rows that are not finite in its dtype;
-            a broken file; a destination inside of the source.
+            a broken file; a destination inside of the source; a `tokenizer` that would write over
+            the model's files.
         FileExistsError, FileNotFoundError, OSError: the destination exists, the source does not,
             or the copy fails, as on a full disk.
     """
@@ -76,7 +81,7 @@ def merge_checkpoint(
                 stacklevel=2,
             )
     heights = {s.name: max(s.entry.shape[0], max(s.spec.indices.ids) + 1) for s in matrices}
-    _write_copy(checkpoint, matrices, heights, Path(destination), progress)
+    _write_copy(checkpoint, matrices, heights, Path(destination), tokenizer, progress)
 
 
 def unmerge_checkpoint(
@@ -85,11 +90,13 @@ def unmerge_checkpoint(
     destination: AnyPath,
     *,
     names: Mapping[str, str] | None = None,
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> None:
     """A copy of a merged checkpoint with the original bytes: the inverse of `merge_checkpoint`.
 
-    Writes the originals that the parameters were made with. The source is only read.
+    Writes the originals that the parameters were made with. The source is only read. The files of a
+    tokenizer are copied as all else is: give the tokenizer as it was before the new tokens.
 
     Warns:
         UserWarning: the rows in the checkpoint are not those that a merge writes; or other files
@@ -114,7 +121,7 @@ def unmerge_checkpoint(
                 stacklevel=2,
             )
     heights = {s.name: s.entry.shape[0] - s.spec.grown for s in matrices}
-    _write_copy(checkpoint, matrices, heights, Path(destination), progress)
+    _write_copy(checkpoint, matrices, heights, Path(destination), tokenizer, progress)
 
 
 def _given(
@@ -157,8 +164,11 @@ def _write_copy(
     matrices: Sequence[StoredMatrix],
     heights: Mapping[str, int],
     destination: Path,
+    tokenizer: Any,
     progress: Progress | None,
 ) -> None:
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, checkpoint.root)
     warn_of_copies(checkpoint)
     resized = resizing(checkpoint, matrices, heights)
     done, total = 0, checkpoint.size
@@ -183,6 +193,8 @@ def _write_copy(
                 for edit in stored.edits(stored.rows, heights[stored.name], resized.moved(stored))
             )
             _copy_one(checkpoint, name, edits, pieces, partial, advance)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, partial, {*checkpoint.headers, INDEX, "config.json"})
         for name in reversed(folders):
             sync_directory(partial / name)
         checkpoint.check_unchanged()  # so all of the copy is from one point in time

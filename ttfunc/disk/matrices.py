@@ -16,6 +16,7 @@ from ttfunc.disk.atomic import open_file
 from ttfunc.disk.folder import Checkpoint
 from ttfunc.disk.header import FLOATS, TensorEntry
 from ttfunc.disk.tensors import cpu_copy
+from ttfunc.growth import shape_in_weights
 from ttfunc.names import renamed
 
 
@@ -139,8 +140,7 @@ def _check_rows(stored: StoredMatrix) -> None:
             f"the rows of {stored.key!r} are {rows.dtype} of shape {tuple(rows.shape)}, "
             f"and floats of {needed} are needed. Merge stacked adapters one at a time."
         )
-    height = spec.shape[0] + spec.grown
-    if wrong := [token for token in spec.indices.ids if not 0 <= token < height]:
+    if wrong := [token for token in spec.indices.ids if token < 0]:
         raise ValueError(
             f"token indices {shown(wrong)} of {stored.key!r} are outside of its {spec.shape[0]} "
             "rows."
@@ -162,7 +162,7 @@ def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) ->
             "written to a quantised matrix. Merge the checkpoint that it was made from, and "
             "quantise the result."
         )
-    shape = (spec.shape[0] + spec.grown * merged, spec.shape[1])
+    shape = shape_in_weights(spec, merged)
     # A taller one, padded or resized, has the tokens as well.
     taller = len(entry.shape) == 2 and entry.shape[0] > max(spec.indices.ids)
     taller = taller and entry.shape[0] > shape[0] and entry.shape[1] == shape[1]

@@ -169,7 +169,8 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
             delta, ids, originals = (tensor_of(file, f"{part}/{names[0]}") for part in PARTS)
             if ids.dtype != torch.int64:
                 raise ValueError(f"the token indices of {names[0]!r} are {ids.dtype}, not int64")
-            indices = token_indices(ids, shape[0], names[0], grow=grown > 0)
+            new = ids[ids >= shape[0]].tolist() if grown else []
+            indices = token_indices(ids, shape[0], names[0], min(new, default=None))
             check_rows(delta, len(indices), shape[1], f"the deltas of {names[0]!r}")
             check_rows(originals, len(indices), shape[1], f"the originals of {names[0]!r}")
             deltas[names[0]] = delta
@@ -265,7 +266,7 @@ def _at_height_of(matrix: Matrix, spec: RowSpec, path: Path) -> RowSpec:
     if len(weight) == spec.shape[0]:
         return spec
     with prefix_errors(f"{str(path)!r} was trained on a matrix of {spec.shape[0]} rows"):
-        token_indices(spec.indices.ids, len(weight), matrix.names[0], grow=True)
+        token_indices(spec.indices.ids, len(weight), matrix.names[0], len(weight))
     shape = (len(weight), spec.shape[1])
     there = [i for i, token in enumerate(spec.indices.ids) if spec.shape[0] <= token < shape[0]]
     if not there:
