@@ -44,7 +44,9 @@ def main() -> None:
         "subtle": encoded(sentences["subtle praise"], sentences["subtle complaint"]),
         "neither": encoded(sentences["neither"], []),
     }
-    members = ttfunc.stack(ttfunc.init_deltas(model, idx, init="normal") for _ in range(MEMBERS))
+    members = ttfunc.stack(
+        ttfunc.init_deltas(model, idx, grow=True, init="normal") for _ in range(MEMBERS)
+    )
     members = fit(model, members, train, idx, options.steps)
     found = {name: predict(model, members, part, idx) for name, part in parts.items()}
     report(parts, found)

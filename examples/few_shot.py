@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import ttfunc
 from examples.shared.options import arguments
-from examples.shared.smollm2 import fetch_smollm2, load
+from examples.shared.smollm2 import folder_of, load
 
 WORD, QUESTION = "<dax>", "A <dax> is a kind of"
 TEXT = Path(__file__).with_suffix(".txt")
@@ -84,12 +84,11 @@ class Learner:
 
 def main() -> None:
     options = arguments(__doc__ or "", steps=(80, 1))
-    model, tokenizer = load(options.model or fetch_smollm2(options.cache))
+    model, tokenizer = load(folder_of(options.model, options.cache))
     model.set_attn_implementation("eager")  # the fused one has no second derivative on the CPU
     tokenizer.add_tokens([transformers.AddedToken(WORD, lstrip=True, special=True)])
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False).requires_grad_(False)
-    usual = ttfunc.init_deltas(model, tokenizer.convert_tokens_to_ids([WORD]), init="mean")
+    idx = tokenizer.convert_tokens_to_ids([WORD])
+    usual = ttfunc.init_deltas(model, idx, grow=True, init="mean")
     kinds, seen, held_out = read_tasks(tokenizer)
     held_out = Tasks(*(t[:: 24 if options.quick else 1] for t in held_out))
     learner = Learner(model, tokenizer, kinds)

@@ -27,8 +27,8 @@ import ttfunc
 from examples.shared.options import arguments
 from examples.shared.sentences import (
     LABELS,
+    MEANINGS,
     Examples,
-    as_pieces,
     encode,
     label_logits,
     prepare,
@@ -49,7 +49,8 @@ def main() -> None:
     for wrong in (bar := tqdm(planted, desc="wrong labels planted")):
         given = examples.labels.clone()
         given[wrong] = 1 - given[wrong]
-        params = ttfunc.init_deltas(model, idx, init=as_pieces(tokenizer))
+        start = ttfunc.mean_of_pieces(tokenizer, dict(zip(idx, MEANINGS, strict=True)))
+        params = ttfunc.init_deltas(model, idx, grow=True, init=start)
         scores = self_influence(model, params, examples._replace(labels=given), idx, options.steps)
         ranks.append(1 + sum(score > scores[wrong] for score in scores))
         bar.write(f"rank {ranks[-1]:2} of {len(texts)}: {texts[wrong]} {LABELS[given[wrong]]}")

@@ -10,6 +10,7 @@ which the LM head is tied to, are trained.
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,24 +30,25 @@ from examples.shared.calculator import (
     add_tokens,
     answer,
     check_frozen,
+    digests,
     loss_of,
     read_lessons,
     report,
 )
 from examples.shared.options import arguments
-from examples.shared.smollm2 import fetch_smollm2, load
+from examples.shared.smollm2 import folder_of, load
 
 
 def main() -> None:
     options = arguments(__doc__ or "", steps=(120, 12), rate=(0.02, 0.02))
-    model, tokenizer = load(options.model or fetch_smollm2(options.cache))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    idx = add_tokens(model, tokenizer)
-    resized = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folder = folder_of(options.model, options.cache)
+    model, tokenizer = load(folder)
+    before = digests(model)
+    idx, start = add_tokens(tokenizer)
     train, held_out = read_lessons(tokenizer)
     held_out = held_out[:4] if options.quick else held_out
 
-    params = ttfunc.init_deltas(model, idx, init="mean", requires_grad=True)
+    params = ttfunc.init_deltas(model, idx, grow=True, init=start, requires_grad=True)
     print(f"\n{ttfunc.summary(model, params)}\n")
     untrained = report("before", model, params, tokenizer, held_out)
 
@@ -55,8 +57,14 @@ def main() -> None:
 
     params = optree.tree_map(torch.detach, params)  # type: ignore[arg-type, assignment]
     report("after", model, params, tokenizer, held_out)
-    check_frozen(model, before, resized, idx)
-    merge_and_reload(model, params, tokenizer, held_out, options.output / "merged")
+    check_frozen(model, before)
+
+    rows, merged = options.output / "calc.safetensors", options.output / "merged"
+    shutil.rmtree(merged, ignore_errors=True)  # of an earlier run
+    ttfunc.save(params, rows)
+    ttfunc.merge_checkpoint(folder, rows, merged, tokenizer=tokenizer)
+    print("\n".join(f"{size(path):>10}  {path}" for path in [rows, *sorted(merged.iterdir())]))
+    check_merged(model, params, held_out, merged)
 
 
 def fit(
@@ -77,23 +85,23 @@ def fit(
     return losses
 
 
-def merge_and_reload(
-    model: Any, params: ttfunc.TokenDeltas, tokenizer: Any, held_out: list[Lesson], folder: Path
+def check_merged(
+    model: Any, params: ttfunc.TokenDeltas, held_out: list[Lesson], folder: Path
 ) -> None:
-    """Save the merged model, load it with transformers alone, and compare what the two say."""
-    merged = ttfunc.merge(model.state_dict(), params, check_finite=True)
-    model.save_pretrained(folder, state_dict=merged)
-    tokenizer.save_pretrained(folder)
+    """Load the merged folder with transformers alone, and compare what the two say."""
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for lesson in held_out:
-        patched, plain = (
-            answer(model, params, tokenizer, lesson),
-            answer(loaded, None, tokenizer, lesson),
-        )
+        patched = answer(model, params, tokenizer, lesson)
+        plain = answer(loaded, None, tokenizer, lesson)
         if patched != plain:
             raise RuntimeError(f"merged says {plain!r}, patched says {patched!r}")
-    print(f"merged into {folder}; loaded from there, it says the same to every question:")
+    print(f"loaded from {folder}, the merged model says the same to every question:")
     print(f"    {held_out[0].question:40} -> {answer(loaded, None, tokenizer, held_out[0])}")
+
+
+def size(path: Path) -> str:
+    return f"{path.stat().st_size / 1024:,.1f} KiB"
 
 
 def draw(losses: list[float], untrained: float, path: Path) -> None:

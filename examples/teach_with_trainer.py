@@ -22,22 +22,23 @@ from examples.shared.calculator import (
     Lesson,
     add_tokens,
     check_frozen,
+    digests,
     read_lessons,
     report,
 )
 from examples.shared.options import arguments
-from examples.shared.smollm2 import fetch_smollm2, load
+from examples.shared.smollm2 import folder_of, load
 
 
 def main() -> None:
     options = arguments(__doc__ or "", steps=(120, 12), rate=(0.02, 0.02))
-    model, tokenizer = load(options.model or fetch_smollm2(options.cache))
-    idx = add_tokens(model, tokenizer)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model, tokenizer = load(folder_of(options.model, options.cache))
+    before = digests(model)
+    idx, start = add_tokens(tokenizer)
     train, held_out = read_lessons(tokenizer)
     held_out = held_out[:4] if options.quick else held_out
 
-    module = ttfunc.TokenModule(model, ttfunc.init_deltas(model, idx, init="mean"))
+    module = ttfunc.TokenModule(model, ttfunc.init_deltas(model, idx, grow=True, init=start))
     report("before", model, module.params(), tokenizer, held_out)
     with tempfile.TemporaryDirectory() as folder:
         settings = transformers.TrainingArguments(
@@ -63,7 +64,7 @@ def main() -> None:
 
     module.eval()
     report("after", model, module.params(), tokenizer, held_out)
-    check_frozen(model, before, before, idx)
+    check_frozen(model, before)
     generate(module, tokenizer, "What is 46 + 27?")
     rows = options.output / "rows.safetensors"
     ttfunc.save(module.params(), rows)

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from tests.helpers.llama import llama
 from tests.helpers.oracle import same_bits
+from tests.helpers.tokenizers import tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -31,12 +34,17 @@ def run(name: str, count: int) -> dict[str, object]:
 
 def test_the_front_page_s_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    folder, known = tmp_path / "SmolLM2-135M-Instruct", tokenizer("byte-level BPE")
+    known.save_pretrained(folder)  # a toy that stands for it
+    llama(vocabulary=len(known)).save_pretrained(folder)
     names = run("README.md", 2)
     (trained,) = names["params"].deltas.values()
-    assert load_file("rows.safetensors")["deltas/model.embed_tokens.weight"].equal(trained)
-    weight = names["model"].get_input_embeddings().weight
-    assert weight[[998, 999]].equal(trained)
-    assert names["model"].lm_head.weight is weight
+    assert load_file("calc.safetensors")["deltas/model.embed_tokens.weight"].equal(trained)
+    weight = names["merged"].get_input_embeddings().weight
+    assert weight[len(known) :].equal(trained)
+    assert names["merged"].lm_head.weight is weight
+    assert len(names["model"].get_input_embeddings().weight) == len(known)
+    assert len(AutoTokenizer.from_pretrained("merged")) == len(weight)
 
 
 def test_the_bench_page_has_no_code():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import ttfunc
+
+Start: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 NEW_TOKENS = ["<calc>", "</calc>"]
 TEXT = Path(__file__).with_suffix(".txt")
@@ -26,15 +31,14 @@ class Lesson:
     answer_ids: list[int]
 
 
-def add_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The ids of the new tokens: rows that the matrix has to spare, or else new ones."""
+def add_tokens(tokenizer: Any) -> tuple[list[int], Start]:
+    """Teach the tokenizer the new tokens: their ids, and where their rows start."""
+    before = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(NEW_TOKENS, special_tokens=True)
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     idx: list[int] = tokenizer.convert_tokens_to_ids(NEW_TOKENS)
-    print(f"{NEW_TOKENS} are tokens {idx}, in {'new' if len(tokenizer) > rows else 'free'} rows")
-    return idx
+    pieces = [before.tokenize(token) for token in NEW_TOKENS]
+    print(f"{NEW_TOKENS} are tokens {idx}; before, their pieces were {pieces}")
+    return idx, ttfunc.mean_of_pieces(before, tokenizer)
 
 
 def read_lessons(tokenizer: Any) -> tuple[list[Lesson], list[Lesson]]:
@@ -103,13 +107,16 @@ def report(
     return loss
 
 
-def check_frozen(
-    model: Any, before: dict[str, Tensor], resized: dict[str, Tensor], idx: list[int]
-) -> None:
-    """Raise unless every parameter is bit-identical to what it was."""
-    for name, now in model.state_dict().items():
-        was = before[name]
-        same = torch.equal(now, resized[name]) and torch.equal(now[: len(was)], was)
-        if not same:
-            raise RuntimeError(f"{name} has changed")
-    print(f"all {len(resized)} tensors of the model are bit-identical to those before training")
+def digests(model: Any) -> dict[str, str]:
+    """A digest of the bytes of each tensor of the model."""
+    return {
+        name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def check_frozen(model: Any, before: dict[str, str]) -> None:
+    """Raise unless every tensor of the model has the bits that it had."""
+    if digests(model) != before:
+        raise RuntimeError("the model has changed")
+    print(f"all {len(before)} tensors of the model have the bits that they had before")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 
 import ttfunc
-from examples.shared.smollm2 import fetch_smollm2, load
+from examples.shared.smollm2 import folder_of, load
 
 LABELS = ["<good>", "<bad>"]
-PIECES = [" good", " bad"]  # which the labels start as
+MEANINGS = [" good", " bad"]  # which the labels start as
 TEXT = Path(__file__).with_name("sentences.txt")
 
 
@@ -28,17 +27,9 @@ class Examples(NamedTuple):
 
 def prepare(options: argparse.Namespace) -> tuple[Any, Any, list[int]]:
     """The frozen model, its tokenizer, and the tokens of the labels."""
-    model, tokenizer = load(options.model or fetch_smollm2(options.cache))
+    model, tokenizer = load(folder_of(options.model, options.cache))
     tokenizer.add_tokens(LABELS, special_tokens=True)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return model, tokenizer, tokenizer.convert_tokens_to_ids(LABELS)
-
-
-def as_pieces(tokenizer: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """For `init=`: each label starts as a word that means it."""
-    words = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in PIECES]
-    return lambda base, idx: torch.stack([base[ids].mean(0) for ids in words])
 
 
 def read_sentences() -> dict[str, list[str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,16 @@ from tests.helpers.checkpoints import contents
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
 from tests.helpers.tokenizers import tokenizer
-from ttfunc import TokenDeltas, functional_call, merge_checkpoint, patch, save, unmerge_checkpoint
+from ttfunc import (
+    TokenDeltas,
+    functional_call,
+    init_deltas,
+    mean_of_pieces,
+    merge_checkpoint,
+    patch,
+    save,
+    unmerge_checkpoint,
+)
 from ttfunc.__main__ import main
 
 NEW = ["<call>", "</call>"]
@@ -57,6 +68,27 @@ def test_a_merged_folder_has_all_that_the_new_tokens_need(how, lesson, tmp_path)
 
     unmerge_checkpoint(tmp_path / "merged", params, tmp_path / "back", tokenizer=before)
     assert contents(tmp_path / "back") == contents(tmp_path / "model")
+
+
+def test_a_reserved_token_gets_the_name_that_one_wants(lesson, tmp_path):
+    model, before, *_ = lesson
+    reserved = "<|reserved_special_token_0|>"
+    before.add_tokens([reserved], special_tokens=True)
+    token = before.convert_tokens_to_ids(reserved)
+    folder = tmp_path / "tokenizer"
+    before.save_pretrained(folder)
+    page = (Path(__file__).parents[2] / "examples/README.md").read_text()
+    (recipe,) = re.findall(r"`(sed -i 's/<.reserved.*?)`", page)
+    subprocess.run(recipe, shell=True, check=True, cwd=folder)  # noqa: S602
+    after = transformers.AutoTokenizer.from_pretrained(folder)
+    assert after("a <calc> b")["input_ids"].count(token) == 1
+    assert after.decode([token]) == "<calc>"
+    assert after.added_tokens_decoder[token].special
+    model = llama(vocabulary=len(before))  # which has a row for it
+    start = mean_of_pieces(before, after)
+    (rows,) = init_deltas(model, [token], init=start).deltas.values()
+    pieces = before.encode("<calc>")
+    torch.testing.assert_close(rows[0], model.model.embed_tokens.weight[pieces].mean(0))
 
 
 def test_files_in_folders_of_their_own_go_along(lesson, tmp_path):
