@@ -123,7 +123,8 @@ class TokenModule(nn.Module):
                 "gradients, and no optimizer that is given this module sees them. Freeze them, or "
                 "train them and the rows with functional_call(model, patch(params), ...)."
             )
-        weights = patch(self.params())
+        # In training nothing but the loss reads the logits.
+        weights = patch(self.params(), deferred_logits=self.training)
         modes = {m: mode for m, mode in (self._modes or {}).items() if m.training is not mode}
         if modes:
             return call_copy(self.base, weights, args, kwargs, method, modes)

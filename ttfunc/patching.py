@@ -12,7 +12,9 @@ from ttfunc.weight.deferred import patched
 from ttfunc.weight.reads import SharedRows
 
 
-def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[str, Tensor]:
+def patch(
+    params: TokenDeltas, *more: TokenDeltas, dense: bool = False, deferred_logits: bool = False
+) -> dict[str, Tensor]:
     """The patched weights of the model that `params` were made from, by parameter name.
 
     Each weight is the matrix W with `W[S] = R`: the rows R replace the rows of the tokens S.
@@ -36,6 +38,10 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
             gradients. By default they are deferred: the frozen matrix is read in place and the k
             rows are put into the result (see `PatchedWeight`). A matrix of an Embedding with
             `max_norm` is always copied.
+        deferred_logits: let the logits wait until something reads them. A cross-entropy of theirs
+            then needs none: it is made by chunks of a constant size, from the labelled positions
+            alone, and so are its gradients. Where something reads the logits as well, they are made
+            again. Under no_grad, torch.compile and forward mode, this changes nothing.
 
     Returns:
         A `(V, D)` weight for each distinct matrix, under one name of each Parameter that holds it;
@@ -57,7 +63,8 @@ def patch(params: TokenDeltas, *more: TokenDeltas, dense: bool = False) -> dict[
         base = matrix.tensor.detach()
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
         copied = dense or matrix.has_max_norm
-        weight = patched(base, SharedRows(delta, spec.indices, spec.grown), matrix, dense=copied)
+        rows = SharedRows(delta, spec.indices, spec.grown)
+        weight = patched(base, rows, matrix, dense=copied, defers=deferred_logits)
         weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights
 

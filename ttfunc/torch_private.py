@@ -24,11 +24,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = [
     "COMPARISONS",
     "FUNCTIONALIZE",
+    "GRAD",
     "IS_VIEW",
     "JVP",
     "OPTREE_GLOBAL",
     "TensorBase",
     "at_work",
+    "first_order",
     "forbid_writes",
     "has_storage",
     "in_dual_level",
@@ -90,6 +92,7 @@ COMPARISONS = {
 # Whether a tensor is a view of another, for autograd: a method of Tensor.
 IS_VIEW = Tensor._is_view
 
+GRAD, VMAP = functorch.TransformType.Grad, functorch.TransformType.Vmap
 JVP, FUNCTIONALIZE = functorch.TransformType.Jvp, functorch.TransformType.Functionalize
 
 
@@ -98,6 +101,28 @@ def at_work(*kinds: Any) -> bool:
     if not transforms_active():
         return False
     return any(layer.key() in kinds for layer in functorch.get_interpreter_stack() or [])
+
+
+def first_order(*tensors: Tensor) -> bool:
+    """Whether what is made of these is differentiated once at most, and backwards, by transforms.
+
+    A plain `backward` says only later whether its result will be differentiated again.
+    """
+    if in_dual_level():
+        return False
+    if not transforms_active():
+        return True
+    layers = [layer.key() for layer in functorch.get_interpreter_stack() or []]
+    if set(layers) - {GRAD, VMAP} or layers.count(GRAD) > 1:
+        return False
+    return GRAD not in layers or not any(_innermost(one).requires_grad for one in tensors)
+
+
+def _innermost(tensor: Tensor) -> Tensor:
+    """What the wrappers of transforms are around."""
+    while is_wrapped(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def in_dual_level() -> bool:

@@ -68,7 +68,8 @@ def loss_of(
     for row, lesson in zip(labels, lessons, strict=True):
         start, end = len(lesson.prompt_ids), len(lesson.prompt_ids) + len(lesson.answer_ids)
         row[start:end] = torch.tensor(lesson.answer_ids)
-    logits = ttfunc.functional_call(model, ttfunc.patch(params), x).logits
+    weights = ttfunc.patch(params, deferred_logits=True)  # the loss reads the answers' alone
+    logits = ttfunc.functional_call(model, weights, x).logits
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction
     )

@@ -1,3 +1,5 @@
 """The patched weight: how it is read without a copy, and what happens where it cannot be."""
 
-from ttfunc.weight import handlers as handlers  # the import registers them
+# The imports register them.
+from ttfunc.weight import handlers as handlers
+from ttfunc.weight import logit_handlers as logit_handlers

@@ -21,6 +21,7 @@ from ttfunc.weight.overrides import (
     ANSWERED_BY_BASE,
     ANSWERED_BY_PLACEHOLDER,
     SIZES,
+    OfEach,
     refuse_layout,
     refuse_writes,
 )
@@ -39,17 +40,6 @@ def implements(*functions: Any) -> Callable[[Handler], Handler]:
         return handler
 
     return register
-
-
-class _OfEach:
-    """A `__torch_dispatch__` that is found on the tensors of a class, but not on the class.
-
-    The dispatcher looks at the tensor. torch.compile looks at the class, and refuses one that has
-    it.
-    """
-
-    def __get__(self, weight: PatchedWeight | None, owner: type[PatchedWeight]) -> Any:
-        return Tensor.__torch_dispatch__ if weight is None else owner._dispatched
 
 
 class PatchedWeight(Tensor):
@@ -136,7 +126,7 @@ class PatchedWeight(Tensor):
 
     # Code that bypasses __torch_function__ comes to the dispatcher, below autograd: the gradient of
     # the copy goes to the placeholder, which passes it on to the rows.
-    __torch_dispatch__ = _OfEach()
+    __torch_dispatch__ = OfEach()
 
     @classmethod
     def _dispatched(
@@ -172,6 +162,7 @@ def patched(
     matrix: Matrix | None,
     *,
     dense: bool,
+    defers: bool = False,
     copied_from: Sequence[Tensor] = (),
 ) -> PatchedWeight:
     """The weight with `rows` in place, copied at once (`dense`) or deferred.
@@ -188,7 +179,7 @@ def patched(
     if matrix is not None and not torch.compiler.is_dynamo_compiling():
         memory = memory_of(matrix.tensor)
     made_from = versions(*copied_from) if copy is None else versions(base, rows.values)
-    source = Source(base, rows, matrix, placeholder, copy, memory, made_from, reads)
+    source = Source(base, rows, matrix, placeholder, copy, memory, made_from, defers, reads)
     return _wrap(source, transposed=False)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ttfunc.torch_private import IS_VIEW, tree_map
 from ttfunc.weight.deferred import PatchedWeight, frozen, implements, is_deferred
+from ttfunc.weight.logits import can_defer, defer, wants_gradient
 from ttfunc.weight.overrides import einsum_as_product, transposes
 from ttfunc.weight.reads import cast_like
 
@@ -87,7 +88,33 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not (bias is None or (_is_plain(bias) and bias.ndim == 1 and len(bias) in heights)):
         return NotImplemented
     source.check_and_note("product")
+    if source.defers and wants_gradient(input, source.rows) and can_defer(input, source.rows, bias):
+        return defer(input, source.rows, source.base, bias)
     return source.rows.product(input, source.base, bias)
+
+
+@implements(F.linear_cross_entropy)
+def _linear_cross_entropy(
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    *,
+    linear_bias: Any = None,
+    ignore_index: int | None = None,
+    options: Any = None,  # how torch would take it apart
+    **others: Any,
+) -> Any:
+    plain = linear_bias is None or (_is_plain(linear_bias) and linear_bias.ndim == 1)
+    if not (is_deferred(linear_weight) and _is_plain(input) and input.ndim <= 2 and plain):
+        return NotImplemented
+    source = linear_weight.source
+    source.check_and_note("product")
+    if can_defer(input, source.rows, linear_bias):
+        logits: Any = defer(input, source.rows, source.base, linear_bias)
+    else:
+        logits = source.rows.product(input, source.base, linear_bias)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    return F.cross_entropy(logits, target, ignore_index=ignore_index, **others)
 
 
 @implements(torch.mm, Tensor.mm)

@@ -63,6 +63,17 @@ WRITERS = (
 )
 
 
+class OfEach:
+    """A `__torch_dispatch__` that is found on the tensors of a class, but not on the class.
+
+    The dispatcher looks at the tensor. torch.compile looks at the class, and refuses one that has
+    it.
+    """
+
+    def __get__(self, tensor: Tensor | None, owner: Any) -> Any:
+        return Tensor.__torch_dispatch__ if tensor is None else owner._dispatched
+
+
 def written_by(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Any]:

@@ -56,12 +56,12 @@ class Placeholder(Tensor):
                 return seen
             if isinstance(seen, Tensor):  # a transform makes views of it before any read
                 made = args[0].made
-                return _placeholder(seen, lambda: _viewed(func, made(), *args[1:], **kwargs))
+                return placeholder_of(seen, lambda: _viewed(func, made(), *args[1:], **kwargs))
         refuse_writes(func, args, kwargs, _is_placeholder)
         return func(*tree_map(_made, args), **tree_map(_made, kwargs))
 
 
-def _placeholder(nan: Tensor, made: Callable[[], Any]) -> Placeholder:
+def placeholder_of(nan: Tensor, made: Callable[[], Any]) -> Placeholder:
     placeholder = nan.as_subclass(Placeholder)
     placeholder.made = made
     return placeholder
@@ -99,7 +99,7 @@ class NaNPlaceholder(torch.autograd.Function):
             reads.dense = True
             return cls.matrix(rows, base, ids, grown)
 
-        return _placeholder(nan, made)
+        return placeholder_of(nan, made)
 
     @staticmethod
     def matrix(rows: Tensor, base: Tensor, ids: Tensor, grown: int) -> Tensor:

@@ -70,7 +70,7 @@ class SharedRows(NamedTuple):
         rows = autocast(cast_like(self.values, base))
         operands = (autocast(hidden), autocast(base), rows, bias, ids)
         if _has_no_rule():
-            return _product(*operands, self.grown)
+            return patched_product(*operands, self.grown)
         function = _ProductFunction if torch.compiler.is_dynamo_compiling() else _ProductWithVmap
         parts = _parts(self.indices, operands[1], self.grown)
         result: Tensor = function.apply(*operands, self.grown, parts)  # type: ignore[no-untyped-call]
@@ -121,32 +121,42 @@ def bias_at(ids: Tensor, bias: Tensor | None, base: Tensor, grown: int) -> Tenso
     return lengthened(bias, len(base) + grown - len(bias)).index_select(0, ids)
 
 
-def _product(
+def patched_product(
     hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, ids: Tensor, grown: int
 ) -> Tensor:
+    """The product in plain operations, which have every rule of torch."""
     fresh = lengthened(F.linear(hidden, base, bias_of_base(bias, base)), grown)
     return fresh.index_copy(-1, ids, F.linear(hidden, rows, bias_at(ids, bias, base, grown)))
 
 
 def _in_one_buffer(hidden: Tensor, base: Tensor, bias: Tensor | None, grown: int) -> Tensor:
-    """`F.linear` with so many columns more, which are yet to be written, and no copy."""
-    if not grown or torch.compiler.is_dynamo_compiling():
+    """`F.linear` with so many columns more, which are yet to be written, and no copy.
+
+    What `F.linear` adds a bias to is a view, to which a model could not write in place.
+    """
+    views = bias is not None and hidden.ndim != 2
+    if not (grown or views) or torch.compiler.is_dynamo_compiling():
         return lengthened(F.linear(hidden, base, bias), grown)
     logits = hidden.new_empty(*hidden.shape[:-1], len(base) + grown)
-    known, flat = _flat(logits)[:, : len(base)], _flat(hidden)
-    if bias is None:
-        torch.mm(flat, base.mT, out=known)
-    else:
-        torch.addmm(bias, flat, base.mT, out=known)
+    product_into(_flat(logits), _flat(hidden), base, bias)
     return logits
+
+
+def product_into(logits: Tensor, hidden: Tensor, base: Tensor, bias: Tensor | None) -> None:
+    """Write the columns of the base to `(n, V)` logits; those of new tokens stay as they are."""
+    known = logits[:, : len(base)]
+    if bias is None:
+        torch.mm(hidden, base.mT, out=known)
+    else:
+        torch.addmm(bias, hidden, base.mT, out=known)
 
 
 class _ProductFunction(torch.autograd.Function):
     """The product with k columns written in place, and a backward to match.
 
-    Plain autograd of `_product` keeps three buffers of the size of the logits. This keeps none, and
-    its backward makes one at most, after those of the loss are freed. (Subtracting the old rows'
-    part from `grad @ base` would make none, but lose digits where an old row is large.)
+    Plain autograd of `patched_product` keeps three buffers of the size of the logits. This keeps
+    none, and its backward makes one at most, after those of the loss are freed. (Subtracting the
+    old rows' part from `grad @ base` would make none, but lose digits where an old row is large.)
     """
 
     @staticmethod
@@ -195,7 +205,7 @@ class _ProductWithVmap(_ProductFunction):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
         # In place, a batch of rows would not fit into the product of an unbatched hidden state.
-        function = torch.vmap(_product, in_dims[:-1], randomness=info.randomness)
+        function = torch.vmap(patched_product, in_dims[:-1], randomness=info.randomness)
         return function(*operands[:-1]), 0
 
 

@@ -61,8 +61,8 @@ class Source(NamedTuple):
 
     placeholder: the `(V, D)` tensor that code gets if it bypasses `__torch_function__`. copy: the
     patched matrix, if the weight is dense. memory: where the model's own matrix lay. made_from: the
-    tensors that were copied to make the weight, each with its version then. reads: how the weight
-    was read.
+    tensors that were copied to make the weight, each with its version then. defers: whether its
+    products may wait, as deferred logits. reads: how the weight was read.
     """
 
     base: Tensor
@@ -72,6 +72,7 @@ class Source(NamedTuple):
     copy: Tensor | None
     memory: tuple[object, ...] | None
     made_from: tuple[tuple[Tensor, int | None], ...]
+    defers: bool
     reads: Reads
 
     @property

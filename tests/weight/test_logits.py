@@ -1,0 +1,353 @@
+"""Deferred logits: whatever a model or a loop does to them gives what it gives to the logits."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from tests.helpers.llama import llama
+from tests.helpers.models import D, V
+from tests.helpers.rows import random_rows
+from tests.helpers.sizes import Sizes
+from tests.helpers.transforms import TRANSFORMS
+from ttfunc import TokenModule, functional_call, patch, stack
+from ttfunc.weight.logits import DeferredLogits
+
+X = torch.tensor([[3, 7, 5, 9, 1, 4], [7, 2, 8, 3, 6, 11]])
+LABELS = torch.tensor([[-100, -100, 5, 9, -100, 4], [7, 2, 8, -100, 6, 11]])
+
+
+class Head(nn.Module):
+    """An embedding, a tied head with a bias, and what a test does to the logits."""
+
+    def __init__(self, then) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = nn.Embedding(V, D)
+        self.mix = nn.Linear(D, D)
+        self.head = nn.Linear(D, V)
+        self.head.weight = self.embed_tokens.weight
+        self.then = then
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> object:
+        return self.then(self.head(self.mix(self.embed_tokens(x)).tanh()))
+
+
+def both(then, x: Tensor = X) -> list[tuple[Tensor, Tensor]]:
+    """What comes of it, and its gradient, without deferring and with it."""
+    model, found = Head(then), []
+    for deferred in (False, True):
+        params = random_rows(model, [7, 3, 5], requires_grad=True)
+        out = functional_call(model, patch(params, deferred_logits=deferred), x)
+        weight = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
+        (out.float() * weight).sum().backward()
+        found.append((out.detach(), params.deltas["embed_tokens.weight"].grad))
+    return found
+
+
+LOSSES = {
+    "flat": lambda y: F.cross_entropy(y.view(-1, V), LABELS.view(-1)),
+    "float": lambda y: F.cross_entropy(y.float().flatten(0, 1), LABELS.flatten()),
+    "double": lambda y: F.cross_entropy(y.double().flatten(0, 1), LABELS.flatten()),
+    "shifted": lambda y: F.cross_entropy(
+        y[..., :-1, :].contiguous().reshape(-1, V), LABELS[..., 1:].reshape(-1)
+    ),
+    "sum": lambda y: F.cross_entropy(y.reshape(-1, V), LABELS.reshape(-1), reduction="sum"),
+    "none": lambda y: F.cross_entropy(y.flatten(0, 1), LABELS.flatten(), reduction="none"),
+    "ignoring": lambda y: F.cross_entropy(y.flatten(0, 1), X.flatten(), ignore_index=3),
+    "smoothed": lambda y: F.cross_entropy(y.view(-1, V), LABELS.view(-1), label_smoothing=0.1),
+    "weighted": lambda y: F.cross_entropy(
+        y.view(-1, V), LABELS.view(-1), torch.linspace(0.1, 1, V)
+    ),
+    "scaled": lambda y: F.cross_entropy((y * 0.5 / 3).view(-1, V), LABELS.view(-1)),
+    "capped": lambda y: F.cross_entropy(
+        (2.0 * torch.tanh(y / 2.0)).squeeze(0).view(-1, V), LABELS.view(-1)
+    ),
+    "one position": lambda y: F.cross_entropy(y[0, 2], LABELS[0, 2]),
+    "chosen": lambda y: F.cross_entropy(y[LABELS >= 0], LABELS[LABELS >= 0]),
+    "at": lambda y: F.cross_entropy(y[:, torch.tensor([1, 3])][1], X[1, [1, 3]]),
+    "module": lambda y: nn.CrossEntropyLoss(reduction="sum")(y[0], X[0]),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_needs_no_logits(loss: str):
+    made = []
+
+    def then(logits: Tensor) -> Tensor:
+        if isinstance(logits, DeferredLogits):
+            made.append(logits)
+        with Sizes() as sizes:
+            out = LOSSES[loss](logits)
+        if isinstance(logits, DeferredLogits):
+            assert logits.made is None
+            assert loss == "none" or out.ndim == 0
+            assert sizes.found
+        return out
+
+    (plain, gradient), (ours, found) = both(then)
+    assert made
+    torch.testing.assert_close(ours, plain)
+    assert ours.dtype == plain.dtype
+    torch.testing.assert_close(found, gradient)
+
+
+READS = {
+    "class first": lambda y: F.cross_entropy(y.transpose(1, 2), LABELS),
+    "probabilities": lambda y: F.cross_entropy(y.view(-1, V), torch.full((12, V), 1 / V)),
+    "weighted and smoothed": lambda y: F.cross_entropy(
+        y.view(-1, V), LABELS.view(-1), torch.linspace(0.1, 1, V), label_smoothing=0.1
+    ),
+    "old arguments": lambda y: y.view(-1, V).log_softmax(-1).mean(),
+    "log_softmax": lambda y: y.log_softmax(-1)[..., :3],
+    "columns": lambda y: y[..., 3:7],
+    "a column": lambda y: y[0, :, 4],
+    "a new last dimension": lambda y: y[..., None],
+    "the last of each": lambda y: y[:, -1],
+    "views": lambda y: y.view(1, 12, V)[0].unsqueeze(0).squeeze(0)[::2],
+    "a view of pieces": lambda y: y.view(-1),
+    "plus": lambda y: y + 1,
+    "with itself": lambda y: y * y,
+    "with a tensor": lambda y: y * torch.tensor(2.0),
+    "clone": lambda y: y.clone(),
+    "cat": lambda y: torch.cat([y, y[:, :1]], dim=1),
+    "matmul": lambda y: y @ torch.ones(V, 2),
+    "in place": lambda y: y.mul_(2),
+    "a column written": lambda y: (y.__setitem__((..., 4), 0.0), y)[1],
+    "divided in place": lambda y: (y.div_(2), y.view(-1, V))[1],
+    "twice": lambda y: F.cross_entropy(y.view(-1, V), X.view(-1)) * y.logsumexp(-1).mean(),
+    "integers": lambda y: y.argmax(-1).float() + y[..., 0],
+    "to bool": lambda y: y * (y > 0),
+    "reversed": lambda y: 1.0 / (y * y + 1),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_anything_else_makes_the_logits(read: str):
+    (plain, gradient), (ours, found) = both(READS[read])
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(found, gradient)
+
+
+def deferred(dtype: torch.dtype = torch.float32) -> tuple[DeferredLogits, Tensor]:
+    """Logits that wait, and the same ones without deferring."""
+    model = Head(lambda y: y).to(dtype)
+    params = random_rows(model, [7, 3], requires_grad=True)
+    waits = functional_call(model, patch(params, deferred_logits=True), X)
+    assert type(waits) is DeferredLogits
+    return waits, functional_call(model, patch(params), X)
+
+
+def test_they_say_what_they_will_be():
+    for dtype in (torch.float32, torch.bfloat16):
+        waits, plain = deferred(dtype)
+        assert waits.shape == plain.shape
+        assert waits.stride() == plain.stride()
+        assert (waits.dtype, waits.device, len(waits)) == (dtype, plain.device, 2)
+        assert waits.is_contiguous()
+        assert waits.requires_grad
+        assert waits.float().dtype == torch.float32
+        assert not waits.detach().requires_grad
+        assert waits.made is None
+        assert torch.equal(waits.detach(), plain)
+
+
+def test_they_are_made_once():
+    waits, plain = deferred()
+    with torch.no_grad():
+        assert torch.equal(waits.argmax(-1), plain.argmax(-1))
+    kept = waits.made
+    assert not kept.requires_grad
+    assert waits.exp().requires_grad  # made again, with its graph
+    assert waits.made is not kept
+    kept = waits.made
+    waits.tanh()
+    assert waits.made is kept
+
+
+def test_copies_and_files_hold_the_logits():
+    waits, plain = deferred()
+    file = io.BytesIO()
+    torch.save(waits.detach(), file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), plain.detach())
+    assert torch.equal(copy.deepcopy(waits.detach()), plain.detach())
+    assert waits.tolist() == plain.tolist()
+    assert (waits.detach().numpy() == plain.detach().numpy()).all()
+    assert repr(waits.detach()) == repr(plain.detach())
+
+
+class Doubled(torch.autograd.Function):
+    """As a kernel of someone else's, which never asks `__torch_function__` for its gradient."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.exp().sum(-1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        return logits.exp() * gradient.unsqueeze(-1)
+
+
+def test_a_function_of_someone_else():
+    (plain, gradient), (ours, found) = both(lambda y: Doubled.apply(y / 2))
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(found, gradient)
+
+
+def test_a_scripted_function():
+    @torch.jit.script
+    def scripted(y: Tensor) -> Tensor:
+        return (y * 2).logsumexp(-1)
+
+    (plain, gradient), (ours, found) = both(scripted)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(found, gradient)
+
+
+def test_a_write_to_logits_with_a_view_is_refused():
+    with pytest.raises(RuntimeError, match="of which it also holds a view.*deferred_logits=True"):
+        both(lambda y: (y.view(-1, V), y.zero_())[0])
+
+
+def test_what_was_written_to_since_is_refused():
+    waits, _ = deferred()
+    waits.undone.rows.values.data.zero_()  # not seen, as with any saved tensor
+    with torch.no_grad():
+        waits.undone.rows.values.add_(1)
+    with pytest.raises(RuntimeError, match="were written to .* Read them before that"):
+        waits.sum()
+    with pytest.raises(RuntimeError, match="were written to .* Read them before that"):
+        F.cross_entropy(waits.view(-1, V), X.view(-1))
+
+
+def test_nothing_waits_where_nobody_trains():
+    model = Head(lambda y: y)
+    params = random_rows(model, [7, 3], requires_grad=True)
+    with torch.no_grad():
+        assert type(functional_call(model, patch(params, deferred_logits=True), X)) is Tensor
+    still = random_rows(model, [7, 3])
+    assert type(functional_call(model, patch(still, deferred_logits=True), X)) is Tensor
+    model.head.bias.requires_grad_()  # whose gradient sums over all positions
+    assert type(functional_call(model, patch(params, deferred_logits=True), X)) is Tensor
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # torch's own linearize
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms(name: str):
+    model = llama(attn_implementation="eager").double()
+    params = random_rows(model, [7, 3])
+
+    def loss(params, waits: bool) -> Tensor:
+        weights = patch(params, deferred_logits=waits)
+        return functional_call(model, weights, kwargs={"input_ids": X, "labels": LABELS}).loss
+
+    ours = TRANSFORMS[name](lambda p: loss(p, True), params)
+    theirs = TRANSFORMS[name](lambda p: loss(p, False), params)
+    torch.testing.assert_close(
+        torch.utils._pytree.tree_leaves(ours), torch.utils._pytree.tree_leaves(theirs)
+    )
+
+
+def test_the_gradient_of_each_example_needs_no_logits():
+    model = llama(attn_implementation="eager", vocabulary=999)
+    params = random_rows(model, [7, 3])
+
+    def loss(params, x: Tensor, labels: Tensor, waits: bool) -> Tensor:
+        weights = patch(params, deferred_logits=waits)
+        kwargs = {"input_ids": x.unsqueeze(0), "labels": labels.unsqueeze(0)}
+        return functional_call(model, weights, kwargs=kwargs).loss
+
+    def of_each(waits: bool) -> Tensor:
+        each = vmap(grad(lambda p, x, y: loss(p, x, y, waits)), in_dims=(None, 0, 0))
+        return each(params, X, LABELS).deltas["model.embed_tokens.weight"]
+
+    with Sizes() as sizes:
+        ours = of_each(True)
+    torch.testing.assert_close(ours, of_each(False))
+    assert max(sizes.found) < 12 * 999  # nine of the twelve positions have labels
+
+
+def test_logits_that_leave_a_transform():
+    model = llama(attn_implementation="eager")
+    params = random_rows(model, [7, 3], requires_grad=True)
+
+    def call(params, waits: bool):
+        return functional_call(model, patch(params, deferred_logits=waits), X, {"labels": LABELS})
+
+    def aux(params, waits: bool):
+        out = call(params, waits)
+        return out.loss, out.logits
+
+    ours = grad(lambda p: aux(p, True), has_aux=True)(params)[1]
+    torch.testing.assert_close(ours * 1, grad(lambda p: aux(p, False), has_aux=True)(params)[1])
+    members = stack([params, random_rows(model, [7, 3], 1)])
+    ours = vmap(lambda p: call(p, True).logits)(members)
+    torch.testing.assert_close(ours * 1, vmap(lambda p: call(p, False).logits)(members))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    def then(y: Tensor) -> Tensor:
+        return F.cross_entropy(y.view(-1, V), LABELS.view(-1))
+
+    with torch.autocast("cpu", dtype):
+        (plain, gradient), (ours, found) = both(then)
+    assert ours.dtype == plain.dtype == torch.float32
+    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, gradient, rtol=0.02, atol=0.02)
+
+
+def test_generate_and_compile():
+    model = llama()
+    params = random_rows(model, [7, 3], requires_grad=True)
+    kwargs = {"inputs": X, "max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    texts = [
+        functional_call(model, patch(params, **options), kwargs=kwargs, method="generate")
+        for options in ({}, {"deferred_logits": True})
+    ]
+    assert torch.equal(*texts)
+
+    def loss(params) -> Tensor:
+        weights = patch(params, deferred_logits=True)
+        return functional_call(model, weights, kwargs={"input_ids": X, "labels": LABELS}).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(params), loss(params))
+
+
+def test_a_token_module_trains_without_logits():
+    model = llama()
+    module = TokenModule(model, random_rows(model, [7, 3]))
+    out = module.train()(input_ids=X, labels=LABELS)
+    assert type(out.logits) is DeferredLogits
+    assert type(module.eval()(input_ids=X).logits) is Tensor
+
+
+def test_linear_cross_entropy():
+    model = llama()
+    params = random_rows(model, [7, 3], requires_grad=True)
+    weight = patch(params)["model.embed_tokens.weight"]
+    hidden = torch.randn(12, D, requires_grad=True)
+    options = {"label_smoothing": 0.1, "reduction": "sum"}
+    with Sizes() as sizes:
+        ours = F.linear_cross_entropy(hidden, weight, LABELS.view(-1), **options)
+    dense = patch(params, dense=True)["model.embed_tokens.weight"]
+    theirs = F.linear_cross_entropy(hidden, dense, LABELS.view(-1), **options)
+    torch.testing.assert_close(ours, theirs)
+    leaves = [hidden, *params.deltas.values()]
+    for one, other in zip(
+        torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    assert weight.source.uses == {"product"}
+    assert max(sizes.found) < 12 * V

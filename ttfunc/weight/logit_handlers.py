@@ -1,0 +1,180 @@
+"""What deferred logits do without being made: change shape, dtype or scale, and give a loss.
+
+A handler gets the arguments of the torch function. It returns the result, or NotImplemented: then
+the function is called with the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttfunc.torch_private import GRAD, at_work
+from ttfunc.weight.logits import DeferredLogits, can_defer, implements
+from ttfunc.weight.loss import cross_entropies
+
+
+def _blank(logits: DeferredLogits) -> Tensor:
+    """A tensor of their shape and dtype that has no values."""
+    return torch.empty(logits.shape, dtype=logits.dtype, device="meta")
+
+
+def _reshaped(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler for a function that only changes the shape; V must stay the last dimension."""
+
+    def handler(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(logits, DeferredLogits):
+            return NotImplemented
+        shape = func(_blank(logits), *args, **kwargs)
+        if shape.dtype != logits.dtype or shape.ndim == 0 or shape.shape[-1] != logits.shape[-1]:
+            return NotImplemented
+        hidden = logits.undone.hidden
+        hidden = hidden.reshape(*shape.shape[:-1], hidden.shape[-1])
+        return logits.like(logits.undone._replace(hidden=hidden), same_memory=True)
+
+    return handler
+
+
+for _func in (
+    *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten),
+    *(Tensor.squeeze, torch.squeeze, Tensor.unsqueeze, torch.unsqueeze),
+):
+    implements(_func)(_reshaped(_func))
+
+
+@implements(Tensor.__getitem__)
+def _getitem(logits: Any, index: Any) -> Any:
+    index = index if isinstance(index, tuple) else (index,)
+    if not isinstance(logits, DeferredLogits) or not _keeps_last(index, logits.ndim):
+        return NotImplemented
+    views = not any(isinstance(one, Tensor) for one in index)
+    undone = logits.undone._replace(hidden=logits.undone.hidden[index])
+    return logits.like(undone, same_memory=views)
+
+
+def _keeps_last(index: tuple[Any, ...], ndim: int) -> bool:
+    """Whether an index selects positions, and all of V of each: then it fits hidden states too."""
+    for one in index:
+        known = one is None or one is ... or isinstance(one, (int, slice, Tensor))
+        if not known or isinstance(one, (bool, DeferredLogits)):
+            return False
+    # What follows on an ellipsis belongs to the last dimensions.
+    ellipsis = next((place for place, one in enumerate(index) if one is ...), len(index))
+    if sum(map(_dimensions, index)) == ndim or index[ellipsis + 1 :]:
+        return isinstance(index[-1], slice) and index[-1] == slice(None)
+    return True
+
+
+def _dimensions(index: Any) -> int:
+    """How many dimensions an index selects from."""
+    if index is None or index is ...:
+        return 0
+    mask = isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+    return index.ndim if mask else 1
+
+
+@implements(Tensor.contiguous)
+def _contiguous(logits: Any, *args: Any, **kwargs: Any) -> Any:
+    return NotImplemented if args or kwargs else logits
+
+
+@implements(Tensor.is_contiguous)
+def _is_contiguous(logits: Any, *args: Any, **kwargs: Any) -> Any:
+    return NotImplemented if args or kwargs else True
+
+
+@implements(Tensor.stride)
+def _stride(logits: Any, *args: Any) -> Any:
+    return _blank(logits).stride(*args)
+
+
+@implements(Tensor.detach)
+def _detach(logits: DeferredLogits) -> Any:
+    undone = logits.undone
+    rows = undone.rows.map(Tensor.detach)
+    return logits.like(undone._replace(hidden=undone.hidden.detach(), rows=rows), same_memory=True)
+
+
+def _stepwise(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler for a function of each number by itself: it is applied to each chunk."""
+
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+        logits = next((one for one in args if isinstance(one, DeferredLogits)), None)
+        if len(tensors) != 1 or logits is None or kwargs.get("rounding_mode") is not None:
+            return NotImplemented
+        place = next(place for place, one in enumerate(args) if one is logits)
+        before, after = args[:place], args[place + 1 :]
+
+        def step(chunk: Tensor) -> Tensor:
+            result: Tensor = func(*before, chunk, *after, **kwargs)
+            return result
+
+        probe = logits.undone.hidden.new_empty(0, dtype=logits.dtype)
+        seen = step(probe)
+        if seen is probe:
+            return logits
+        if not seen.is_floating_point() or seen.device != probe.device or seen.shape != probe.shape:
+            return NotImplemented
+        undone = logits.undone._replace(steps=(*logits.undone.steps, step))
+        return logits.like(undone, same_memory=False)
+
+    return handler
+
+
+for _step in (
+    *(Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
+    *(Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__),
+    *(Tensor.div, torch.div, Tensor.__truediv__, Tensor.tanh, torch.tanh),
+):
+    implements(_step)(_stepwise(_step))
+
+
+@implements(F.cross_entropy)
+def _cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    plain = size_average is None and reduce is None and reduction in ("none", "mean", "sum")
+    if not plain or not _has_labels(input, target) or not 0 <= label_smoothing <= 1:
+        return NotImplemented
+    if weight is not None and (label_smoothing or weight.shape != input.shape[-1:]):
+        return NotImplemented
+    undone = input.undone
+    if not can_defer(undone.hidden, undone.rows, undone.bias):
+        return NotImplemented  # within another transform than the one that they were made in
+    hidden, base, rows, bias, ids = undone.operands()
+    losses = cross_entropies(
+        hidden.reshape(-1, hidden.shape[-1]), base, rows, bias, ids, target.reshape(-1),
+        grown=undone.rows.grown, steps=undone.steps, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, once=at_work(GRAD),
+    )  # fmt: skip
+    labelled = target.reshape(-1) != ignore_index
+    each: Any = labelled
+    if weight is not None:
+        each = weight.to(losses.dtype)[torch.where(labelled, target.reshape(-1), 0)] * labelled
+        losses = losses * each
+    if reduction == "none":
+        losses = losses.reshape(target.shape)
+    else:
+        losses = losses.sum() / (each.sum() if reduction == "mean" else 1)
+    autocast = torch.is_autocast_enabled(hidden.device.type)  # which has it in float32
+    return losses if autocast else losses.to(input.dtype)
+
+
+def _has_labels(input: Any, target: Any) -> bool:
+    """Whether these are logits with one label, a number, for each position."""
+    if not isinstance(input, DeferredLogits) or not isinstance(target, Tensor):
+        return False
+    alike = target.shape == input.shape[:-1] and target.device == input.device
+    return input.ndim <= 2 and target.dtype == torch.int64 and alike
