@@ -7,9 +7,12 @@ mistake: every parameter is perturbed, head biases and the bias buffers of some 
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from tests.helpers.architecture_sizes import EXCLUDED
 from tests.helpers.architectures import (
@@ -109,6 +112,35 @@ def test_a_call_with_new_tokens_is_that_of_the_merged_model(name: str):
         expected = logits_of(merged(**inputs))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert snapshot(model) == before
+
+
+# Their labels are no ids of the text, or not one for each.
+OTHER_LABELS = {"GitForCausalLM", "MusicgenForCausalLM", "MusicgenMelodyForCausalLM"}
+OTHER_LABELS |= {"PerceiverForMaskedLM"}
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in EXCLUDED])
+def test_the_loss_without_the_logits_is_the_loss(name: str):
+    model, inputs = toy(name)
+    params = new_rows(model, name)
+    with torch.no_grad():  # first, as BigBird chooses its kind of attention here
+        model(**inputs)
+    if "labels" in inspect.signature(model.forward).parameters and name not in OTHER_LABELS:
+        text = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+        inputs["labels"] = torch.where(torch.arange(text.shape[1]) % 3 == 1, -100, text)
+
+    def step(waits: bool) -> list[Tensor]:
+        weights = patch(params, deferred_logits=waits)
+        out = functional_call(model, weights, kwargs=inputs)
+        loss, logits = out.get("loss"), logits_of(out)
+        if loss is None:
+            labels = torch.arange(logits.shape[:-1].numel()) % logits.shape[-1]
+            loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels)
+        return [loss, *torch.autograd.grad(loss, list(params.deltas.values())), logits]
+
+    for ours, plain in zip(step(True), step(False), strict=True):
+        scale = plain.abs().max().item() + 1e-9
+        torch.testing.assert_close(ours / scale, plain / scale, rtol=1e-3, atol=1e-5)
 
 
 def test_the_sweep_is_wide():
