@@ -17,6 +17,7 @@ BENCHES: dict[str, list[str]] = {
     "matrices": ["--quick", "--repeats=1"],
     "overhead": ["--repeats=20"],
     "below": ["--quick"],
+    "loss": ["--quick", "--repeats=1"],
     "checkpoint": ["--quick"],
     "ensemble": ["--quick"],
     "mixed": ["--quick"],

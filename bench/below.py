@@ -5,6 +5,7 @@ model the prompt's keys and values then depend on no trained row, and none of it
 
 - whole: the plain step, as a training loop is written.
 - logits kept: the head at the answer's positions alone (transformers' `logits_to_keep`).
+- logits deferred: the plain step with `patch(params, deferred_logits=True)`.
 - prompt without grad: the prompt through the model under `no_grad`, its keys and values kept; then
   the answer.
 - prompt kept: the same, and the keys and values are kept from step to step.
@@ -39,9 +40,9 @@ def losses(model: Any, prompt: Tensor, answer: Tensor) -> dict[str, Loss]:
     text = torch.cat([prompt, answer], dim=1)
     start = prompt.shape[1]
 
-    def call(params: ttfunc.TokenDeltas, ids: Tensor, **options: Any) -> Any:
-        kwargs = {"input_ids": ids, **options}
-        return ttfunc.functional_call(model, ttfunc.patch(params), kwargs=kwargs)
+    def call(params: ttfunc.TokenDeltas, ids: Tensor, waits: bool = False, **options: Any) -> Any:
+        weights = ttfunc.patch(params, deferred_logits=waits)
+        return ttfunc.functional_call(model, weights, kwargs={"input_ids": ids, **options})
 
     def of(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten())
@@ -52,6 +53,10 @@ def losses(model: Any, prompt: Tensor, answer: Tensor) -> dict[str, Loss]:
     def logits_kept(params: ttfunc.TokenDeltas) -> Tensor:
         kept = answer.shape[1] + 1
         return of(call(params, text, use_cache=False, logits_to_keep=kept).logits[:, :-1])
+
+    def deferred(params: ttfunc.TokenDeltas) -> Tensor:
+        logits = call(params, text, waits=True, use_cache=False).logits
+        return of(logits[:, start - 1 : -1])
 
     def prefilled() -> Any:
         # No row is read before the first trained token, so the model itself will do. The last
@@ -67,6 +72,7 @@ def losses(model: Any, prompt: Tensor, answer: Tensor) -> dict[str, Loss]:
     return {
         "whole": whole,
         "logits kept": logits_kept,
+        "logits deferred": deferred,
         "prompt without grad": lambda params: after(params, prefilled()),
         "prompt kept": lambda params: after(params, copy.deepcopy(kept)),
     }

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import peft
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
@@ -31,6 +32,7 @@ def as_it_is(loss: Any) -> Any:
 class Work:
     """A tied `(vocabulary, width)` matrix on a short Llama, a batch of one text, and k rows.
 
+    labelled: the last of so many parts of the text has labels (for those who take them).
     weights: `"random"`, or `"SmolLM2"` for the pretrained model, whose sizes are then its own.
     """
 
@@ -40,6 +42,7 @@ class Work:
     dtype: str = "float32"
     tokens: int = 16
     rows: int = 4
+    labelled: int = 1
     device: str = "cpu"
     weights: str = "random"
 
@@ -81,6 +84,12 @@ class Work:
         x[0, : self.tokens // 4] = hits
         return x.to(self.device)
 
+    def labels(self) -> Tensor:
+        """Those of the text; -100 where there is none."""
+        labels = self.text()
+        labels[0, : self.tokens - self.tokens // self.labelled] = -100
+        return labels
+
 
 @functools.cache
 def smollm2() -> Any:
@@ -89,26 +98,53 @@ def smollm2() -> Any:
     return model
 
 
-def frozen_floor(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
+def frozen_floor(
+    model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is, *, labels: Tensor | None = None
+) -> Step:
     """Running the frozen model: the embedding's output alone requires grad."""
+    labels = x if labels is None else labels
 
     @wrap
     def loss(h: Tensor, x: Tensor) -> Tensor:
         return model(inputs_embeds=h, labels=x).loss  # type: ignore[no-any-return]
 
-    return lambda: loss(model.get_input_embeddings()(x).requires_grad_(), x).backward()
+    return lambda: loss(model.get_input_embeddings()(x).requires_grad_(), labels).backward()
+
+
+def torch_chunked(
+    model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is, *, labels: Tensor | None = None
+) -> Step:
+    """The floor with torch's own loss by chunks, in place of the head: it trains no row."""
+    labels = F.pad(x if labels is None else labels, (0, 1), value=-100)[:, 1:].flatten()
+    head = model.get_output_embeddings().weight
+    # The chunks that it would choose itself take ten times as long on a CPU.
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128)
+
+    def step() -> None:
+        h = model.get_input_embeddings()(x).requires_grad_()
+        states = model.base_model(inputs_embeds=h).last_hidden_state.flatten(0, 1)
+        F.linear_cross_entropy(states, head, labels, options=options).backward()
+
+    return step
 
 
 def deferred(
-    model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is, *, dense: bool = False
+    model: Any,
+    x: Tensor,
+    idx: list[int],
+    wrap: Wrap = as_it_is,
+    *,
+    labels: Tensor | None = None,
+    **options: bool,
 ) -> Step:
     """Deferred weights, which is what ttfunc does by default."""
     params = ttfunc.init_deltas(model, idx, requires_grad=True)
+    labels = x if labels is None else labels
 
     @wrap
     def loss(params: ttfunc.TokenDeltas, x: Tensor) -> Tensor:
-        weights = ttfunc.patch(params, dense=dense)
-        out = ttfunc.functional_call(model, weights, kwargs={"input_ids": x, "labels": x})
+        kwargs = {"input_ids": x, "labels": labels}
+        out = ttfunc.functional_call(model, ttfunc.patch(params, **options), kwargs=kwargs)
         return out.loss  # type: ignore[no-any-return]
 
     return lambda: loss(params, x).backward()
@@ -117,6 +153,13 @@ def deferred(
 def dense(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
     """Weights that are copied at once."""
     return deferred(model, x, idx, wrap, dense=True)
+
+
+def no_logits(
+    model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is, *, labels: Tensor | None = None
+) -> Step:
+    """Deferred logits as well."""
+    return deferred(model, x, idx, wrap, labels=labels, deferred_logits=True)
 
 
 def new_tokens(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
@@ -149,10 +192,12 @@ def _renumbered(model: Any, x: Tensor, idx: list[int]) -> tuple[list[int], Tenso
     return ids, x
 
 
-def peft_tokens(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
+def peft_tokens(
+    model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is, *, labels: Tensor | None = None
+) -> Step:
     """PEFT's TrainableTokensConfig."""
     wrapped = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=idx))
-    return _plain_step(wrapped, x, wrap)
+    return _plain_step(wrapped, x, wrap, labels)
 
 
 def peft_lora(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is) -> Step:
@@ -176,10 +221,12 @@ def full_embedding(model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is)
     return _plain_step(model, x, wrap)
 
 
-def _plain_step(model: Any, x: Tensor, wrap: Wrap) -> Step:
+def _plain_step(model: Any, x: Tensor, wrap: Wrap, labels: Tensor | None = None) -> Step:
+    labels = x if labels is None else labels
+
     @wrap
     def loss(x: Tensor) -> Tensor:
-        return model(input_ids=x, labels=x).loss  # type: ignore[no-any-return]
+        return model(input_ids=x, labels=labels).loss  # type: ignore[no-any-return]
 
     def step() -> None:
         model.zero_grad()  # as a training loop does, so that no gradient adds up
@@ -189,12 +236,17 @@ def _plain_step(model: Any, x: Tensor, wrap: Wrap) -> Step:
 
 
 # These do not change the model, so they can share one.
-LEAVE_THE_MODEL = ("frozen floor", "ttfunc", "ttfunc, dense", "ttfunc, new tokens")
+LEAVE_THE_MODEL = (
+    *("frozen floor", "torch's chunks", "ttfunc", "ttfunc, no logits"),
+    *("ttfunc, dense", "ttfunc, new tokens"),
+)
 CONTESTANTS: dict[str, Callable[..., Step]] = {
     "frozen floor": frozen_floor,
     "ttfunc": deferred,
+    "ttfunc, no logits": no_logits,
     "ttfunc, dense": dense,
     "ttfunc, new tokens": new_tokens,
+    "torch's chunks": torch_chunked,
     "PEFT": peft_tokens,
     "PEFT, resized": peft_resized,
     "PEFT in LoRA": peft_lora,

@@ -116,7 +116,7 @@ def test_a_call_with_new_tokens_is_that_of_the_merged_model(name: str):
 
 # Their labels are no ids of the text, or not one for each.
 OTHER_LABELS = {"GitForCausalLM", "MusicgenForCausalLM", "MusicgenMelodyForCausalLM"}
-OTHER_LABELS |= {"PerceiverForMaskedLM"}
+OTHER_LABELS |= {"EncoderDecoderModel", "PerceiverForMaskedLM"}
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in EXCLUDED])

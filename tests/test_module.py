@@ -32,7 +32,8 @@ def test_it_is_the_functional_call_and_changes_nothing(case):
     before, x = oracle.snapshot(model), models.tokens(2, 7)
     module = TokenModule(model, params)
     expected = optree.tree_map(lambda t: t.detach().clone().requires_grad_(), params)
-    models.loss_of(functional_call(model, patch(expected), x)).backward()
+    weights = patch(expected, deferred_logits=True)  # as in training
+    models.loss_of(functional_call(model, weights, x)).backward()
     out = module(x)
     models.loss_of(out).backward()
     assert torch.equal(out, functional_call(model, patch(params), x))

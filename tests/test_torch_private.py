@@ -22,10 +22,12 @@ from ttfunc import TokenDeltas, torch_private
 from ttfunc.torch_private import (
     COMPARISONS,
     FUNCTIONALIZE,
+    GRAD,
     IS_VIEW,
     JVP,
     OPTREE_GLOBAL,
     at_work,
+    first_order,
     forbid_writes,
     has_storage,
     in_dual_level,
@@ -70,6 +72,27 @@ def test_transforms_are_told_of_while_they_are_at_work(transform: str):
     assert within(transform, lambda x: at_work(JVP)) == (transform == "jvp")
     assert within(transform, lambda x: at_work(FUNCTIONALIZE)) == (transform == "functionalize")
     assert not at_work(JVP, FUNCTIONALIZE)
+
+
+def test_transforms_tell_how_often_they_differentiate():
+    asked = torch.ones(3, requires_grad=True)
+
+    def known(x: Tensor) -> bool:
+        return first_order(x)
+
+    assert first_order(asked)  # a backward says it later
+    assert within("grad", known)
+    assert within("vmap", known)
+    assert not within("jvp", known)
+    assert not within("functionalize", known)
+    found = []
+    grad(lambda x: (found.append(first_order(x)), x.sum())[1])(asked)
+    grad(lambda x: grad(lambda y: (found.append(first_order(y)), y.sum())[1])(x).sum())(ONES)
+    assert found == [False, False]
+    vmap(grad(lambda x: (found.append((first_order(x), at_work(GRAD))), x.sum())[1]))(ONES)
+    assert found[-1] == (True, True)
+    with forward_ad.dual_level():
+        assert not first_order(ONES)
 
 
 def test_a_transform_of_another_thread_is_not_this_ones():

@@ -307,6 +307,25 @@ def test_autocast(dtype):
     torch.testing.assert_close(found, gradient, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("inside", ["the product", "the loss"])
+def test_autocast_is_that_of_the_product(inside):
+    def cast(enabled: bool) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+    def step(waits: bool) -> list[Tensor]:
+        model = Head(lambda y: y)
+        params = random_rows(model, [7, 3], requires_grad=True)
+        with cast(inside == "the product"):
+            logits = functional_call(model, patch(params, deferred_logits=waits), X)
+        with cast(inside == "the loss"):
+            loss = F.cross_entropy(logits.view(-1, V), LABELS.view(-1)) + logits.tanh().mean()
+        return [loss, logits, *torch.autograd.grad(loss, list(params.deltas.values()))]
+
+    for ours, plain in zip(step(True), step(False), strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours * 1, plain, rtol=0.02, atol=0.01)
+
+
 def test_generate_and_compile():
     model = llama()
     params = random_rows(model, [7, 3], requires_grad=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ttfunc.indices import outside_of_autocast
 from ttfunc.torch_private import (
     first_order,
     forbid_writes,
@@ -65,13 +66,15 @@ class Undone(NamedTuple):
                 "before that, or leave deferred_logits=True out of patch."
             )
         ids = self.rows.indices.on(self.base.device).ids
-        rows = autocast(cast_like(self.rows.values, self.base))
+        rows = cast_like(self.rows.values, self.base)
         return self.hidden, self.base, rows, self.bias, ids
 
     def done(self) -> Tensor:
         """The logits themselves. Raises as `operands`."""
         hidden, base, _, bias, _ = self.operands()
-        return in_steps(self.steps, self.rows.product(hidden, base, bias))
+        # They were cast as autocast was when the model multiplied.
+        with outside_of_autocast(hidden.device):
+            return in_steps(self.steps, self.rows.product(hidden, base, bias))
 
 
 def implements(*functions: Any) -> Callable[[Handler], Handler]:
@@ -259,4 +262,5 @@ def _made(
     grown: int,
     steps: Steps,
 ) -> Tensor:
-    return in_steps(steps, patched_product(hidden, base, rows, bias, ids, grown))
+    with outside_of_autocast(hidden.device):
+        return in_steps(steps, patched_product(hidden, base, rows, bias, ids, grown))

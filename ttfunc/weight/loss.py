@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttfunc.indices import outside_of_autocast
 from ttfunc.torch_private import keeps_signature
 from ttfunc.weight.reads import bias_at, bias_of_base, patched_product, product_into
 
@@ -49,7 +50,8 @@ def cross_entropies(
     """
     options = (grown, steps, ignore_index, label_smoothing, once)
     losses: Tensor
-    losses, _, _ = _CrossEntropies.apply(hidden, base, rows, bias, ids, target, *options)  # type: ignore[no-untyped-call]
+    with outside_of_autocast(hidden.device):
+        losses, _, _ = _CrossEntropies.apply(hidden, base, rows, bias, ids, target, *options)  # type: ignore[no-untyped-call]
     return losses
 
 

@@ -1,0 +1,119 @@
+"""A step whose loss needs no logits: time and peak memory against the tokens, all labelled or some.
+
+The contestants are the frozen floor, the floor with torch's own loss by chunks
+(`F.linear_cross_entropy`, which trains no row), PEFT, and ttfunc without deferred logits and with
+them (`patch(params, deferred_logits=True)`).
+
+python -m bench.loss [--repeats 5] [--dtype bfloat16] [--memory] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+from bench.contestants import CONTESTANTS, LEAVE_THE_MODEL, Step, Work
+from bench.matrices import MATRICES, MIB
+from bench.memory import growth, trim_heap
+from bench.report import arguments, print_table
+from bench.timing import in_turns
+
+NAMES = ["frozen floor", "torch's chunks", "ttfunc", "ttfunc, no logits", "PEFT"]
+TEXTS = {"SmolLM2-135M": 1024, "Qwen2.5-0.5B": 512, "Llama 3.2 1B": 256, "Gemma 3 270M": 512}
+PARTS = (1, 4)  # all positions, and a quarter of them
+LENGTHS = [64, 256, 1024, 4096, 16_384]
+
+
+def steps(work: Work, names: Sequence[str]) -> dict[str, Step]:
+    shared, x, labels, idx = work.model(), work.text(), work.labels(), work.idx()
+    return {
+        name: CONTESTANTS[name](
+            shared if name in LEAVE_THE_MODEL else work.model(), x, idx, labels=labels
+        )
+        for name in names
+    }
+
+
+def run(texts: dict[str, int], dtype: str, repeats: int) -> None:
+    """A row for each matrix, with all positions labelled and with a quarter of them."""
+    lines = []
+    for model, tokens in texts.items():
+        for labelled in PARTS:
+            work = Work(*MATRICES[model], 2, dtype, tokens, 16, labelled)
+            calls = steps(work, NAMES)
+            for call in calls.values():
+                call()
+            gc.collect()
+            found = in_turns(calls, repeats, prepare=trim_heap)
+            floor = found["frozen floor"]
+            part = "all" if labelled == 1 else f"1 of {labelled}"
+            cells = [f"{s / floor:.2f}" for s in found.values()]
+            lines.append([f"{model}, {tokens}", part, f"{1e3 * floor:,.0f}", *cells[1:]])
+            print(*lines[-1], sep="; ", flush=True)
+    title = f"a step, times the floor, {dtype}, two layers, 16 rows"
+    print_table(title, ["matrix, tokens", "labelled", "floor, ms", *NAMES[1:]], lines)
+
+
+def measure(name: str, work: Work) -> int:
+    """Bytes of a step's peak above the loaded model, in a process of its own."""
+    fields = [f"--{field}={value}" for field, value in vars(work).items()]
+    command = [sys.executable, "-m", "bench.loss", *fields, "--only", name]
+    out = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+    return int(json.loads(out.stdout.splitlines()[-1]))
+
+
+def run_memory(lengths: Sequence[int], output: Path) -> None:
+    """MiB of the peak against the tokens, as a table and a plot."""
+    usual = Work(*MATRICES["SmolLM2-135M"], 2, "float32", 64, 16)
+    peaks = {
+        name: [measure(name, replace(usual, tokens=tokens)) / MIB for tokens in lengths]
+        for name in NAMES
+    }
+    title = f"peak over the loaded model, MiB, tied {usual}, all positions labelled"
+    rows = [[name, *(f"{mib:,.0f}" for mib in found)] for name, found in peaks.items()]
+    print_table(title, ["tokens", *(f"{tokens:,}" for tokens in lengths)], rows)
+    mpl.use("agg")
+    _, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, found in peaks.items():
+        axes.plot(lengths, found, "o--" if name == "frozen floor" else "o-", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak over the model, MiB")
+    axes.legend()
+    output.mkdir(parents=True, exist_ok=True)
+    plt.savefig(output / "loss.png", dpi=110)
+    print(f"plot in {output / 'loss.png'}")
+
+
+def main() -> None:
+    if "--only" in sys.argv:
+        work, options = arguments(__doc__ or "")
+        small = replace(work, vocabulary=work.rows + 50, tokens=16)
+        steps(small, [options.only])[options.only]()  # what the libraries load is not the step's
+        print(json.dumps(growth(functools.partial(steps(work, [options.only])[options.only]))))
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--matrix", choices=TEXTS, help="one of them alone")
+    parser.add_argument("--memory", action="store_true", help="measure memory in place of time")
+    parser.add_argument("--output", type=Path, default=Path("bench/plots"), help="for the plot")
+    parser.add_argument("--quick", action="store_true", help="the smallest matrix, short texts")
+    options = parser.parse_args()
+    if options.memory:
+        run_memory(LENGTHS[:2] if options.quick else LENGTHS, options.output)
+    else:
+        texts = {options.matrix: TEXTS[options.matrix]} if options.matrix else TEXTS
+        run({"SmolLM2-135M": 64} if options.quick else texts, options.dtype, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
