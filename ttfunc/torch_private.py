@@ -43,6 +43,7 @@ __all__ = [
     "plain_torch_function",
     "storage_key",
     "torch_pytree",
+    "transform_depth",
     "transforms_active",
     "tree_leaves",
     "tree_map",
@@ -116,6 +117,11 @@ def first_order(*tensors: Tensor) -> bool:
     if set(layers) - {GRAD, VMAP} or layers.count(GRAD) > 1:
         return False
     return GRAD not in layers or not any(_innermost(one).requires_grad for one in tensors)
+
+
+def transform_depth() -> int:
+    """How many transforms are at work, one within the other."""
+    return len(functorch.get_interpreter_stack() or []) if transforms_active() else 0
 
 
 def _innermost(tensor: Tensor) -> Tensor:

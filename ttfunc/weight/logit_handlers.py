@@ -13,14 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.torch_private import GRAD, at_work
+from ttfunc.torch_private import GRAD, at_work, is_wrapped, no_torch_function, storage_key
 from ttfunc.weight.logits import DeferredLogits, can_defer, implements
 from ttfunc.weight.loss import cross_entropies
-
-
-def _blank(logits: DeferredLogits) -> Tensor:
-    """A tensor of their shape and dtype that has no values."""
-    return torch.empty(logits.shape, dtype=logits.dtype, device="meta")
 
 
 def _reshaped(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,14 +24,24 @@ def _reshaped(func: Callable[..., Any]) -> Callable[..., Any]:
     def handler(logits: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(logits, DeferredLogits):
             return NotImplemented
-        shape = func(_blank(logits), *args, **kwargs)
+
+        def view(one: Tensor) -> Tensor:
+            result: Tensor = func(one, *args, **kwargs)
+            return result
+
+        shape = logits.blank_after(view)
         if shape.dtype != logits.dtype or shape.ndim == 0 or shape.shape[-1] != logits.shape[-1]:
             return NotImplemented
         hidden = logits.undone.hidden
         hidden = hidden.reshape(*shape.shape[:-1], hidden.shape[-1])
-        return logits.like(logits.undone._replace(hidden=hidden), same_memory=True)
+        undone = logits.undone._replace(hidden=hidden)
+        return logits.view_by(undone, view) if _is_view(shape, logits) else logits.copy_of(undone)
 
     return handler
+
+
+def _is_view(blank: Tensor, logits: DeferredLogits) -> bool:
+    return storage_key(blank) == storage_key(logits.blank)
 
 
 for _func in (
@@ -49,11 +54,20 @@ for _func in (
 @implements(Tensor.__getitem__)
 def _getitem(logits: Any, index: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
+    # As in torch, a tensor that is one number gives a view, and any other one a copy.
+    index = tuple(int(one) if _is_number(one) else one for one in index)
     if not isinstance(logits, DeferredLogits) or not _keeps_last(index, logits.ndim):
         return NotImplemented
-    views = not any(isinstance(one, Tensor) for one in index)
     undone = logits.undone._replace(hidden=logits.undone.hidden[index])
-    return logits.like(undone, same_memory=views)
+    if any(isinstance(one, Tensor) for one in index):
+        return logits.copy_of(undone)
+    return logits.view_by(undone, lambda one: one[index])
+
+
+def _is_number(index: Any) -> bool:
+    if not isinstance(index, Tensor) or index.ndim or is_wrapped(index) or index.is_meta:
+        return False
+    return not (index.is_floating_point() or index.dtype in (torch.bool, torch.uint8))
 
 
 def _keeps_last(index: tuple[Any, ...], ndim: int) -> bool:
@@ -79,24 +93,38 @@ def _dimensions(index: Any) -> int:
 
 @implements(Tensor.contiguous)
 def _contiguous(logits: Any, *args: Any, **kwargs: Any) -> Any:
-    return NotImplemented if args or kwargs else logits
+    if args or kwargs:
+        return NotImplemented
+    return logits if logits.blank.is_contiguous() else logits.copy_of(logits.undone)
 
 
-@implements(Tensor.is_contiguous)
-def _is_contiguous(logits: Any, *args: Any, **kwargs: Any) -> Any:
-    return NotImplemented if args or kwargs else True
+def _of_blank(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler for a question about where numbers lie."""
+    return lambda logits, *args, **kwargs: func(logits.blank, *args, **kwargs)
 
 
-@implements(Tensor.stride)
-def _stride(logits: Any, *args: Any) -> Any:
-    return _blank(logits).stride(*args)
+for _question in (Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset):
+    implements(_question)(_of_blank(_question))
 
 
 @implements(Tensor.detach)
 def _detach(logits: DeferredLogits) -> Any:
-    undone = logits.undone
-    rows = undone.rows.map(Tensor.detach)
-    return logits.like(undone._replace(hidden=undone.hidden.detach(), rows=rows), same_memory=True)
+    with torch.no_grad():
+        return logits.view_by(logits.undone, Tensor.detach)
+
+
+def _from_the_nan(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler for a backward: the NaN has the history of the logits."""
+
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        with no_torch_function():
+            return func(*args, **kwargs)
+
+    return handler
+
+
+for _backward in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+    implements(_backward)(_from_the_nan(_backward))
 
 
 def _stepwise(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,7 +149,7 @@ def _stepwise(func: Callable[..., Any]) -> Callable[..., Any]:
         if not seen.is_floating_point() or seen.device != probe.device or seen.shape != probe.shape:
             return NotImplemented
         undone = logits.undone._replace(steps=(*logits.undone.steps, step))
-        return logits.like(undone, same_memory=False)
+        return logits.copy_of(undone)
 
     return handler
 
@@ -162,7 +190,8 @@ def _cross_entropy(
     labelled = target.reshape(-1) != ignore_index
     each: Any = labelled
     if weight is not None:
-        each = weight.to(losses.dtype)[torch.where(labelled, target.reshape(-1), 0)] * labelled
+        chosen = weight.to(losses.dtype)[torch.where(labelled, target.reshape(-1), 0)]
+        each = torch.where(labelled, chosen, 0)
         losses = losses * each
     if reduction == "none":
         losses = losses.reshape(target.shape)

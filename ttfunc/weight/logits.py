@@ -7,7 +7,6 @@ noted. Anything else makes the logits, and gives what it gives without deferring
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,19 +15,20 @@ from torch import Tensor
 
 from ttfunc.indices import outside_of_autocast
 from ttfunc.torch_private import (
+    TensorBase,
     first_order,
-    forbid_writes,
-    keeps_signature,
+    is_wrapped,
     no_torch_function,
-    transforms_active,
+    outside_of_modes,
+    transform_depth,
     tree_leaves,
     tree_map,
     version_of,
 )
-from ttfunc.weight.loss import Steps, gradients, in_steps
-from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER, OfEach, written_by
-from ttfunc.weight.placeholder import placeholder_of
-from ttfunc.weight.reads import SharedRows, autocast, cast_like, patched_product
+from ttfunc.weight.logits_placeholder import LogitsPlaceholder
+from ttfunc.weight.loss import Steps, in_steps
+from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER, OfEach
+from ttfunc.weight.reads import SharedRows, autocast, cast_like
 from ttfunc.weight.source import RowPatch
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -37,6 +37,7 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 # Questions that the NaN in their place answers, which has their shape, dtype and history.
 _METADATA = (ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER) - {
     *(Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage),
+    vars(TensorBase)["grad_fn"].__get__,  # someone may hook it
 }
 
 
@@ -87,17 +88,50 @@ def implements(*functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
+class Memory:
+    """Where logits lie once they are made: one tensor, of which there may be views.
+
+    depth: how many transforms were at work around them.
+    """
+
+    def __init__(self, undone: Undone) -> None:
+        self.undone, self.depth = undone, transform_depth()
+        self.made: Tensor | None = None
+
+    def filled(self) -> Tensor:
+        """The logits, made by the first who asks, and with their graph."""
+        if self.made is not None:
+            return self.made
+        with torch.enable_grad():
+            made = self.undone.done()
+        # What is made within a further transform, or for inference alone, is of use there alone.
+        if transform_depth() == self.depth and not made.is_inference():
+            self.made = made
+        return made
+
+
 class DeferredLogits(Tensor):
     """`(..., V)` logits that are made when something reads them.
 
-    made: the logits, once they were made. written: whether something was written to them. family:
-    the other logits that would lie in the same memory.
+    undone: what these are made of. memory: where they will lie; `views` lead to them from there.
+    blank: a tensor on meta of their size and strides. constant: that they have no gradient, as they
+    were made under no_grad. node: their `grad_fn`, unless a function of someone else replaces it.
     """
 
     undone: Undone
+    memory: Memory
+    views: tuple[Callable[[Tensor], Tensor], ...]
+    blank: Tensor
+    constant: bool
+    node: object
     made: Tensor | None
-    written: bool
-    family: weakref.WeakSet[DeferredLogits]
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing has read them, nor those in the same memory."""
+        with no_torch_function():
+            own = self.grad_fn is self.node
+        return own and self.made is None and self.memory.made is None
 
     @classmethod
     def __torch_function__(
@@ -108,7 +142,7 @@ class DeferredLogits(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if all(one.made is None for one in _deferred_in(args, kwargs)):
+        if all(one.waits for one in _deferred_in(args, kwargs)):
             if func in _METADATA:
                 with no_torch_function():
                     return func(*args, **kwargs)
@@ -116,8 +150,6 @@ class DeferredLogits(Tensor):
             result = NotImplemented if handler is None else handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        for one in _deferred_in(written_by(func, args, kwargs)):
-            one.prepare_write()
         return func(*tree_map(done, args), **tree_map(done, kwargs))
 
     # As a patched weight's: for code that bypasses __torch_function__.
@@ -132,26 +164,22 @@ class DeferredLogits(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if _deferred_in(written_by(func, args, kwargs)):
-            raise RuntimeError(
-                f"{func} would write to deferred logits without having made them. Leave "
-                "deferred_logits=True out of patch."
-            )
         with torch.no_grad():
-            return func(*tree_map(done, args), **tree_map(done, kwargs))
+            return func(*tree_map(_values, args), **tree_map(_values, kwargs))
 
-    def prepare_write(self) -> None:
-        """Make the logits, for something to write to. Raises if others share their memory."""
-        if len(self.family) > 1:
-            raise RuntimeError(
-                "a model writes to deferred logits of which it also holds a view, and the view "
-                "would not see it. Leave deferred_logits=True out of patch."
-            )
-        self.made, self.written = done(self), True
+    def view_by(self, undone: Undone, view: Callable[[Tensor], Tensor]) -> DeferredLogits:
+        """These after `view`, which is a view of their memory."""
+        blank = self.blank_after(view)
+        return _wrap(undone, self.constant, self.memory, (*self.views, view), blank)
 
-    def like(self, undone: Undone, *, same_memory: bool) -> DeferredLogits:
-        """Logits made of these."""
-        return _wrap(undone, self.family if same_memory else weakref.WeakSet())
+    def blank_after(self, view: Callable[[Tensor], Tensor]) -> Tensor:
+        """The size and the strides that these have after it."""
+        with outside_of_modes():
+            return view(self.blank)
+
+    def copy_of(self, undone: Undone) -> DeferredLogits:
+        """Logits in a memory of their own."""
+        return _wrap(undone, self.constant)
 
 
 def done(value: Any) -> Any:
@@ -159,14 +187,37 @@ def done(value: Any) -> Any:
     if not isinstance(value, DeferredLogits):
         return value
     if value.made is not None:
-        with no_torch_function():
-            wanted = torch.is_grad_enabled() and value.requires_grad
-        if value.written or value.made.requires_grad or not wanted:
-            return value.made
-    made = value.undone.done()
-    if not transforms_active():  # in which the next read may be at another level
+        return value.made
+    made = _values(value)
+    with no_torch_function():
+        if value.grad_fn is not value.node:
+            made = _Valued.apply(value.as_subclass(Tensor), made.detach())  # type: ignore[no-untyped-call]
+    if value.memory.made is not None:
         value.made = made
     return made
+
+
+def _values(value: Any) -> Any:
+    """The same, with the graph that they had when they were deferred."""
+    if not isinstance(value, DeferredLogits):
+        return value
+    made = value.memory.filled()
+    with torch.set_grad_enabled(not value.constant):
+        for view in value.views:
+            made = view(made)
+    return made.detach() if value.constant else made
+
+
+class _Valued(torch.autograd.Function):
+    """Values for logits that have got another gradient, as the output of someone's function."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def defer(hidden: Tensor, rows: SharedRows, base: Tensor, bias: Tensor | None) -> DeferredLogits:
@@ -175,7 +226,7 @@ def defer(hidden: Tensor, rows: SharedRows, base: Tensor, bias: Tensor | None) -
     hidden, base = autocast(hidden), autocast(base)
     operands = [one for one in (hidden, rows.values, base, bias) if one is not None]
     versions = tuple((one, version_of(one)) for one in operands)
-    return _wrap(Undone(hidden, rows, base, bias, (), versions), weakref.WeakSet())
+    return _wrap(Undone(hidden, rows, base, bias, (), versions), constant=False)
 
 
 def can_defer(hidden: Tensor, rows: RowPatch, bias: Tensor | None) -> bool:
@@ -191,76 +242,31 @@ def wants_gradient(hidden: Tensor, rows: RowPatch) -> bool:
     return torch.is_grad_enabled() and (hidden.requires_grad or rows.values.requires_grad)
 
 
-def _wrap(undone: Undone, family: weakref.WeakSet[DeferredLogits]) -> DeferredLogits:
-    operands, transformed = undone.operands(), transforms_active()
+def _wrap(
+    undone: Undone,
+    constant: bool,
+    memory: Memory | None = None,
+    views: tuple[Callable[[Tensor], Tensor], ...] = (),
+    blank: Tensor | None = None,
+) -> DeferredLogits:
+    constant = constant or not torch.is_grad_enabled()
+    if constant:
+        rows = undone.rows.map(Tensor.detach)
+        undone = undone._replace(hidden=undone.hidden.detach(), rows=rows)
+    operands = undone.operands()
     dtype = in_steps(undone.steps, undone.hidden.new_empty(0)).dtype
-    nan = _NotMade.apply(*operands, undone.rows.grown, undone.steps, dtype, transformed)  # type: ignore[no-untyped-call]
-    logits = nan.as_subclass(DeferredLogits)
-    logits.undone, logits.made, logits.written, logits.family = undone, None, False, family
-    family.add(logits)
-    return logits  # type: ignore[no-any-return]
+    transformed = is_wrapped(operands[0]) or is_wrapped(operands[2])
+    nan = LogitsPlaceholder.apply(*operands, undone.rows.grown, undone.steps, dtype, transformed)  # type: ignore[no-untyped-call]
+    if blank is None:
+        with outside_of_modes():
+            blank = torch.empty(nan.shape, dtype=dtype, device="meta")
+    logits: DeferredLogits = nan.as_subclass(DeferredLogits)
+    logits.undone, logits.memory = undone, memory or Memory(undone)
+    logits.views, logits.blank, logits.constant, logits.made = views, blank, constant, None
+    with no_torch_function():
+        logits.node = logits.grad_fn
+    return logits
 
 
 def _deferred_in(*values: Any) -> list[DeferredLogits]:
     return [one for one in tree_leaves(values) if isinstance(one, DeferredLogits)]
-
-
-class _NotMade(torch.autograd.Function):
-    """A NaN in the shape of the logits, with their gradient."""
-
-    @staticmethod
-    @keeps_signature
-    def forward(
-        hidden: Tensor,
-        base: Tensor,
-        rows: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        grown: int,
-        steps: Steps,
-        dtype: torch.dtype,
-        transformed: bool,
-    ) -> Tensor:
-        nan = hidden.new_full((), torch.nan, dtype=dtype)
-        forbid_writes(nan)
-        nan = nan.expand(*hidden.shape[:-1], len(base) + grown)
-        if not transformed:  # the logits themselves are what the dispatcher finds
-            return nan
-        return placeholder_of(nan, lambda: _made(hidden, base, rows, bias, ids, grown, steps))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *operands, ctx.grown, ctx.steps, _, _ = inputs
-        ctx.save_for_backward(*operands)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, base, rows, bias, ids = ctx.saved_tensors
-
-        def made(hidden: Tensor, rows: Tensor) -> Tensor:
-            return _made(hidden, base, rows, bias, ids, ctx.grown, ctx.steps)
-
-        first, second = gradients(made, hidden, rows, grad, ctx.needs_input_grad)
-        return first, None, second, *(None,) * 6
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
-        hidden, *others = operands
-        if all(dim is None for dim in in_dims[1:5]) and in_dims[0] is not None:
-            nan: Tensor = _NotMade.apply(hidden.movedim(in_dims[0], 0), *others)  # type: ignore[no-untyped-call]
-            return nan, 0
-        made = torch.vmap(_made, in_dims[:-2], randomness=info.randomness)
-        return made(*operands[:-2]), 0
-
-
-def _made(
-    hidden: Tensor,
-    base: Tensor,
-    rows: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    grown: int,
-    steps: Steps,
-) -> Tensor:
-    with outside_of_autocast(hidden.device):
-        return in_steps(steps, patched_product(hidden, base, rows, bias, ids, grown))
