@@ -41,8 +41,7 @@ def patch(
         deferred_logits: let the logits wait until something reads them. A cross-entropy of theirs
             then needs none: it is made by chunks of a constant size, from the labelled positions
             alone, and so are its gradients. Where something reads the logits as well, they are made
-            again, by the rows as they are then: after a step of the optimizer that is an error.
-            Under no_grad, torch.compile and forward mode, this changes nothing.
+            again. Under no_grad, torch.compile and forward mode, this changes nothing.
 
     Returns:
         A `(V, D)` weight for each distinct matrix, under one name of each Parameter that holds it;

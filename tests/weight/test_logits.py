@@ -279,15 +279,31 @@ def test_a_scripted_function():
     torch.testing.assert_close(found, gradient)
 
 
-def test_what_was_written_to_since_is_refused():
+def test_after_a_step_of_the_optimizer_they_are_those_from_before():
+    for read in (
+        lambda y: y.argmax(-1),
+        lambda y: y[:, -1].softmax(-1),
+        lambda y: loss_of(y),
+        lambda y: y.view(-1, V)[3] * 2,
+        lambda y: F.cross_entropy(y.transpose(1, 2), X),
+    ):
+        waits, plain = deferred()
+        view = waits.view(-1, V)
+        with torch.no_grad():
+            waits.undone.rows.values.add_(1)
+        torch.testing.assert_close(read(waits) * 1, read(plain).detach())
+        torch.testing.assert_close(view * 1, plain.detach().view(-1, V))
+        assert not read(waits).requires_grad  # plain torch refuses a backward from here
+
+
+def test_hidden_states_that_were_written_to_since_are_refused():
     waits, _ = deferred()
-    waits.undone.rows.values.data.zero_()  # not seen, as with any saved tensor
+    view = waits.view(-1, V)
     with torch.no_grad():
-        waits.undone.rows.values.add_(1)
-    with pytest.raises(RuntimeError, match="were written to .* Read them before that"):
-        waits.sum()
-    with pytest.raises(RuntimeError, match="were written to .* Read them before that"):
-        F.cross_entropy(waits.view(-1, V), X.view(-1))
+        waits.undone.hidden.add_(1)
+    for read in (lambda: waits.sum(), lambda: waits[0], lambda: loss_of(view)):
+        with pytest.raises(RuntimeError, match="were written to. Read them before that"):
+            read()
 
 
 def test_nothing_waits_where_nobody_trains():

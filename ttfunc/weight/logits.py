@@ -44,8 +44,9 @@ _METADATA = (ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER) - {
 class Undone(NamedTuple):
     """The operands of a product, and what the model does to it.
 
-    hidden: `(..., D)`. base, rows, bias: as the product takes them, cast by autocast. steps: from
-    the product to these logits, one position at a time.
+    hidden: `(..., D)`. base, bias: as the product takes them, cast by autocast. steps: from the
+    product to these logits, one position at a time. versions: of the tensors that the product
+    would have read. rows_then: the rows, with values of their own and the version of the others.
     """
 
     hidden: Tensor
@@ -54,28 +55,40 @@ class Undone(NamedTuple):
     bias: Tensor | None
     steps: Steps
     versions: tuple[tuple[Tensor, int | None], ...]
+    rows_then: tuple[SharedRows, int | None]
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        """Hidden states, base, rows, bias and ids, as a product takes them.
+    def as_it_was(self) -> Undone:
+        """The same, if nothing was written to since; constants, if the rows were.
 
-        Raises RuntimeError where one of them was written to since.
+        Raises RuntimeError where the hidden states or the matrix were.
         """
         if any(version_of(tensor) != known for tensor, known in self.versions):
             raise RuntimeError(
                 "these logits were deferred, and are read only now that the hidden states or the "
-                "rows they are made of were written to (by a step of an optimizer, say). Read them "
-                "before that, or leave deferred_logits=True out of patch."
+                "matrix that they are made of were written to. Read them before that, or leave "
+                "deferred_logits=True out of patch."
             )
+        rows, known = self.rows_then
+        return (
+            self if version_of(self.rows.values) == known else self.constant()._replace(rows=rows)
+        )
+
+    def constant(self) -> Undone:
+        """The same without a gradient."""
+        rows = self.rows.map(Tensor.detach)
+        return self._replace(hidden=self.hidden.detach(), rows=rows)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """Hidden states, base, rows, bias and ids, as a product takes them."""
         ids = self.rows.indices.on(self.base.device).ids
-        rows = cast_like(self.rows.values, self.base)
-        return self.hidden, self.base, rows, self.bias, ids
+        return self.hidden, self.base, cast_like(self.rows.values, self.base), self.bias, ids
 
     def done(self) -> Tensor:
-        """The logits themselves. Raises as `operands`."""
-        hidden, base, _, bias, _ = self.operands()
+        """The logits themselves. Raises as `as_it_was`."""
+        then = self.as_it_was()
         # They were cast as autocast was when the model multiplied.
-        with outside_of_autocast(hidden.device):
-            return in_steps(self.steps, self.rows.product(hidden, base, bias))
+        with outside_of_autocast(then.hidden.device):
+            return in_steps(self.steps, then.rows.product(then.hidden, then.base, then.bias))
 
 
 def implements(*functions: Any) -> Callable[[Handler], Handler]:
@@ -224,9 +237,10 @@ def defer(hidden: Tensor, rows: SharedRows, base: Tensor, bias: Tensor | None) -
     """`rows.product(hidden, base, bias)`, not done yet."""
     bias = None if bias is None else autocast(bias)
     hidden, base = autocast(hidden), autocast(base)
-    operands = [one for one in (hidden, rows.values, base, bias) if one is not None]
-    versions = tuple((one, version_of(one)) for one in operands)
-    return _wrap(Undone(hidden, rows, base, bias, (), versions), constant=False)
+    versions = tuple((one, version_of(one)) for one in (hidden, base, bias) if one is not None)
+    # A step of an optimizer writes to the rows, and the logits of the step are those from before.
+    then = rows.map(lambda values: values.detach().clone()), version_of(rows.values)
+    return _wrap(Undone(hidden, rows, base, bias, (), versions, then), constant=False)
 
 
 def can_defer(hidden: Tensor, rows: RowPatch, bias: Tensor | None) -> bool:
@@ -250,9 +264,8 @@ def _wrap(
     blank: Tensor | None = None,
 ) -> DeferredLogits:
     constant = constant or not torch.is_grad_enabled()
-    if constant:
-        rows = undone.rows.map(Tensor.detach)
-        undone = undone._replace(hidden=undone.hidden.detach(), rows=rows)
+    undone = undone.as_it_was()
+    undone = undone.constant() if constant else undone
     operands = undone.operands()
     dtype = in_steps(undone.steps, undone.hidden.new_empty(0)).dtype
     transformed = is_wrapped(operands[0]) or is_wrapped(operands[2])
