@@ -79,14 +79,19 @@ def _getitem(weight: Any, tokens: Any) -> Any:
     return _embedding(torch.where(tokens < 0, tokens + len(weight), tokens), weight)
 
 
+def _is_product(input: Any, weight: Any, bias: Any) -> bool:
+    """Whether these are a product's operands; new tokens may be without a bias."""
+    if not (is_deferred(weight) and _is_plain(input)):
+        return False
+    height, grown = len(weight.source.base), weight.source.rows.grown
+    return bias is None or (_is_plain(bias) and bias.shape in ((height,), (height + grown,)))
+
+
 @implements(F.linear)
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if not (is_deferred(weight) and _is_plain(input)):
+    if not _is_product(input, weight, bias):
         return NotImplemented
     source = weight.source
-    heights = (len(source.base), len(source.base) + source.rows.grown)
-    if not (bias is None or (_is_plain(bias) and bias.ndim == 1 and len(bias) in heights)):
-        return NotImplemented
     source.check_and_note("product")
     if source.defers and wants_gradient(input, source.rows) and can_defer(input, source.rows, bias):
         return defer(input, source.rows, source.base, bias)
@@ -104,8 +109,7 @@ def _linear_cross_entropy(
     options: Any = None,  # how torch would take it apart
     **others: Any,
 ) -> Any:
-    plain = linear_bias is None or (_is_plain(linear_bias) and linear_bias.ndim == 1)
-    if not (is_deferred(linear_weight) and _is_plain(input) and input.ndim <= 2 and plain):
+    if not _is_product(input, linear_weight, linear_bias) or input.ndim > 2:
         return NotImplemented
     source = linear_weight.source
     source.check_and_note("product")
