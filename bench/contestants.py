@@ -243,8 +243,8 @@ LEAVE_THE_MODEL = (
 CONTESTANTS: dict[str, Callable[..., Step]] = {
     "frozen floor": frozen_floor,
     "ttfunc": deferred,
-    "ttfunc, no logits": no_logits,
     "ttfunc, dense": dense,
+    "ttfunc, no logits": no_logits,
     "ttfunc, new tokens": new_tokens,
     "torch's chunks": torch_chunked,
     "PEFT": peft_tokens,

@@ -10,11 +10,7 @@ python -m bench.loss [--repeats 5] [--dtype bfloat16] [--memory] [--quick]
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +20,8 @@ import matplotlib.pyplot as plt
 
 from bench.contestants import CONTESTANTS, LEAVE_THE_MODEL, Step, Work
 from bench.matrices import MATRICES, MIB
-from bench.memory import growth, trim_heap
-from bench.report import arguments, print_table
+from bench.memory import measure, trim_heap
+from bench.report import print_table
 from bench.timing import in_turns
 
 NAMES = ["frozen floor", "torch's chunks", "ttfunc", "ttfunc, no logits", "PEFT"]
@@ -64,14 +60,6 @@ def run(texts: dict[str, int], dtype: str, repeats: int) -> None:
     print_table(title, ["matrix, tokens", "labelled", "floor, ms", *NAMES[1:]], lines)
 
 
-def measure(name: str, work: Work) -> int:
-    """Bytes of a step's peak above the loaded model, in a process of its own."""
-    fields = [f"--{field}={value}" for field, value in vars(work).items()]
-    command = [sys.executable, "-m", "bench.loss", *fields, "--only", name]
-    out = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
-    return int(json.loads(out.stdout.splitlines()[-1]))
-
-
 def run_memory(lengths: Sequence[int], output: Path) -> None:
     """MiB of the peak against the tokens, as a table and a plot."""
     usual = Work(*MATRICES["SmolLM2-135M"], 2, "float32", 64, 16)
@@ -94,12 +82,6 @@ def run_memory(lengths: Sequence[int], output: Path) -> None:
 
 
 def main() -> None:
-    if "--only" in sys.argv:
-        work, options = arguments(__doc__ or "")
-        small = replace(work, vocabulary=work.rows + 50, tokens=16)
-        steps(small, [options.only])[options.only]()  # what the libraries load is not the step's
-        print(json.dumps(growth(functools.partial(steps(work, [options.only])[options.only]))))
-        return
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")

@@ -9,7 +9,7 @@ the copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +24,12 @@ from ttfunc.weight.overrides import (
     OfEach,
     refuse_layout,
     refuse_writes,
+    registry,
 )
 from ttfunc.weight.source import Reads, RowPatch, Source, versions
 
 # For each torch function that needs no copy, its handler (see handlers.py).
-_HANDLERS: dict[Any, Callable[..., Any]] = {}
-Handler = TypeVar("Handler", bound=Callable[..., Any])
-
-
-def implements(*functions: Any) -> Callable[[Handler], Handler]:
-    """Registers a handler: what a deferred weight does in place of these torch functions."""
-
-    def register(handler: Handler) -> Handler:
-        _HANDLERS.update(dict.fromkeys(functions, handler))
-        return handler
-
-    return register
+_HANDLERS, implements = registry()
 
 
 class PatchedWeight(Tensor):

@@ -8,7 +8,7 @@ noted. Anything else makes the logits, and gives what it gives without deferring
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +27,12 @@ from ttfunc.torch_private import (
 )
 from ttfunc.weight.logits_placeholder import LogitsPlaceholder
 from ttfunc.weight.loss import Steps, in_steps
-from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER, OfEach
+from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER, OfEach, registry
 from ttfunc.weight.reads import SharedRows, autocast, cast_like
 from ttfunc.weight.source import RowPatch
 
-_HANDLERS: dict[Any, Callable[..., Any]] = {}
-Handler = TypeVar("Handler", bound=Callable[..., Any])
+# For each torch function that needs no logits, its handler (see logit_handlers.py).
+_HANDLERS, implements = registry()
 
 # Questions that the NaN in their place answers, which has their shape, dtype and history.
 _METADATA = (ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER) - {
@@ -89,16 +89,6 @@ class Undone(NamedTuple):
         # They were cast as autocast was when the model multiplied.
         with outside_of_autocast(then.hidden.device):
             return in_steps(self.steps, then.rows.product(then.hidden, then.base, then.bias))
-
-
-def implements(*functions: Any) -> Callable[[Handler], Handler]:
-    """Registers what deferred logits do in place of these torch functions."""
-
-    def register(handler: Handler) -> Handler:
-        _HANDLERS.update(dict.fromkeys(functions, handler))
-        return handler
-
-    return register
 
 
 class Memory:

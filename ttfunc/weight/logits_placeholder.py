@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttfunc.indices import outside_of_autocast
 from ttfunc.torch_private import forbid_writes, keeps_signature
-from ttfunc.weight.loss import Steps, gradients, in_steps
+from ttfunc.weight.loss import Steps, gradients, made_of
 from ttfunc.weight.placeholder import placeholder_of
-from ttfunc.weight.reads import patched_product
 
 
 class LogitsPlaceholder(torch.autograd.Function):
@@ -35,7 +33,7 @@ class LogitsPlaceholder(torch.autograd.Function):
         nan = nan.expand(*hidden.shape[:-1], len(base) + grown)
         if not transformed:  # the logits themselves are what the dispatcher finds
             return nan
-        return placeholder_of(nan, lambda: _made(hidden, base, rows, bias, ids, grown, steps))
+        return placeholder_of(nan, lambda: made_of(hidden, base, rows, bias, ids, grown, steps))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -47,7 +45,7 @@ class LogitsPlaceholder(torch.autograd.Function):
         hidden, base, rows, bias, ids = ctx.saved_tensors
 
         def made(hidden: Tensor, rows: Tensor) -> Tensor:
-            return _made(hidden, base, rows, bias, ids, ctx.grown, ctx.steps)
+            return made_of(hidden, base, rows, bias, ids, ctx.grown, ctx.steps)
 
         first, second = gradients(made, hidden, rows, grad, ctx.needs_input_grad)
         return first, None, second, *(None,) * 6
@@ -58,18 +56,5 @@ class LogitsPlaceholder(torch.autograd.Function):
         if all(dim is None for dim in in_dims[1:5]) and in_dims[0] is not None:
             nan: Tensor = LogitsPlaceholder.apply(hidden.movedim(in_dims[0], 0), *others)  # type: ignore[no-untyped-call]
             return nan, 0
-        made = torch.vmap(_made, in_dims[:-2], randomness=info.randomness)
+        made = torch.vmap(made_of, in_dims[:-2], randomness=info.randomness)
         return made(*operands[:-2]), 0
-
-
-def _made(
-    hidden: Tensor,
-    base: Tensor,
-    rows: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    grown: int,
-    steps: Steps,
-) -> Tensor:
-    with outside_of_autocast(hidden.device):
-        return in_steps(steps, patched_product(hidden, base, rows, bias, ids, grown))

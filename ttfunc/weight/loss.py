@@ -62,6 +62,20 @@ def in_steps(steps: Steps, logits: Tensor) -> Tensor:
     return logits
 
 
+def made_of(
+    hidden: Tensor,
+    base: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    grown: int,
+    steps: Steps,
+) -> Tensor:
+    """The logits, in plain operations; the operands were cast as autocast was at the product."""
+    with outside_of_autocast(hidden.device):
+        return in_steps(steps, patched_product(hidden, base, rows, bias, ids, grown))
+
+
 def gradients(
     function: Callable[[Tensor, Tensor], Tensor],
     hidden: Tensor,
@@ -143,7 +157,7 @@ class _CrossEntropies(torch.autograd.Function):
         if torch.is_grad_enabled() and not once:  # someone will differentiate this gradient
 
             def losses(hidden: Tensor, rows: Tensor) -> Tensor:
-                logits = in_steps(steps, patched_product(hidden, base, rows, bias, ids, grown))
+                logits = made_of(hidden, base, rows, bias, ids, grown, steps)
                 options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
                 return F.cross_entropy(logits, target, reduction="none", **options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,25 @@ WRITERS = (
     | {Tensor.data_ptr, Tensor.register_hook, Tensor.retain_grad}
     | {Tensor.register_post_accumulate_grad_hook}
 )
+
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+def registry() -> tuple[dict[Any, Callable[..., Any]], Callable[..., Callable[[Handler], Handler]]]:
+    """A table of handlers for torch functions, and the decorator that enters one in it."""
+    handlers: dict[Any, Callable[..., Any]] = {}
+
+    def implements(*functions: Any) -> Callable[[Handler], Handler]:
+        """Registers what a tensor does in place of these torch functions."""
+
+        def register(handler: Handler) -> Handler:
+            handlers.update(dict.fromkeys(functions, handler))
+            return handler
+
+        return register
+
+    return handlers, implements
 
 
 class OfEach:
