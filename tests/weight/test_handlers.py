@@ -40,6 +40,10 @@ def check(read, how: set[str]) -> None:
         lambda w: w[TOKENS],
         lambda w: w[TOKENS - V],
         lambda w: w[TOKENS.int()],
+        lambda w: w[2:20:3],
+        lambda w: w[-5:],
+        lambda w: w[5:5],
+        lambda w: torch.cat([w[:9], w[9:]]),
         lambda w: F.embedding(TOKENS, w.to(torch.float64)),
     ],
 )
@@ -88,7 +92,7 @@ def test_products_need_no_copy(read):
     [
         lambda w: w + 0,
         lambda w: w[3],
-        lambda w: w[:9],
+        lambda w: w[:9, :2],
         lambda w: w[torch.arange(V) > 9],
         lambda w: w[TOKENS[0], TOKENS[1, 0] - 20],
         lambda w: torch.cat([w, w.T.T]),

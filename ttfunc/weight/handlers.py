@@ -71,7 +71,12 @@ def _embedding_bag(*args: Any, sparse: bool = False, **kwargs: Any) -> Any:
 
 @implements(Tensor.__getitem__)
 def _getitem(weight: Any, tokens: Any) -> Any:
-    if not (is_deferred(weight) and isinstance(tokens, Tensor)):
+    if not is_deferred(weight):
+        return NotImplemented
+    if isinstance(tokens, slice) and not weight.source.rows.by_example:  # a chunk of a fused loss
+        device = weight.source.base.device
+        return _embedding(torch.arange(*tokens.indices(len(weight)), device=device), weight)
+    if not isinstance(tokens, Tensor):
         return NotImplemented
     if tokens.dtype not in (torch.int64, torch.int32):  # a mask, or bytes that count as one
         return NotImplemented
