@@ -26,7 +26,7 @@ def test_a_fresh_patch_is_fresh():
         check_fresh(model, source.matrix, [model.embed_tokens.weight, None], source)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.inner."])
 def test_a_wrapper_is_told_with_the_name_that_the_matrix_has_in_it(prefix: str):
     model = make("tied")
     wrapper = model

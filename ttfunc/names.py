@@ -30,6 +30,7 @@ _ANYWHERE = re.compile(
     r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|token_adapter)\."
 )
 _FIRST = re.compile(r"^(?:(?:module|base_model\.model)\.)+")
+PEFT = "base_model.model."  # before each name of the model in a PeftModel
 
 
 def renamed(
@@ -41,12 +42,14 @@ def renamed(
 ) -> TokenDeltas:
     """`params` under names that are `held` elsewhere, in place of the model's.
 
+    Without `names`, those of a model in a PeftModel and of the model itself count as the same.
     For messages, `where` says what holds these names, and `missing` what is wrong with a name that
     is not held. Raises TypeError, KeyError or ValueError unless each of `names` maps a name of the
     parameters to a held name, and no two names become one.
     """
     if names is None:
-        return params
+        rows = {key: _beside_peft(spec, held) for key, spec in params.specs.items()}
+        return TokenDeltas(params.deltas, rows)
     if not isinstance(names, Mapping) or not all(isinstance(n, str) for n in names.values()):
         raise TypeError(f"names must map strings to strings, got {shown(names)}.")
     known = {name: spec for spec in params.specs.values() for name in spec.names}
@@ -69,6 +72,25 @@ def renamed(
         for key, spec in params.specs.items()
     }
     return TokenDeltas(params.deltas, rows)
+
+
+def _beside_peft(spec: RowSpec, held: Collection[str]) -> RowSpec:
+    if any(name in held for name in spec.names):
+        return spec
+    others = tuple(map(peft_twin, spec.names))
+    return replace(spec, names=others) if any(name in held for name in others) else spec
+
+
+def peft_twin(name: str) -> str:
+    """The name of the same parameter without the PeftModel around the model, or with one."""
+    return name.removeprefix(PEFT) if name.startswith(PEFT) else f"{PEFT}{name}"
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model in a PeftModel; any other model as it is."""
+    get = getattr(model, "get_base_model", None)
+    inner = get() if callable(get) else model
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def advice(names: Sequence[str], held: Collection[str]) -> str:
@@ -135,6 +157,8 @@ def names_of(model: nn.Module) -> dict[str, Tensor]:
 def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
     """The matrix that `model` has under `name`. Raises KeyError, with similar names, for none."""
     held = names_of(model)
+    if name not in held and peft_twin(name) in held:
+        name = peft_twin(name)
     if name not in held:
         hint = did_you_mean(name, held)
         if found := through_wrappers([name], held):

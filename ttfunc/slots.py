@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ttfunc.model.sizes import biases
 from ttfunc.model.targets import Matrix, count_slots, held_at, held_under, matrix_of, way_to
-from ttfunc.names import did_you_mean
+from ttfunc.names import did_you_mean, peft_twin
 from ttfunc.stale import check_fresh
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.per_example import check_batch_first
@@ -59,6 +59,10 @@ def _slots_of(
 ) -> list[Slot]:
     source = weight.source if is_patch(weight) else None
     matrix = source.matrix if source is not None else None
+    if matrix is not None and held_under(model, name) is None:
+        # The matrix itself, of a model that is in a PeftModel by now, or no longer in one.
+        twin = peft_twin(name)
+        name = twin if held_under(model, twin) is matrix.tensor else name
     if matrix is None or name not in matrix.names:
         # The caller uses another name, as for a wrapper of the model.
         matrix = matrix_of(model, _named(model, name))
