@@ -10,6 +10,7 @@ from ttfunc.merging import merge, unmerge
 from ttfunc.mixing import patch_mixed
 from ttfunc.module import TokenModule
 from ttfunc.patching import patch
+from ttfunc.peft.as_lora import lora_bytes, save_as_lora
 from ttfunc.peft.convert import load_peft, save_peft
 from ttfunc.pieces import mean_of_pieces
 from ttfunc.stacking import stack
@@ -39,6 +40,8 @@ __all__ = [
     "load",
     "save_peft",
     "load_peft",
+    "save_as_lora",
+    "lora_bytes",
     "merge_checkpoint",
     "unmerge_checkpoint",
     # what is trained

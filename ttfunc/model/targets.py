@@ -230,6 +230,11 @@ def _named_by_model(model: nn.Module, end: str = "input") -> object:
 def _input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
     """The embedding that the model names, else the only one, else the one named embed_tokens."""
     named = _named_by_model(model)
+    if isinstance(named, nn.Module) and "modules_to_save" in named._modules:
+        raise ValueError(
+            f"PEFT trains a whole copy of the input embedding of {type(model).__name__}, because "
+            "it is among modules_to_save. Leave it out of these, and let rows be what is trained."
+        )
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())
     embeddings = [(n, m) for n, m in modules if isinstance(m, nn.Embedding)]
     for choice in (

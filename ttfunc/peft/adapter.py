@@ -18,9 +18,10 @@ from ttfunc.disk.atomic import open_file
 from ttfunc.disk.header import LONGEST
 from ttfunc.disk.tensors import check_rows, opened, prefix_errors, tensor_of
 from ttfunc.indices import token_indices
+from ttfunc.names import PEFT
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX, DELTA, WRAPPER = "base_model.model.", ".trainable_tokens_delta", ".token_adapter"
+PREFIX, DELTA, WRAPPER = PEFT, ".trainable_tokens_delta", ".token_adapter"
 # For each kind of adapter, what comes after the name of a module, and where its indices are.
 SUFFIX = {"TRAINABLE_TOKENS": DELTA, "LORA": WRAPPER + DELTA}
 INDICES = {"TRAINABLE_TOKENS": "token_indices", "LORA": "trainable_token_indices"}
@@ -78,10 +79,10 @@ def read_adapter(directory: Path) -> Adapter:
 def _classify(file: Any, key: str, adapter: Adapter) -> None:
     """Add a tensor of the file to what the adapter has."""
     name, kind = key.removeprefix(PREFIX), adapter.config["peft_type"]
-    if name == key:
+    if name == key or name.startswith(PREFIX):
         raise ValueError(
-            f"its key {key!r} does not begin with {PREFIX!r}: PEFT would load such an adapter as "
-            "if untrained. Rename the keys"
+            f"its key {key!r} does not begin with one {PREFIX!r}: PEFT would load such an "
+            "adapter as if untrained. Rename the keys"
         )
     if name.endswith(DELTA):
         module = name.removesuffix(SUFFIX[kind])

@@ -28,7 +28,7 @@ from ttfunc.disk.tensors import (
     tensor_of,
 )
 from ttfunc.indices import token_indices
-from ttfunc.names import matrix_named
+from ttfunc.names import innermost, matrix_named
 from ttfunc.peft.adapter import (
     INDICES,
     NO_LAYERS,
@@ -40,7 +40,8 @@ from ttfunc.peft.adapter import (
     read_json,
     warn_of_other_keys,
 )
-from ttfunc.peft.rules import check_ends, check_targets, check_ties
+from ttfunc.peft.lora import check_apart, check_base, saved_lora
+from ttfunc.peft.rules import bare, check_ends, check_targets, check_ties
 from ttfunc.peft.writer import write_adapter
 from ttfunc.torch_private import outside_of_modes
 
@@ -50,12 +51,14 @@ def save_peft(
     directory: str | os.PathLike[str],
     *,
     base_model: str | os.PathLike[str] | nn.Module | None = None,
+    adapter: nn.Module | None = None,
 ) -> None:
     """Write the directory that `peft.PeftModel.from_pretrained` loads, and `load_peft` too.
 
     Matrices with the same token indices become a TRAINABLE_TOKENS adapter; others a LORA adapter
-    without layers, which has indices for each module. The rows are `(k, D)` float32 in the order
-    of the indices. `params` are not changed.
+    without layers, which has indices for each module. With `adapter` the rows go into that LoRA's
+    adapter, as one that PEFT loads. The rows are `(k, D)` float32 in the order of the indices.
+    `params` are not changed.
 
     Args:
         params: with deltas whose numbers are exact in float32.
@@ -63,12 +66,17 @@ def save_peft(
             other files stay.
         base_model: the folder or hub name of the model, or the model itself. For PEFT's
             AutoPeftModel… it must be a local folder or the model, because these tell the class.
+        adapter: a PeftModel over the same model, of whose one active LoRA PEFT's own
+            `save_pretrained` gives the rest.
 
     Raises:
+        TypeError: `adapter` is not a PeftModel.
         ValueError: deltas of another shape, without values, or not exact in float32; a matrix that
             is not the `weight` of a module, which PEFT cannot train; one name for two matrices;
             a `base_model` given as a module whose ties differ from its config, which PEFT reads;
-            two names with different indices, where one name is the end of the other.
+            two names with different indices, where one name is the end of the other; an adapter
+            that is no LoRA, is not the only one that is active, is for another model, or trains a
+            matrix that has rows.
         FileExistsError: the directory has another adapter, or is a file.
         OSError: it cannot be written, or the disk is full. No partial adapter is left.
     """
@@ -88,20 +96,36 @@ def save_peft(
             raise ValueError(f"there are no rows in {params}")
 
     first, *others = targets.values()
-    kind = "TRAINABLE_TOKENS" if all(ids == first for ids in others) else "LORA"
+    same = adapter is None and all(ids == first for ids in others)
+    kind = "TRAINABLE_TOKENS" if same else "LORA"
+    lora: dict[str, Tensor] = {}
+    config: dict[str, Any] = {"peft_type": kind, **_targets_in_config(kind, targets)}
+    if adapter is not None:
+        check_base(params, adapter)
+        lora, told = saved_lora(adapter)
+        check_apart(lora, tensors)
+        check_ties(params, innermost(adapter))
+        given = {} if base_model is None else _base(base_model)
+        config = {**told, INDICES[kind]: targets, **given}
+    else:
+        config |= _base(base_model)
     if kind == "LORA":  # a LORA adapter keeps the rows of tied modules once
         tensors = {module: tensors[module] for module in targets}
         check_ends(targets)
     if isinstance(base_model, nn.Module):
         check_ties(params, base_model)
     keyed = {f"{PREFIX}{module}{SUFFIX[kind]}": rows for module, rows in tensors.items()}
-    config = {"peft_type": kind, **_targets_in_config(kind, targets), **_base(base_model)}
     text = json.dumps(config, indent=2, sort_keys=True)
-    write_adapter(directory, serialized(keyed, {"format": "pt"}), text.encode())
+    write_adapter(directory, serialized({**lora, **keyed}, {"format": "pt"}), text.encode())
 
 
 def _module_of(name: str) -> str:
-    module, _, attribute = name.rpartition(".")
+    module, _, attribute = name.removeprefix(PREFIX).rpartition(".")
+    if module.endswith(".base_layer"):
+        raise ValueError(
+            f"{name!r} is the matrix of a module that has a LoRA too, and PEFT trains a module by "
+            "a LoRA or by rows. Leave it out of the LoRA's config"
+        )
     if attribute != "weight" or not module:
         raise ValueError(
             f"PEFT trains the weight of a named module, and not {name!r}. Use ttfunc.save"
@@ -158,7 +182,7 @@ def load_peft(
 
     Args:
         directory: with `adapter_config.json` and `adapter_model.safetensors`.
-        model: the model itself, without PEFT around it.
+        model: the model itself, or a PeftModel into which PEFT loads the rest of the adapter.
         requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
 
     Returns:
@@ -187,9 +211,10 @@ def load_peft(
                     f"it has different rows or token indices for {spec.names}, which are tied here"
                 )
             deltas[name], specs[name] = delta.requires_grad_(requires_grad), spec
-        check_targets(adapter.config, model, specs)
+        check_targets(adapter.config, innermost(model), bare(specs))
         _check_weights(directory / WEIGHTS, adapter.weights, model, specs)
-    warn_of_other_keys(adapter.other_keys, directory)
+    if innermost(model) is model:  # else PEFT is to load them
+        warn_of_other_keys(adapter.other_keys, directory)
     return TokenDeltas(deltas, specs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,8 +11,14 @@ from torch import Tensor, nn
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.disk.tensors import prefix_errors
 from ttfunc.model.targets import find_targets
-from ttfunc.peft.adapter import INDICES
+from ttfunc.peft.adapter import INDICES, PREFIX
 from ttfunc.peft.pattern import matching
+
+
+def bare(specs: Mapping[str, RowSpec]) -> dict[str, RowSpec]:
+    """The same matrices under their names in the model itself, without a PeftModel around it."""
+    names = {key: [one.removeprefix(PREFIX) for one in spec.names] for key, spec in specs.items()}
+    return {names[key][0]: replace(specs[key], names=tuple(names[key])) for key in specs}
 
 
 def check_ends(targets: Mapping[str, list[int]]) -> None:

@@ -1,0 +1,131 @@
+"""Rows as a plain LoRA, for servers that know LoRA and no token rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save as serialized
+from torch import Tensor, nn
+
+from ttfunc.deltas import RowSpec, TokenDeltas, check_type
+from ttfunc.disk.tensors import check_rows, cpu_copy, path_of, prefix_errors
+from ttfunc.names import PEFT
+from ttfunc.peft.adapter import PREFIX
+from ttfunc.peft.writer import write_adapter
+
+
+class _Layer(NamedTuple):
+    """A module that a LoRA is for: whether it looks tokens up, and the rows of its matrix."""
+
+    name: str
+    looks_up: bool
+    spec: RowSpec
+    delta: Tensor
+
+
+def save_as_lora(
+    params: TokenDeltas,
+    directory: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    base_model: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write the rows as a PEFT LoRA of the embedding and the head, with the same logits.
+
+    New rows R in place of the rows W[S] are W + E (R − W[S]), where the V×k matrix E has a 1 for
+    each token: a product of two factors, as in a LoRA of rank k. It is for servers that load a LoRA
+    and know no token rows, and gives the logits of the rows to rounding. The factors with V entries
+    make it far larger than the rows: see `lora_bytes`.
+
+    Args:
+        params: made from a model, which tells embeddings from heads. They are not changed.
+        directory: as for `save_peft`.
+        rank: at least k; what it has more is filled with zeros, for servers that take certain ranks
+            only.
+        base_model: the folder or hub name of the model, for the config.
+
+    Raises:
+        ValueError: new tokens, which no LoRA can add; a rank below the number of rows; a matrix
+            that is not the `weight` of an Embedding or a Linear.
+        RuntimeError: parameters that belong to no model.
+        FileExistsError, OSError: as for `save_peft`.
+    """
+    path = path_of(directory, "save_as_lora(params, directory)")
+    check_type(params)
+    with prefix_errors("these parameters cannot be saved as a LoRA"):
+        width = _rank(params, rank)
+        layers = list(_layers(params))
+        tensors = {key: one for layer in layers for key, one in _factors(layer, width)}
+    config = {
+        "peft_type": "LORA",
+        "r": width,
+        "lora_alpha": width,  # so that the product is scaled by 1
+        "target_modules": sorted({layer.name for layer in layers}),
+        "base_model_name_or_path": None if base_model is None else os.fspath(base_model),
+        **{"bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False},
+        **{"inference_mode": True, "task_type": None},
+    }
+    text = json.dumps(config, indent=2, sort_keys=True)
+    write_adapter(path, serialized(tensors, {"format": "pt"}), text.encode())
+
+
+def lora_bytes(params: TokenDeltas, *, rank: int | None = None) -> int:
+    """The bytes of tensors that `save_as_lora` would write: 4 · rank · (V + D) for each module."""
+    check_type(params)
+    width = _rank(params, rank)
+    return sum(4 * width * sum(spec.shape) * len(spec.names) for spec in params.specs.values())
+
+
+def _rank(params: TokenDeltas, rank: int | None) -> int:
+    least = max((len(spec.indices) for spec in params.specs.values()), default=0)
+    if least == 0:
+        raise ValueError(f"there are no rows in {params}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < least):
+        raise ValueError(f"rank must be an int of at least {least}, the number of rows, got {rank}")
+    return least if rank is None else rank
+
+
+def _layers(params: TokenDeltas) -> Iterator[_Layer]:
+    for key, spec in params.specs.items():
+        model = spec.matrix.path.model() if spec.matrix is not None else None
+        if spec.matrix is None or model is None:
+            raise RuntimeError(f"the rows of {key!r} belong to no model: load them onto one")
+        if spec.grown:
+            raise ValueError(
+                f"{key!r} has {spec.grown} new tokens, and a LoRA adds to rows that are there. "
+                "Merge them: merge_checkpoint writes a model with the longer vocabulary"
+            )
+        delta = cpu_copy(params.deltas[key], f"the deltas of {key!r}")
+        check_rows(delta, len(spec.indices), spec.shape[1], f"the deltas of {key!r}")
+        for name in spec.matrix.names:
+            module, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(module)
+            if attribute != "weight" or not isinstance(owner, (nn.Embedding, nn.Linear)):
+                raise ValueError(
+                    f"{name!r} belongs to a {type(owner).__name__}, and PEFT's LoRA is for the "
+                    "weight of an Embedding or a Linear"
+                )
+            looks_up = isinstance(owner, nn.Embedding)
+            yield _Layer(module.removeprefix(PEFT), looks_up, spec, delta)
+
+
+def _factors(layer: _Layer, rank: int) -> Iterator[tuple[str, Any]]:
+    """The two factors, under PEFT's names: `(V, rank)` picks the tokens, the other has the rows."""
+    height, width = layer.spec.shape
+    ids = torch.tensor(layer.spec.indices.ids)
+    which = torch.zeros(height, rank)
+    which[ids, torch.arange(len(ids))] = 1
+    change = torch.zeros(rank, width)
+    originals = cpu_copy(layer.spec.originals, f"the originals of {layer.name!r}")
+    change[: len(ids)] = (layer.delta.double() - originals.double()).float()
+    start = f"{PREFIX}{layer.name}"
+    if layer.looks_up:
+        yield f"{start}.lora_embedding_A", which.T.contiguous()
+        yield f"{start}.lora_embedding_B", change.T.contiguous()
+    else:
+        yield f"{start}.lora_A.weight", change
+        yield f"{start}.lora_B.weight", which
