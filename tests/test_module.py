@@ -13,7 +13,7 @@ import optree
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import tests.helpers.models as models
 import tests.helpers.oracle as oracle
@@ -127,33 +127,6 @@ def test_it_is_taken_for_the_model():
     assert "3 of 50 rows" in repr(module)
 
 
-def test_plain_data_is_read_from_the_model():
-    module = bridge()
-    assert module.config is module.base.config
-    assert (module.device, module.dtype) == (torch.device("cpu"), torch.float32)
-    assert module.main_input_name == "input_ids"
-    assert not hasattr(module, "no_such_name")
-
-
-@pytest.mark.parametrize("name", ["save_pretrained", "tie_weights", "model", "lm_head"])
-def test_what_knows_nothing_of_the_rows_is_refused(name):
-    with pytest.raises(AttributeError, match=f"'{name}' of the LlamaForCausalLM .* does not use"):
-        getattr(bridge(), name)
-
-
-def test_a_parameter_of_the_model_is_refused():
-    model = nn.Embedding(9, 4).requires_grad_(False)
-    module = TokenModule(model, init_deltas(model, [2]))
-    with pytest.raises(AttributeError, match="'weight' of the Embedding .* module.base.weight"):
-        module.weight.sum()
-
-
-def test_a_private_note_about_the_model_is_not_read():
-    module = bridge()
-    module.base._is_accelerate_prepared = True
-    assert not hasattr(module, "_is_accelerate_prepared")
-
-
 def test_moving_and_modes_reach_the_model():
     module = bridge()
     assert not module.training
@@ -250,13 +223,6 @@ def test_the_class_of_a_model_is_not_kept():
     kept = made()
     gc.collect()
     assert kept() is None
-
-
-def test_plain_data_is_set_where_the_model_reads_it():
-    module = bridge()
-    module.generation_config = GenerationConfig(max_new_tokens=2, pad_token_id=0, eos_token_id=None)
-    assert module.base.generation_config is module.generation_config
-    assert module.generate(torch.tensor([[1, 2]])).shape == (1, 4)
 
 
 def test_rows_stay_wide_over_a_half_precision_base():

@@ -87,19 +87,23 @@ def call_copy(
     kwargs: Mapping[str, Any],
     method: str = "forward",
     modes: Mapping[nn.Module, bool] | None = None,
+    at: nn.Module | None = None,
 ) -> Any:
-    """`functional_call` with the modules of `modes` in these training modes."""
+    """`functional_call` with the modules of `modes` in these training modes.
+
+    With `at`, a module of the model, its method is called, which need not read the weights.
+    """
     modes = modes or {}
     slots = find_slots(model, weights)
     sizes = sizes_of(slots)
     if not (slots or modes):  # no weight but its own
-        return (model if method == "forward" else getattr(model, method))(*args, **kwargs)
+        return _method(at or model, method)(*args, **kwargs)
     traced = torch.compiler.is_dynamo_compiling()
     if not traced:
         _warn_of_frozen_rows(model, slots)
     visits, uncopyable = _visits(model, slots, modes)
     copies = Copies(visits, {id(slot.held): slot.stand_in for slot in slots}, modes, sizes)
-    called = copies.model if method == "forward" else getattr(copies.model, method)
+    called = _method(copies.model if at is None else copies.of(at), method)
     if traced and uncopyable:
         raise RuntimeError(_reached(slots[0].name, uncopyable, "may be read in a compiled call"))
     try:
@@ -111,9 +115,13 @@ def call_copy(
         raise
     finally:  # what a model sets before it raises is there afterwards, as after any call
         copies.carry_over([slot.held for slot in slots], _own)
-    if not (traced or isinstance(out, _LATER)):
+    if at is None and not (traced or isinstance(out, _LATER)):
         _check_read(model, slots)
     return out
+
+
+def _method(model: nn.Module, name: str) -> Any:
+    return model if name == "forward" else getattr(model, name)
 
 
 def _bounded(model: nn.Module, sizes: Mapping[int, int]) -> str:

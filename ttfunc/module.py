@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import weakref
-from collections.abc import Iterator, Mapping
-from reprlib import repr as shown
+from collections.abc import Mapping
 from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 
-from ttfunc.call import call_copy, functional_call
-from ttfunc.deltas import RowSpec, TokenDeltas
+from ttfunc.call import call_copy
+from ttfunc.deltas import TokenDeltas
+from ttfunc.module_class import like
+from ttfunc.module_parts import shown
+from ttfunc.module_state import as_parameter, check_trained, faults, key, trainable
+from ttfunc.names import innermost
 from ttfunc.patching import check_current, patch
 
-CHECKPOINTING = {
-    f"{what}_checkpointing_{do}"
-    for what in ("activation", "gradient")
-    for do in ("enable", "disable")
-}
+# What is set on a TokenModule stays there, but for what the model's own code reads on the model.
+_READ_BY_BASE = frozenset({"config", "generation_config", "loss_function"})
 
 
 class TokenModule(nn.Module):
@@ -41,58 +39,84 @@ class TokenModule(nn.Module):
     `eval` and the switches of gradient checkpointing act on it too. Float32 rows stay float32 over
     a half-precision base.
 
-    Other attributes that are plain data (`config`, `device`) are read from the model; its methods,
-    submodules and tensors are not, because they do not use the rows. The class takes the name and
-    the signature of the model's class, because transformers' Trainer relies on them. A deep copy
-    has rows and training modes of its own over the same base; it neither moves nor switches the
+    Other attributes are those of the model (of the model in a PeftModel), with the rows in them:
+    its methods run with the rows, and `get_output_embeddings().weight` is the patched weight.
+    `save_pretrained` saves the merged model; what would write to weights of the model is not there.
+    What is set on the module stays on it, but for `config`, `generation_config` and
+    `loss_function`, which the model's code reads on the model. The class takes the name and the
+    signature of the model's class, because transformers' Trainer relies on them. A deep copy has
+    parameters and training modes of its own over the same base; it neither moves nor switches the
     base.
 
     Args:
-        model: frozen, and the one that `params` were made from.
+        model: the one that `params` were made from. It is frozen, unless `train_base`.
         params: with `(k, D)` deltas that are leaves. They become `nn.Parameter`s that require grad.
+        train_base: also train what requires grad in the model, such as a LoRA. These parameters,
+            and no others of the model, are parameters of the module and in its state dict.
 
     Raises:
         ValueError: a model that is not frozen, deltas that have another shape or are not leaves,
-            stale parameters.
+            stale parameters; with `train_base`, a token matrix that itself requires grad.
         TypeError: `model` is not a module, or `params` is not a TokenDeltas.
-        RuntimeError: parameters that belong to no model; at a call, a parameter of the model that
-            now requires grad.
+        RuntimeError: parameters that belong to no model; at a call, other parameters of the model
+            require grad than when the module was made.
     """
 
     base: nn.Module
     _modes: dict[nn.Module, bool] | None  # of the base's modules, in a copy of this module
+    # Trainer trains a quantised model if it has an adapter, and so asks. The rows are one.
+    _hf_peft_config_loaded = True
 
-    def __init__(self, model: nn.Module, params: TokenDeltas) -> None:
+    def __init__(self, model: nn.Module, params: TokenDeltas, *, train_base: bool = False) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         check_current(params)
-        if free := _trainable(model):
+        free = trainable(model)
+        if free and not train_base:
             raise ValueError(
-                f"{len(free)} parameters of {type(model).__name__} require grad ({free[0]!r}, …): "
-                "backward would fill their gradients, and no optimizer that is given this module "
-                "would see them. Freeze the model first: model.requires_grad_(False)."
+                f"{len(free)} parameters of {type(model).__name__} require grad ("
+                f"{next(iter(free))!r}, …). Train them too, as parameters of the module: "
+                "TokenModule(model, params, train_base=True). Or freeze them first: "
+                "model.requires_grad_(False)."
+            )
+        if held := {name for spec in params.specs.values() for name in spec.names} & free.keys():
+            raise ValueError(
+                f"{sorted(held)} require grad, and params have rows of them: the rest of the "
+                "matrix would get no gradient. Freeze it, or train it whole, without rows."
             )
         # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
         self._modes = None
-        parameters = {name: _parameter(delta, name) for name, delta in params.deltas.items()}
+        self._trained = tuple(free)  # their names in the base
+        parameters = {name: as_parameter(delta, name) for name, delta in params.deltas.items()}
         for name, parameter in parameters.items():
-            self.register_parameter(_key("deltas", name), parameter)
-        self.__class__ = _like(type(model), type(self))
+            self.register_parameter(key("deltas", name), parameter)
+        for name, parameter in free.items():
+            self.register_parameter(key("base", name), parameter)
+        self.__class__ = like(type(innermost(model)), type(self))
 
     def params(self) -> TokenDeltas:
         """The rows for `patch`, `merge` and `save`; the leaves are this module's own parameters."""
-        deltas = {name: getattr(self, _key("deltas", name)) for name in self._rows}
+        deltas = {name: getattr(self, key("deltas", name)) for name in self._rows}
         return TokenDeltas(deltas, dict(self._rows))
+
+    def weights(self) -> dict[str, Tensor]:
+        """What `functional_call` runs the model with, where it does not have it itself."""
+        # In training nothing but the loss reads the logits.
+        patches = patch(self.params(), deferred_logits=self.training)
+        return patches if self._modes is None else {**patches, **self._trained_beside()}
+
+    def _trained_beside(self) -> dict[str, nn.Parameter]:
+        return {name: getattr(self, key("base", name)) for name in self._trained}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, with the rows in it."""
-        return self._call(args, kwargs, "forward")
+        return self.call(args, kwargs, "forward")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What the model generates, with the rows in it."""
-        return self._call(args, kwargs, "generate")
+        return self.call(args, kwargs, "generate")
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode of this module, and so of the model when it is next called."""
@@ -115,27 +139,20 @@ class TokenModule(nn.Module):
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _call(self, args: Any, kwargs: Any, method: str) -> Any:
-        if torch.is_grad_enabled() and (free := _trainable(self.base)):
-            raise RuntimeError(
-                f"{len(free)} parameters of the {type(self.base).__name__} in a TokenModule "
-                f"require grad since it was made ({free[0]!r}, …): backward would fill their "
-                "gradients, and no optimizer that is given this module sees them. Freeze them, or "
-                "train them and the rows with functional_call(model, patch(params), ...)."
-            )
-        # In training nothing but the loss reads the logits.
-        weights = patch(self.params(), deferred_logits=self.training)
+    def call(self, args: Any, kwargs: Any, method: str, at: nn.Module | None = None) -> Any:
+        """Call a method of the model, or of its module `at`, with the rows in it."""
+        if torch.is_grad_enabled():
+            if self._modes is None:
+                check_trained(self.base, self._trained_beside())
+            else:  # in a copy: what the base trains is replaced by the copy's own
+                check_trained(self.base, {n: self.base.get_parameter(n) for n in self._trained})
         modes = {m: mode for m, mode in (self._modes or {}).items() if m.training is not mode}
-        if modes:
-            return call_copy(self.base, weights, args, kwargs, method, modes)
-        return functional_call(self.base, weights, args, kwargs, method=method)
+        return call_copy(self.base, self.weights(), args, kwargs, method, modes, at)
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base")
-        known = base is not None and not name.startswith("_") and name in vars(base)
-        # Plain data goes to the model (generate reads generation_config there), a forward does not.
-        if known and name not in self.__dict__ and not callable(value):
-            setattr(base, name, value)
+        if name in _READ_BY_BASE and base is not None and hasattr(innermost(base), name):
+            setattr(innermost(base), name, value)
         else:
             super().__setattr__(name, value)
 
@@ -143,20 +160,9 @@ class TokenModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # A private attribute that a tool has set on the model does not hold for this module.
-            if name.startswith("_") or "base" not in self.__dict__:
+            if "base" not in self.__dict__:
                 raise
-        value = getattr(self.base, name)
-        if name in CHECKPOINTING or not (
-            inspect.isroutine(value) or isinstance(value, (nn.Module, Tensor))
-        ):
-            return value
-        raise AttributeError(
-            f"{name!r} of the {type(self.base).__name__} in a TokenModule does not use the "
-            f"trained rows. module.base.{name} is the plain model's. functional_call(module.base, "
-            "patch(module.params()), ..., method=...) runs a method with the rows, and "
-            "ttfunc.save(module.params(), path) saves them."
-        )
+        return shown(self, name)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -164,7 +170,7 @@ class TokenModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Not as buffers: code that averages buffers would average the indices.
         for name, ids in self.params().token_indices.items():
-            destination[prefix + _key("token_indices", name)] = ids
+            destination[prefix + key("token_indices", name)] = ids
 
     def _load_from_state_dict(
         self,
@@ -177,16 +183,12 @@ class TokenModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         # Also with strict=False: Trainer always loads so, and would go on with untrained rows.
-        faults = [
-            fault
-            for name, spec in self._rows.items()
-            for fault in _faults(name, spec, state_dict, prefix)
-        ]
-        if faults:
-            error_msgs += faults
+        trained = [key("base", name) for name in self._trained]
+        if found := faults(self._rows, trained, state_dict, prefix):
+            error_msgs += found
             return  # before anything is written
-        ids = {prefix + _key("token_indices", name) for name in self._rows}
-        rest = {key: value for key, value in state_dict.items() if key not in ids}
+        ids = {prefix + key("token_indices", name) for name in self._rows}
+        rest = {name: value for name, value in state_dict.items() if name not in ids}
         # The rows stay the same leaves of the parameters, whatever the caller asks for.
         local_metadata = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(
@@ -217,79 +219,3 @@ class TokenModule(nn.Module):
 
     def __repr__(self) -> str:
         return f"TokenModule({type(self.base).__name__}, {self.params()})"
-
-
-def _key(part: str, name: str) -> str:
-    """The name of a parameter, which must have no dot. (The escapes are those of RFC 6901.)"""
-    escaped = name.replace("~", "~0").replace("/", "~1")
-    return f"{part}/{escaped.replace('.', '/')}"
-
-
-def _trainable(model: nn.Module) -> list[str]:
-    # named_parameters() takes several times as long, and this runs at every step.
-    pairs = ((module, module._parameters) for module in model.modules())
-    if not any(p is not None and p.requires_grad for _, held in pairs for p in held.values()):
-        return []
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _parameter(delta: Tensor, name: str) -> nn.Parameter:
-    """The same tensor as a Parameter, so that an optimizer that already holds it trains it."""
-    if not delta.is_leaf or delta.is_inference():
-        raise ValueError(
-            f"the delta of {name!r} is computed from others, or was made in inference mode, so it "
-            "cannot be a parameter that is trained. Give leaves: "
-            "optree.tree_map(lambda t: t.detach().clone(), params)."
-        )
-    if not isinstance(delta, nn.Parameter):
-        delta.__class__ = nn.Parameter  # as torch does when it fills a lazy parameter
-    return delta.requires_grad_()  # type: ignore[return-value]
-
-
-_CLASSES: weakref.WeakKeyDictionary[type[nn.Module], weakref.ref[type[TokenModule]]]
-_CLASSES = weakref.WeakKeyDictionary()
-
-
-def _like(model_class: type[nn.Module], module_class: type[TokenModule]) -> type[TokenModule]:
-    """A subclass that Trainer takes for the model's class; modules over one class share it."""
-    known = _CLASSES.get(model_class, lambda: None)()
-    if known is None or known.__base__ is not module_class:
-        known = _subclass(model_class, module_class)
-        _CLASSES[model_class] = weakref.ref(known)
-    return known
-
-
-def _subclass(model_class: type[nn.Module], module_class: type[TokenModule]) -> type[TokenModule]:
-    """A subclass with the name and the signature that Trainer relies on.
-
-    Trainer shifts the labels according to the name. According to the signature of `forward`, on the
-    class and on the instance, it chooses columns, finds labels and passes `num_items_in_batch`.
-    """
-
-    def forward(self: TokenModule, *args: Any, **kwargs: Any) -> Any:
-        return module_class.forward(self, *args, **kwargs)
-
-    # Not functools.wraps: accelerate would unwrap its __wrapped__ and call that instead.
-    forward.__signature__ = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
-    space = {"forward": forward, "__module__": __name__, "__doc__": module_class.__doc__}
-    return type(model_class.__name__, (module_class,), space)
-
-
-def _faults(name: str, spec: RowSpec, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """The reasons why the entries of a state dict cannot be the rows of these tokens."""
-    rows, ids = (prefix + _key(part, name) for part in ("deltas", "token_indices"))
-    if missing := [key for key in (rows, ids) if not isinstance(state_dict.get(key), Tensor)]:
-        yield (
-            f"it lacks {missing}, and begins with {list(state_dict)[:4]}. Load the state_dict() of "
-            "a TokenModule over the same matrices."
-        )
-        return
-    expected = (len(spec.indices), spec.shape[1])
-    if tuple(state_dict[rows].shape) != expected:
-        yield f"{rows!r} has shape {tuple(state_dict[rows].shape)}, and {expected} is needed."
-    elif state_dict[ids].tolist() != list(spec.indices.ids):
-        yield (
-            f"{rows!r} are the rows of tokens {shown(state_dict[ids].tolist())}, but this module "
-            f"trains {shown(list(spec.indices.ids))}. Make the module from init_deltas with the "
-            "same ids, in the same order."
-        )

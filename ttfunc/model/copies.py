@@ -59,6 +59,10 @@ class Copies:
         """The copy of the model, which is called in its place."""
         return self._copies[0]
 
+    def of(self, module: nn.Module) -> nn.Module:
+        """The copy of a module of the model, or itself if it is not on the path."""
+        return self._others.get(id(module), module)  # type: ignore[no-any-return]
+
     def carry_over(self, tensors: Iterable[Tensor], own: Callable[[Any], Any]) -> None:
         """Write what the call has set on the copies back to the originals, without stand-ins.
 
