@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ttfunc.model.copies import Copies
+from ttfunc.model.matrix import Matrix, way_to
 from ttfunc.model.path import ModulePath, Visit, find_path
-from ttfunc.model.targets import way_to
 from ttfunc.slots import Slot, find_slots, is_patch, sizes_of
 from ttfunc.torch_private import transforms_active, tree_leaves
 from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER
@@ -153,17 +153,28 @@ def _visits(
         return list(_now(path).values()), path.uncopyable
     on: dict[int, Visit] = {}
     uncopyable: tuple[str, ...] = ()
-    for matrix in {id(slot.matrix): slot.matrix for slot in slots}.values():
-        ways = {slot.name: slot.way for slot in slots if slot.matrix is matrix}
-        through = [one for name in matrix.names for one in ways.get(name) or way_to(model, name)]
-        visits = matrix.path.visits()
+    ways = {slot.name: slot.way for slot in slots}
+    for path, matrices in _by_path(slots):
+        names = [name for matrix in matrices for name in matrix.names]
+        through = [one for name in names for one in ways.get(name) or way_to(model, name)]
+        visits = path.visits()
         if visits is None or not all(id(module) in visits for module in through):
-            matrix.path = find_path(model, [tensor for _, tensor in matrix.slots])
-            visits = _now(matrix.path)
+            path = find_path(model, [held for matrix in matrices for _, held in matrix.slots])
+            for matrix in matrices:
+                matrix.path = path
+            visits = _now(path)
         for key, visit in visits.items():
             on[key] = visit if key not in on else visit.joined(on[key])
-        uncopyable += matrix.path.uncopyable
+        uncopyable += path.uncopyable
     return list(on.values()), uncopyable
+
+
+def _by_path(slots: Sequence[Slot]) -> list[tuple[ModulePath, list[Matrix]]]:
+    """The paths to the matrices; some have one path to all of them."""
+    found: dict[int, tuple[ModulePath, list[Matrix]]] = {}
+    for matrix in {id(slot.matrix): slot.matrix for slot in slots}.values():
+        found.setdefault(id(matrix.path), (matrix.path, []))[1].append(matrix)
+    return list(found.values())
 
 
 def _now(path: ModulePath) -> dict[int, Visit]:

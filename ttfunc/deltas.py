@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ttfunc.indices import TokenIndices
-from ttfunc.model.targets import Matrix
+from ttfunc.model.matrix import Matrix
 from ttfunc.torch_private import OPTREE_GLOBAL, outside_of_modes, torch_pytree
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.indices import TokenIndices, token_indices
-from ttfunc.model.targets import Matrix, Targets, both_ends, find_targets, matrix_of
+from ttfunc.model.matrix import Matrix, matrix_of
+from ttfunc.model.targets import Targets, both_ends, find_targets
 from ttfunc.torch_private import version_of, warn_of_untested
 
 Init: TypeAlias = "str | Tensor | Callable[[Tensor, Tensor], Tensor]"

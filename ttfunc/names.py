@@ -14,7 +14,7 @@ from reprlib import repr as shown
 from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
-from ttfunc.model.targets import Matrix, matrix_of
+from ttfunc.model.matrix import Matrix, matrix_of
 
 # The parts that wrappers put into the names of a model, and the wrapper of each.
 _WRAPPERS = {

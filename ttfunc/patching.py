@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes, check_type, combine
 from ttfunc.growth import check_complete
+from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_memory
-from ttfunc.model.targets import Matrix
 from ttfunc.weight.deferred import patched
 from ttfunc.weight.reads import SharedRows
 

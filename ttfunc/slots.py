@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttfunc.model.matrix import (
+    Matrix,
+    count_slots,
+    held_at,
+    held_under,
+    matrices_of,
+    way_to,
+)
 from ttfunc.model.sizes import biases
-from ttfunc.model.targets import Matrix, count_slots, held_at, held_under, matrix_of, way_to
 from ttfunc.names import did_you_mean, peft_twin
 from ttfunc.stale import check_fresh
 from ttfunc.weight.deferred import PatchedWeight
@@ -37,10 +45,11 @@ class Slot(NamedTuple):
 def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
     """One slot for each place of the model in which one of the weights is put."""
     slots: dict[str, Slot] = {}
+    others = _searched(model, weights)
     for name, weight in weights.items():
         if name in slots and slots[name].weight is weight:  # by another name of the same matrix
             continue
-        for slot in _slots_of(model, name, weight, weights):
+        for slot in _slots_of(model, name, weight, weights, others.get(name)):
             if slots.setdefault(slot.name, slot).weight is not weight:
                 raise ValueError(
                     f"{name!r} and another of the names {list(weights)} are one tied weight of "
@@ -54,18 +63,57 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
     return found
 
 
+# The last matrices that were searched for in a model, so that the next step need not search.
+_LAST: WeakKeyDictionary[nn.Module, dict[str, Matrix]] = WeakKeyDictionary()
+
+
+def _searched(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Matrix]:
+    """The matrices of the weights that do not come with their own, in this model."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        matrix = weight.source.matrix if is_patch(weight) else None
+        known = name
+        if matrix is not None and held_under(model, name) is None:
+            # The matrix itself, of a model that is in a PeftModel by now, or no longer in one.
+            twin = peft_twin(name)
+            known = twin if held_under(model, twin) is matrix.tensor else name
+        if matrix is None or known not in matrix.names:
+            # The caller uses another name, as for a wrapper of the model.
+            tensors[name] = _named(model, known)
+    if not tensors:
+        return {}
+    if torch.compiler.is_dynamo_compiling():
+        return dict(zip(tensors, matrices_of(model, list(tensors.values())), strict=True))
+    last = _LAST.get(model)
+    if last is None or not _still_there(model, last, tensors):
+        last = dict(zip(tensors, matrices_of(model, list(tensors.values())), strict=True))
+        _LAST[model] = last
+    return last
+
+
+def _still_there(
+    model: nn.Module, last: Mapping[str, Matrix], tensors: Mapping[str, Tensor]
+) -> bool:
+    """Whether these tensors are in the places where they were last found, and in no others."""
+    if last.keys() != tensors.keys():
+        return False
+    if any(all(one is not tensors[name] for _, one in last[name].slots) for name in last):
+        return False
+    slots = [slot for matrix in {id(m): m for m in last.values()}.values() for slot in matrix.slots]
+    there = all(held_under(model, name) is tensor for name, tensor in slots)
+    return there and count_slots(model, [tensor for _, tensor in slots]) == len(slots)
+
+
 def _slots_of(
-    model: nn.Module, name: str, weight: Tensor, weights: Mapping[str, Tensor]
+    model: nn.Module,
+    name: str,
+    weight: Tensor,
+    weights: Mapping[str, Tensor],
+    found: Matrix | None,
 ) -> list[Slot]:
     source = weight.source if is_patch(weight) else None
-    matrix = source.matrix if source is not None else None
-    if matrix is not None and held_under(model, name) is None:
-        # The matrix itself, of a model that is in a PeftModel by now, or no longer in one.
-        twin = peft_twin(name)
-        name = twin if held_under(model, twin) is matrix.tensor else name
-    if matrix is None or name not in matrix.names:
-        # The caller uses another name, as for a wrapper of the model.
-        matrix = matrix_of(model, _named(model, name))
+    # What was not searched for comes with its matrix.
+    matrix: Any = found if found is not None or source is None else source.matrix
     if source is not None and source.rows.by_example:
         check_batch_first(model)
     ways = [way_to(model, one) for one, _ in matrix.slots]

@@ -8,8 +8,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import memory_of
-from ttfunc.model.targets import Matrix
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.source import Source
 

@@ -14,7 +14,8 @@ from tests.helpers.llama import llama
 from tests.helpers.models import CORPUS, D, V, make, tokens
 from tests.helpers.unusual import UNUSUAL
 from ttfunc import functional_call, init_deltas, merge, patch, unmerge
-from ttfunc.model.targets import count_slots, find_targets, matrix_of
+from ttfunc.model.matrix import count_slots, matrix_of
+from ttfunc.model.targets import find_targets
 
 
 class Towers(nn.Module):

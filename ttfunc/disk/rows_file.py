@@ -34,7 +34,7 @@ from ttfunc.disk.tensors import (
     tensor_of,
 )
 from ttfunc.indices import token_indices
-from ttfunc.model.targets import Matrix
+from ttfunc.model.matrix import Matrix
 from ttfunc.names import advice, matrix_named, names_of, renamed
 from ttfunc.torch_private import outside_of_modes
 

@@ -1,53 +1,16 @@
-"""Where the token matrices of a model are, and what is tied to what.
-
-Identity decides: two names are tied when their parameters are one object, or two objects over the
-same memory. No config is read for it.
-"""
+"""Which modules of a model hold the token matrices that are to be trained."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
-from ttfunc.model.memory import overlaps, same_memory
-from ttfunc.model.path import ModulePath, find_path
+from ttfunc.model.matrix import named_modules
 
 Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
-
-
-@dataclass(eq=False)
-class Matrix:
-    """One distinct token matrix of a model.
-
-    names: every name that `state_dict` gives it, the first one first.
-    slots: one name for each distinct (module, attribute) that holds it, with its tensor. A module
-        reached by two paths is one slot.
-    has_max_norm: whether an Embedding with max_norm holds it; that rescales it in place at a read.
-    path: the modules that a call copies. A call that finds them changed looks for them again.
-    """
-
-    names: tuple[str, ...]
-    slots: tuple[tuple[str, Tensor], ...]
-    has_max_norm: bool
-    path: ModulePath
-
-    @property
-    def tensor(self) -> Tensor:
-        """The `(V, D)` parameter under the first name."""
-        return self.slots[0][1]
-
-    @property
-    def distinct(self) -> dict[str, Tensor]:
-        """One name for each distinct tensor object: what torch's own functional_call needs."""
-        first: dict[int, tuple[str, Tensor]] = {}
-        for name, tensor in self.slots:
-            first.setdefault(id(tensor), (name, tensor))
-        return dict(first.values())
 
 
 def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]:
@@ -70,7 +33,7 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
             for target in targets
             for name, module in find_targets(model, _checked(target)).items()
         }
-    modules = dict(_named_modules(model))
+    modules = dict(named_modules(model))
     found = {name: modules[name] for name in _matching(list(modules), targets)}
     if not found:
         if isinstance(targets, str) and _matching(list(modules), targets.removesuffix(".weight")):
@@ -85,84 +48,6 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
     for name, module in found.items():
         _check_module(model, name, module)
     return found
-
-
-def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
-    """Every place of `model` that holds `tensor`: by identity, or by the same memory and shape.
-
-    A place is a parameter or a buffer. Raises ValueError where another place covers a part of the
-    same memory, or all of it in another shape: the two cannot be patched together.
-    """
-    names: list[str] = []
-    slots: dict[tuple[int, str], tuple[str, Tensor]] = {}
-    has_max_norm = False
-    for path, module in _named_modules(model):
-        for attribute, other in chain(module._parameters.items(), module._buffers.items()):
-            if other is None:
-                continue
-            name = f"{path}.{attribute}" if path else attribute
-            if other is tensor or same_memory(other, tensor):
-                if attribute not in module._non_persistent_buffers_set:
-                    names.append(name)
-                slots.setdefault((id(module), attribute), (name, other))
-                has_max_norm |= getattr(module, "max_norm", None) is not None
-            elif overlaps(other, tensor):
-                raise ValueError(
-                    f"{name!r} {tuple(other.shape)} is another view of the matrix "
-                    f"{tuple(tensor.shape)}: the two cannot be patched together. Give it "
-                    "memory of its own, or make it the same parameter."
-                )
-    held = [tensor for _, tensor in slots.values()]
-    return Matrix(tuple(names), tuple(slots.values()), has_max_norm, find_path(model, held))
-
-
-def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
-    """How many (module, attribute) pairs of `model` hold one of exactly these tensors."""
-    # model.modules() does the same at many times the cost, and this runs at every call.
-    pending, seen = [model], {id(None)}
-    held: list[object] = []
-    for module in pending:
-        state = module.__dict__
-        if own := state["_parameters"]:
-            held += own.values()
-        if own := state["_buffers"]:
-            held += own.values()
-        if own := state["_modules"]:
-            for child in list(own.values()):
-                if id(child) not in seen:
-                    seen.add(id(child))
-                    pending.append(child)
-    wanted = {id(tensor) for tensor in tensors}
-    return sum(map(wanted.__contains__, map(id, held)))
-
-
-def way_to(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules from the model to the one that holds `name`, as far as they exist."""
-    way = [model]
-    for part in name.split(".")[:-1]:
-        module = way[-1]._modules.get(part)
-        if module is None:
-            break
-        way.append(module)
-    return way
-
-
-def held_at(way: list[nn.Module], name: str) -> Tensor | None:
-    """The parameter or buffer at the end of the way to its name; None where there is none."""
-    if len(way) <= name.count("."):
-        return None
-    holder, attribute = way[-1], name.rpartition(".")[2]
-    parameter = holder._parameters.get(attribute)
-    return holder._buffers.get(attribute) if parameter is None else parameter
-
-
-def held_under(model: nn.Module, name: str) -> Tensor | None:
-    """The parameter or buffer that the model has under `name` now."""
-    return held_at(way_to(model, name), name)
-
-
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from model.named_modules(remove_duplicate=False)
 
 
 def _checked(target: object) -> str | re.Pattern[str]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import memory_of
-from ttfunc.model.targets import Matrix
 from ttfunc.torch_private import no_torch_function, transforms_active, tree_map
 from ttfunc.weight.overrides import (
     ANSWERED_BY_BASE,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from ttfunc.model.targets import Matrix
+from ttfunc.model.matrix import Matrix
 from ttfunc.torch_private import version_of
 
 

@@ -1,0 +1,152 @@
+"""A token matrix: every name and every place under which a model holds it.
+
+Identity decides: two names are tied when their parameters are one object, or two objects over the
+same memory. No config is read for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from torch import Tensor, nn
+
+from ttfunc.model.memory import memory_of, overlaps
+from ttfunc.model.path import ModulePath, find_path
+
+
+@dataclass(eq=False)
+class Matrix:
+    """One distinct token matrix of a model.
+
+    names: every name that `state_dict` gives it, the first one first.
+    slots: one name for each distinct (module, attribute) that holds it, with its tensor. A module
+        reached by two paths is one slot.
+    has_max_norm: whether an Embedding with max_norm holds it; that rescales it in place at a read.
+    path: the modules that a call copies. A call that finds them changed looks for them again.
+    """
+
+    names: tuple[str, ...]
+    slots: tuple[tuple[str, Tensor], ...]
+    has_max_norm: bool
+    path: ModulePath
+
+    @property
+    def tensor(self) -> Tensor:
+        """The `(V, D)` parameter under the first name."""
+        return self.slots[0][1]
+
+    @property
+    def distinct(self) -> dict[str, Tensor]:
+        """One name for each distinct tensor object: what torch's own functional_call needs."""
+        first: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in self.slots:
+            first.setdefault(id(tensor), (name, tensor))
+        return dict(first.values())
+
+
+def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
+    """Every place of `model` that holds `tensor`: by identity, or by the same memory and shape.
+
+    A place is a parameter or a buffer. Raises ValueError where another place covers a part of the
+    same memory, or all of it in another shape: the two cannot be patched together.
+    """
+    return matrices_of(model, [tensor])[0]
+
+
+def matrices_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[Matrix]:
+    """`matrix_of` each of them, with one path to all: the model is searched once."""
+    wanted = {memory_of(tensor): _Places() for tensor in tensors}
+    of_storage: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        of_storage.setdefault(memory_of(tensor)[0], []).append(tensor)
+    for path, module in named_modules(model):
+        for attribute, other in chain(module._parameters.items(), module._buffers.items()):
+            if other is None:
+                continue
+            name = f"{path}.{attribute}" if path else attribute
+            memory = memory_of(other)
+            places = wanted.get(memory)
+            if places is None:
+                _check_apart(name, other, of_storage.get(memory[0], ()))
+                continue
+            if attribute not in module._non_persistent_buffers_set:
+                places.names.append(name)
+            places.slots.setdefault((id(module), attribute), (name, other))
+            places.has_max_norm |= getattr(module, "max_norm", None) is not None
+    held = [tensor for places in wanted.values() for _, tensor in places.slots.values()]
+    to_all = find_path(model, held)
+    found = {
+        key: Matrix(tuple(p.names), tuple(p.slots.values()), p.has_max_norm, to_all)
+        for key, p in wanted.items()
+    }
+    return [found[memory_of(tensor)] for tensor in tensors]
+
+
+class _Places:
+    """Where a tensor is held, as far as it was found."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.slots: dict[tuple[int, str], tuple[str, Tensor]] = {}
+        self.has_max_norm = False
+
+
+def _check_apart(name: str, other: Tensor, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        if overlaps(other, tensor):
+            raise ValueError(
+                f"{name!r} {tuple(other.shape)} is another view of the matrix "
+                f"{tuple(tensor.shape)}: the two cannot be patched together. Give it "
+                "memory of its own, or make it the same parameter."
+            )
+
+
+def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
+    """How many (module, attribute) pairs of `model` hold one of exactly these tensors."""
+    # model.modules() does the same at many times the cost, and this runs at every call.
+    pending, seen = [model], {id(None)}
+    held: list[object] = []
+    for module in pending:
+        state = module.__dict__
+        if own := state["_parameters"]:
+            held += own.values()
+        if own := state["_buffers"]:
+            held += own.values()
+        if own := state["_modules"]:
+            for child in list(own.values()):
+                if id(child) not in seen:
+                    seen.add(id(child))
+                    pending.append(child)
+    wanted = {id(tensor) for tensor in tensors}
+    return sum(map(wanted.__contains__, map(id, held)))
+
+
+def way_to(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules from the model to the one that holds `name`, as far as they exist."""
+    way = [model]
+    for part in name.split(".")[:-1]:
+        module = way[-1]._modules.get(part)
+        if module is None:
+            break
+        way.append(module)
+    return way
+
+
+def held_at(way: list[nn.Module], name: str) -> Tensor | None:
+    """The parameter or buffer at the end of the way to its name; None where there is none."""
+    if len(way) <= name.count("."):
+        return None
+    holder, attribute = way[-1], name.rpartition(".")[2]
+    parameter = holder._parameters.get(attribute)
+    return holder._buffers.get(attribute) if parameter is None else parameter
+
+
+def held_under(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer that the model has under `name` now."""
+    return held_at(way_to(model, name), name)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield from model.named_modules(remove_duplicate=False)
