@@ -11,7 +11,7 @@ import pytorch_lightning as lightning
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import tests.helpers.oracle as oracle
 from tests.helpers.lessons import (
@@ -23,6 +23,7 @@ from tests.helpers.lessons import (
     ROWS,
     STEPS,
     TOKENS,
+    arguments,
     bridge,
     distance,
     lessons,
@@ -33,26 +34,6 @@ from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
 from ttfunc import functional_call, init_deltas, merge, patch
 from ttfunc.module import TokenModule
-
-
-def arguments(folder: Path, **options) -> TrainingArguments:
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": BATCH,
-        "gradient_accumulation_steps": ACCUMULATE,
-        "learning_rate": RATE,
-        "weight_decay": 0.1,
-        "max_grad_norm": 0.5,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(**{**settings, **options})
 
 
 def trained(folder: Path, module: TokenModule, resume: Path | None = None, **options) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ttfunc.call import call_copy
 from ttfunc.deltas import TokenDeltas
@@ -57,7 +58,8 @@ class TokenModule(nn.Module):
     Raises:
         ValueError: a model that is not frozen, deltas that have another shape or are not leaves,
             stale parameters; with `train_base`, a token matrix that itself requires grad.
-        TypeError: `model` is not a module, or `params` is not a TokenDeltas.
+        TypeError: `model` is not a module, or is wrapped in DDP or by torch.compile; `params` is
+            not a TokenDeltas.
         RuntimeError: parameters that belong to no model; at a call, other parameters of the model
             require grad than when the module was made.
     """
@@ -71,6 +73,11 @@ class TokenModule(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        if isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
+            raise TypeError(
+                f"model is a {type(model).__name__}, whose wrapper would not see the rows. Wrap "
+                "the TokenModule of the model in it, and not the model in the TokenModule."
+            )
         check_current(params)
         free = trainable(model)
         if free and not train_base:

@@ -84,10 +84,22 @@ def shown(bridge: Bridge, name: str) -> Any:
     @functools.wraps(value)
     def with_rows(*args: Any, **kwargs: Any) -> Any:
         if name in _GIVES_MODULE:
-            return part(bridge, value(*args, **kwargs))
+            found = value(*args, **kwargs)
+            if name == "get_output_embeddings":
+                _check_multiplies(found)
+            return part(bridge, found)
         return bridge.call(args, kwargs, name, owner)
 
     return with_rows
+
+
+def _check_multiplies(head: Any) -> None:
+    if "base_layer" in getattr(head, "_modules", {}):
+        raise ValueError(
+            f"the head of the model is a {type(head).__module__}.{type(head).__name__}: code that "
+            "takes its weight (as TRL's trainers do) would leave the adapter on it untrained. "
+            "Leave the head out of the adapter's target_modules."
+        )
 
 
 def _is_saved_whole(base: nn.Module, owner: nn.Module) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainingArguments
 
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
@@ -40,6 +42,27 @@ def lessons() -> list[dict[str, Tensor]]:
         labels[: i % 8] = -100
         examples.append({"input_ids": x, "labels": labels})
     return examples
+
+
+def arguments(folder: Path, **options) -> TrainingArguments:
+    """Those of a Trainer that does the same."""
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATE,
+        "learning_rate": RATE,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**settings, **options})
 
 
 def looped() -> Tensor:
