@@ -18,6 +18,7 @@ BENCHES: dict[str, list[str]] = {
     "overhead": ["--repeats=20"],
     "below": ["--quick"],
     "loss": ["--quick", "--repeats=1"],
+    "trainers": ["--quick"],
     "checkpoint": ["--quick"],
     "ensemble": ["--quick"],
     "mixed": ["--quick"],
