@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from trl.trainer.utils import add_fused_lm_head
 
 import ttfunc
 from examples.shared.smollm2 import fetch_smollm2, load
@@ -128,6 +129,30 @@ def torch_chunked(
     return step
 
 
+def trl_chunked(
+    model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is, *, labels: Tensor | None = None
+) -> Step:
+    """The floor with TRL's loss by chunks, in place of the head: it trains no row."""
+    labels = x if labels is None else labels
+    add_fused_lm_head(model)
+
+    def step() -> None:
+        h = model.get_input_embeddings()(x).requires_grad_()
+        model(inputs_embeds=h, labels=labels, fused_lm_head=True).loss.backward()
+
+    return step
+
+
+def trl_on_ttfunc(
+    model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is, *, labels: Tensor | None = None
+) -> Step:
+    """TRL's loss by chunks on a TokenModule, as its SFTTrainer has it."""
+    labels = x if labels is None else labels
+    module = ttfunc.TokenModule(model, ttfunc.init_deltas(model, idx))
+    add_fused_lm_head(module)
+    return lambda: module(input_ids=x, labels=labels, fused_lm_head=True).loss.backward()
+
+
 def deferred(
     model: Any,
     x: Tensor,
@@ -238,7 +263,7 @@ def _plain_step(model: Any, x: Tensor, wrap: Wrap, labels: Tensor | None = None)
 # These do not change the model, so they can share one.
 LEAVE_THE_MODEL = (
     *("frozen floor", "torch's chunks", "ttfunc", "ttfunc, no logits"),
-    *("ttfunc, dense", "ttfunc, new tokens"),
+    *("ttfunc, dense", "ttfunc, new tokens", "TRL on ttfunc"),
 )
 CONTESTANTS: dict[str, Callable[..., Step]] = {
     "frozen floor": frozen_floor,
@@ -247,6 +272,8 @@ CONTESTANTS: dict[str, Callable[..., Step]] = {
     "ttfunc, no logits": no_logits,
     "ttfunc, new tokens": new_tokens,
     "torch's chunks": torch_chunked,
+    "TRL's chunks": trl_chunked,
+    "TRL on ttfunc": trl_on_ttfunc,
     "PEFT": peft_tokens,
     "PEFT, resized": peft_resized,
     "PEFT in LoRA": peft_lora,

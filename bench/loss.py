@@ -1,10 +1,10 @@
 """A step whose loss needs no logits: time and peak memory against the tokens, all labelled or some.
 
-The contestants are the frozen floor, the floor with torch's own loss by chunks
-(`F.linear_cross_entropy`, which trains no row), PEFT, and ttfunc without deferred logits and with
-them (`patch(params, deferred_logits=True)`).
+The contestants are the frozen floor; the floor with the losses by chunks of torch
+(`F.linear_cross_entropy`) and of TRL (its fused head), which train no row; PEFT; ttfunc without
+deferred logits and with them (`patch(params, deferred_logits=True)`); and TRL's loss on ttfunc.
 
-python -m bench.loss [--repeats 5] [--dtype bfloat16] [--memory] [--quick]
+python -m bench.loss [--repeats 5] [--dtype bfloat16] [--matrix M] [--tokens T] [--memory] [--quick]
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from bench.memory import measure, trim_heap
 from bench.report import print_table
 from bench.timing import in_turns
 
-NAMES = ["frozen floor", "torch's chunks", "ttfunc", "ttfunc, no logits", "PEFT"]
+NAMES = [
+    *("frozen floor", "torch's chunks", "TRL's chunks"),
+    *("ttfunc", "ttfunc, no logits", "TRL on ttfunc", "PEFT"),
+]
 TEXTS = {"SmolLM2-135M": 1024, "Qwen2.5-0.5B": 512, "Llama 3.2 1B": 256, "Gemma 3 270M": 512}
 PARTS = (1, 4)  # all positions, and a quarter of them
 LENGTHS = [64, 256, 1024, 4096, 16_384]
@@ -86,6 +89,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--matrix", choices=TEXTS, help="one of them alone")
+    parser.add_argument("--tokens", type=int, help="in place of those of each matrix")
     parser.add_argument("--memory", action="store_true", help="measure memory in place of time")
     parser.add_argument("--output", type=Path, default=Path("bench/plots"), help="for the plot")
     parser.add_argument("--quick", action="store_true", help="the smallest matrix, short texts")
@@ -94,6 +98,7 @@ def main() -> None:
         run_memory(LENGTHS[:2] if options.quick else LENGTHS, options.output)
     else:
         texts = {options.matrix: TEXTS[options.matrix]} if options.matrix else TEXTS
+        texts = {name: options.tokens or tokens for name, tokens in texts.items()}
         run({"SmolLM2-135M": 64} if options.quick else texts, options.dtype, options.repeats)
 
 
