@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ttfunc.call import call_copy
 from ttfunc.deltas import TokenDeltas
 from ttfunc.module_class import like
-from ttfunc.module_parts import shown
+from ttfunc.module_parts import fusing, shown
 from ttfunc.module_state import as_parameter, check_trained, faults, key, trainable
 from ttfunc.names import innermost
 from ttfunc.patching import check_current, patch
@@ -116,6 +116,13 @@ class TokenModule(nn.Module):
 
     def _trained_beside(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self, key("base", name)) for name in self._trained}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, which a tool may have set."""
+        if not kwargs.get("fused_lm_head"):
+            return super().__call__(*args, **kwargs)
+        with fusing(self):
+            return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, with the rows in it."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import MethodType
 from typing import Any, Protocol
 
@@ -14,6 +17,8 @@ from ttfunc.deltas import TokenDeltas
 from ttfunc.merging import merge
 from ttfunc.names import innermost
 from ttfunc.slots import find_slots
+from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.fused_head import LongerWeight, can_fuse, longer_states
 
 
 class Bridge(Protocol):
@@ -27,6 +32,8 @@ class Bridge(Protocol):
 
     def call(self, args: Any, kwargs: Any, method: str, at: nn.Module | None = None) -> Any: ...
 
+
+_FUSING: ContextVar[object] = ContextVar("fusing", default=None)  # the module in such a call
 
 # Methods that read no token matrix. Some switch the model itself.
 ON_BASE = frozenset(
@@ -62,6 +69,8 @@ def shown(bridge: Bridge, name: str) -> Any:
     if name.startswith("__") or (name.startswith("_") and not hasattr(type(inner), name)):
         raise AttributeError(f"a TokenModule of {type(base).__name__} has no attribute {name!r}.")
     value = getattr(inner if hasattr(inner, name) else base, name)
+    if name == "base_model" and (head := _fused_weight(bridge)) is not None:
+        return functools.partial(_longer_call, bridge, value, head)
     if isinstance(value, (nn.Module, Tensor)):
         return part(bridge, value)
     owner = value.__self__ if isinstance(value, MethodType) else None
@@ -102,6 +111,37 @@ def _check_multiplies(head: Any) -> None:
         )
 
 
+@contextlib.contextmanager
+def fusing(bridge: Bridge) -> Iterator[None]:
+    """For a call with TRL's `fused_lm_head=True`, whose forward takes the backbone and the head.
+
+    In it, both have k columns more, so that the head's weight needs no gradient (see fused_head).
+    """
+    token = _FUSING.set(bridge)
+    try:
+        yield
+    finally:
+        _FUSING.reset(token)
+
+
+def _fused_weight(bridge: Bridge) -> PatchedWeight | None:
+    if _FUSING.get() is not bridge:
+        return None
+    head = innermost(bridge.base).get_output_embeddings()  # type: ignore[operator]
+    slots = find_slots(bridge.base, bridge.weights())
+    own = getattr(head, "weight", None)
+    weight = next((slot.stand_in for slot in slots if slot.held is own), None)
+    return weight if can_fuse(weight) else None
+
+
+def _longer_call(
+    bridge: Bridge, backbone: nn.Module, head: PatchedWeight, *args: Any, **kwargs: Any
+) -> Any:
+    out = bridge.call(args, kwargs, "forward", at=backbone)
+    out.last_hidden_state = longer_states(out.last_hidden_state, head)
+    return out
+
+
 def _is_saved_whole(base: nn.Module, owner: nn.Module) -> bool:
     """Whether it is a transformers model without an adapter in it."""
     adapted = any("base_layer" in module._modules for module in base.modules())
@@ -126,7 +166,10 @@ def part(bridge: Bridge, own: Any) -> Any:
     slots = find_slots(bridge.base, bridge.weights())
     weights = {id(slot.held): slot.stand_in for slot in slots}
     if isinstance(own, Tensor):
-        return weights.get(id(own), own)
+        weight = weights.get(id(own), own)
+        if _FUSING.get() is bridge and can_fuse(weight):
+            return LongerWeight.of(weight)
+        return weight
     if not isinstance(own, nn.Module) or weights.keys().isdisjoint(map(id, own.parameters())):
         return own
 

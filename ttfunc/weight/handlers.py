@@ -73,9 +73,10 @@ def _embedding_bag(*args: Any, sparse: bool = False, **kwargs: Any) -> Any:
 def _getitem(weight: Any, tokens: Any) -> Any:
     if not is_deferred(weight):
         return NotImplemented
-    if isinstance(tokens, slice) and not weight.source.rows.by_example:  # a chunk of a fused loss
-        device = weight.source.base.device
-        return _embedding(torch.arange(*tokens.indices(len(weight)), device=device), weight)
+    if isinstance(tokens, slice) and tokens.step in (None, 1):  # a chunk of a fused loss
+        start, stop, _ = tokens.indices(len(weight))
+        weight.source.check_and_note("lookup")
+        return weight.source.rows.piece(weight.source.base, start, max(start, stop))
     if not isinstance(tokens, Tensor):
         return NotImplemented
     if tokens.dtype not in (torch.int64, torch.int32):  # a mask, or bytes that count as one

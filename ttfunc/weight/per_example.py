@@ -75,6 +75,10 @@ class PerExampleRows(NamedTuple):
         """Always raises: no single matrix stands for several adapters."""
         raise _not_mixed()
 
+    def piece(self, base: Tensor, start: int, stop: int) -> Tensor:
+        """Always raises, as `materialise`."""
+        raise _not_mixed()
+
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """One NaN, expanded to the shape of the matrix, that refuses a read and a gradient."""
         shape = (len(base) + self.grown, base.shape[1])

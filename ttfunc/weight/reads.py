@@ -81,6 +81,15 @@ class SharedRows(NamedTuple):
         ids = self.indices.on(base.device).ids
         return with_rows(base, ids, cast_like(self.values, base), self.grown)
 
+    def piece(self, base: Tensor, start: int, stop: int) -> Tensor:
+        """The rows of the matrix from `start` to `stop`, `(stop - start, D)`; a copy."""
+        here = [row for row, token in enumerate(self.indices.ids) if start <= token < stop]
+        ids = torch.tensor([self.indices.ids[row] - start for row in here], dtype=torch.int64)
+        known = min(stop, len(base))
+        rows = cast_like(self.values, base)[here]
+        grown = stop - max(start, known)
+        return with_rows(base[min(start, known) : known], ids.to(base.device), rows, grown)
+
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """One NaN, expanded to the shape of `base`; its `(V, D)` gradient goes to the rows."""
         if no_placeholder():

@@ -46,6 +46,9 @@ class RowPatch(Protocol):
     def materialise(self, base: Tensor) -> Tensor:
         """The patched matrix itself. Raises RuntimeError if there is no single matrix."""
 
+    def piece(self, base: Tensor, start: int, stop: int) -> Tensor:
+        """The rows of the patched matrix from `start` to `stop`. Raises as `materialise`."""
+
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """A NaN in the shape of the base, for code that bypasses `__torch_function__`.
 
