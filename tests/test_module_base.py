@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
+from transformers import LlamaForCausalLM, Trainer
 
 from tests.helpers.lessons import TOKENS, arguments, distance, lessons, student
 from tests.helpers.rows import random_rows
@@ -244,3 +244,59 @@ def rank_trains(rank: int, folder: Path) -> None:
     both = trained(folder, made()[0], gradient_accumulation_steps=1, **options)
     torch.save(both, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def with_norms() -> TokenModule:
+    model = student()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    return TokenModule(model, random_rows(model, TOKENS), train_base=True)
+
+
+def test_a_copy_saves_what_it_trained(tmp_path):
+    module = with_norms()
+    copied = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.5)
+        for one, folder in ((module, "a"), (copied, "b")):
+            one.save_pretrained(tmp_path / folder)
+            loaded = LlamaForCausalLM.from_pretrained(tmp_path / folder)
+            torch.testing.assert_close(loaded(X).logits, one(X).logits)
+        assert distance(module(X).logits, copied(X).logits) > 0.1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_torch_s_functional_call_replaces_all_of_its_parameters(grad):
+    module = with_norms()
+    others = {name: one.detach() * 2 for name, one in module.named_parameters()}
+    expected = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(2)
+    with torch.set_grad_enabled(grad):
+        found = torch.func.functional_call(module, others, (X,)).logits
+    torch.testing.assert_close(found, expected(X).logits)
+
+
+def test_a_copy_keeps_the_modes_that_the_model_keeps():
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(9, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(self.embed(x))
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+    model = Kept().requires_grad_(False).train()
+    module = TokenModule(model, random_rows(model, [3], targets="embed"))
+    copied = copy.deepcopy(module).train()
+    x = torch.tensor([3, 4, 5])
+    assert torch.equal(copied(x), module(x))
+    assert not model.norm.training
+    assert model.training

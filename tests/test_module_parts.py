@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import peft
@@ -17,7 +18,7 @@ from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
 from ttfunc import merge
 from ttfunc.module import TokenModule
-from ttfunc.module_parts import ON_BASE
+from ttfunc.module_attributes import ON_BASE
 from ttfunc.weight.deferred import PatchedWeight
 
 X = torch.tensor([TOKENS])
@@ -245,3 +246,93 @@ def test_a_module_over_a_peft_model_is_taken_for_the_model_in_it():
     assert not hasattr(module, "save_pretrained")
     assert module.peft_config is model.peft_config
     assert module.params().deltas.keys() == {f"base_model.model.{NAME}"}
+
+
+# Parts of parts, and what a part is not
+
+
+class Shelf(nn.Module):
+    """Holds its head in containers of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 4)
+        self.heads = nn.ModuleList([nn.Linear(4, 20, bias=False), nn.Linear(4, 4)])
+        self.heads[0].weight = self.embed.weight
+        self.sequence = nn.Sequential(self.embed)
+        self.named = nn.ModuleDict({"head": self.heads[0]})
+        self.listed = [self.heads[0]]
+        self.ready = self.heads[0].forward
+
+    def forward(self, x):
+        return self.heads[0](self.embed(x))
+
+    @property
+    def doubled(self):
+        return self.embed.weight * 2
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m, h: m.heads[0](h),
+        lambda m, h: next(iter(m.heads))(h),
+        lambda m, h: next(m.heads.children())(h),
+        lambda m, h: m.heads[:1][0](h),
+        lambda m, h: m.named["head"](h),
+        lambda m, h: m.listed[0](h),
+        lambda m, h: m.ready(h),
+        lambda m, h: h @ m.doubled.T,
+        lambda m, h: h @ next(m.heads.parameters()).T,
+        lambda m, h: h @ m.sequence[0].weight.T,
+        lambda m, h: m.get_submodule("heads.0")(h),
+    ],
+)
+def test_a_module_in_a_container_has_the_rows_and_their_gradient(read):
+    torch.manual_seed(0)
+    model = Shelf().requires_grad_(False)
+    module = TokenModule(model, random_rows(model, [3, 7], targets="embed"))
+    full, h = Shelf(), torch.randn(2, 4)
+    full.load_state_dict(merge(model.state_dict(), module.params()))
+    expected, found = read(full, h), read(module, h)
+    torch.testing.assert_close(found, expected)
+    (row,) = module.parameters()
+    factor = torch.randn_like(expected)
+    (of_full,) = torch.autograd.grad((expected * factor).sum(), full.embed.weight)
+    (of_row,) = torch.autograd.grad((found * factor).sum(), row)
+    torch.testing.assert_close(of_row, of_full[[3, 7]])
+
+
+@pytest.mark.parametrize(
+    "name", ["state_dict", "load_state_dict", "save_pretrained", "set_input_embeddings"]
+)
+def test_a_part_neither_saves_nor_writes_weights(name):
+    with pytest.raises(AttributeError, match=f"'{name}' of a part of a TokenModule would"):
+        getattr(bridge().base_model, name)
+
+
+def test_a_part_is_not_copied_alone():
+    with pytest.raises(TypeError, match="Copy the TokenModule, and take the part of the copy"):
+        copy.deepcopy(bridge().base_model)
+
+
+def test_a_part_of_a_copy_has_the_modes_of_the_copy():
+    module = bridge().train()
+    copied = copy.deepcopy(module).eval()
+    assert not copied.base_model.training
+    assert module.base_model.training
+    with pytest.raises(RuntimeError, match="Switch the whole copy"):
+        copied.base_model.eval()
+    module.base_model.eval()
+    assert not module.base.model.training
+
+
+def test_a_state_dict_that_is_not_its_own_is_not_saved(tmp_path):
+    module = bridge()
+    with pytest.raises(ValueError, match=r"'model.embed_tokens.weight'.* is not that of this"):
+        module.save_pretrained(tmp_path / "a", state_dict=module.base.state_dict())
+    assert not (tmp_path / "a").exists()
+    module.save_pretrained(save_directory=tmp_path / "b", state_dict=module.state_dict())
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(X).logits, module(X).logits)

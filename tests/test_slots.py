@@ -47,3 +47,20 @@ def test_what_a_patch_is():
     assert is_patch(patch(init_deltas(model, [3]))["0.weight"])
     assert is_patch(patch(init_deltas(model, [3]), dense=True)["0.weight"])
     assert not is_patch(model[0].weight)
+
+
+def test_a_tie_through_memory_that_comes_or_goes_is_seen_by_the_next_call():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Embedding(9, 4), "b": nn.Linear(4, 9, bias=False)})
+    model.forward = lambda x: model["b"](model["a"](x))  # of the model as it is
+    weights = {"a.weight": torch.randn(9, 4)}
+
+    def held() -> dict[str, bool]:
+        return {slot.name: True for slot in find_slots(model, weights)}
+
+    assert held() == {"a.weight": True}
+    model["b"].weight = nn.Parameter(model["a"].weight.data)
+    assert held() == {"a.weight": True, "b.weight": True}
+    model.double()
+    weights["a.weight"] = weights["a.weight"].double()
+    assert held() == {"a.weight": True}

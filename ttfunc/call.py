@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -85,13 +86,14 @@ def call_copy(
     weights: Mapping[str, Tensor],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    method: str = "forward",
+    method: Any = "forward",
     modes: Mapping[nn.Module, bool] | None = None,
     at: nn.Module | None = None,
 ) -> Any:
     """`functional_call` with the modules of `modes` in these training modes.
 
-    With `at`, a module of the model, its method is called, which need not read the weights.
+    With `at`, a module of the model, its method is called, which need not read the weights; it may
+    also be a function of that module.
     """
     modes = modes or {}
     slots = find_slots(model, weights)
@@ -120,8 +122,10 @@ def call_copy(
     return out
 
 
-def _method(model: nn.Module, name: str) -> Any:
-    return model if name == "forward" else getattr(model, name)
+def _method(model: nn.Module, method: Any) -> Any:
+    if callable(method):
+        return partial(method, model)
+    return model if method == "forward" else getattr(model, method)
 
 
 def _bounded(model: nn.Module, sizes: Mapping[int, int]) -> str:

@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ttfunc.call import call_copy
 from ttfunc.deltas import TokenDeltas
+from ttfunc.module_attributes import shown
 from ttfunc.module_class import like
-from ttfunc.module_parts import fusing, shown
-from ttfunc.module_state import as_parameter, check_trained, faults, key, trainable
+from ttfunc.module_parts import fusing
+from ttfunc.module_state import as_parameter, check_trained, faults, key, modes_after, trainable
 from ttfunc.names import innermost
 from ttfunc.patching import check_current, patch
 
@@ -66,6 +67,7 @@ class TokenModule(nn.Module):
 
     base: nn.Module
     _modes: dict[nn.Module, bool] | None  # of the base's modules, in a copy of this module
+    _trained: dict[str, nn.Parameter]  # the base's own
     # Trainer trains a quantised model if it has an adapter, and so asks. The rows are one.
     _hf_peft_config_loaded = True
 
@@ -95,7 +97,7 @@ class TokenModule(nn.Module):
         # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
         self._modes = None
-        self._trained = tuple(free)  # their names in the base
+        self.__dict__["_trained"] = free  # by their names in the base
         parameters = {name: as_parameter(delta, name) for name, delta in params.deltas.items()}
         for name, parameter in parameters.items():
             self.register_parameter(key("deltas", name), parameter)
@@ -112,10 +114,10 @@ class TokenModule(nn.Module):
         """What `functional_call` runs the model with, where it does not have it itself."""
         # In training nothing but the loss reads the logits.
         patches = patch(self.params(), deferred_logits=self.training)
-        return patches if self._modes is None else {**patches, **self._trained_beside()}
-
-    def _trained_beside(self) -> dict[str, nn.Parameter]:
-        return {name: getattr(self, key("base", name)) for name in self._trained}
+        # In a copy, or in torch's functional_call, these are others than the base's own.
+        beside = {name: getattr(self, key("base", name)) for name in self._trained}
+        others = {name: one for name, one in beside.items() if one is not self._trained[name]}
+        return {**patches, **others}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, which a tool may have set."""
@@ -137,7 +139,7 @@ class TokenModule(nn.Module):
         if self._modes is None:
             self.base.train(mode)
         else:  # in a copy: the base belongs to the original
-            self._modes = dict.fromkeys(self.base.modules(), mode)
+            self._modes = modes_after(self.base, mode)
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -153,13 +155,13 @@ class TokenModule(nn.Module):
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def call(self, args: Any, kwargs: Any, method: str, at: nn.Module | None = None) -> Any:
-        """Call a method of the model, or of its module `at`, with the rows in it."""
+    def call(self, args: Any, kwargs: Any, method: Any, at: nn.Module | None = None) -> Any:
+        """Call a method of the model, or of its module `at`, with the rows in it.
+
+        `method` is a name, or a function of the module.
+        """
         if torch.is_grad_enabled():
-            if self._modes is None:
-                check_trained(self.base, self._trained_beside())
-            else:  # in a copy: what the base trains is replaced by the copy's own
-                check_trained(self.base, {n: self.base.get_parameter(n) for n in self._trained})
+            check_trained(self.base, self._trained)
         modes = {m: mode for m, mode in (self._modes or {}).items() if m.training is not mode}
         return call_copy(self.base, self.weights(), args, kwargs, method, modes, at)
 
@@ -213,9 +215,10 @@ class TokenModule(nn.Module):
         copied = type(self).__new__(type(self))
         modes = self._modes or {module: module.training for module in self.base.modules()}
         memo[id(self)] = copied
-        shared = ("base", "_modes")
+        shared = ("base", "_modes", "_trained")
         state = {name: value for name, value in vars(self).items() if name not in shared}
         vars(copied).update(copy.deepcopy(state, memo), base=self.base, _modes=dict(modes))
+        vars(copied)["_trained"] = self._trained
         return copied
 
     def __getstate__(self) -> NoReturn:

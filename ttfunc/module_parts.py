@@ -1,114 +1,41 @@
-"""What a TokenModule shows of its model: data as they are, modules and methods with the rows."""
+"""The modules and tensors of a model, as its TokenModule shows them: with the rows in them."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from types import MethodType
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NoReturn, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ttfunc.deltas import TokenDeltas
-from ttfunc.merging import merge
-from ttfunc.names import innermost
 from ttfunc.slots import find_slots
-from ttfunc.weight.deferred import PatchedWeight
-from ttfunc.weight.fused_head import LongerWeight, can_fuse, longer_states
+from ttfunc.weight.fused_head import LongerWeight, can_fuse
+
+# How methods begin that write or replace the weights of the model, or save them without the rows.
+WRITERS = (
+    *("save", "push", "resize", "set_", "tie_", "load", "init", "_init", "post_init", "prune"),
+    *("add_adapter", "delete_adapter", "enable_adapter", "disable_adapter", "merge", "unmerge"),
+    *("unload", "quantize", "dequantize", "create_or_update_model_card"),
+)
+_FUSING: ContextVar[object] = ContextVar("fusing", default=None)  # the module in such a call
 
 
 class Bridge(Protocol):
-    """A TokenModule, as it is used here."""
+    """A TokenModule, as it is used here. modes: those of a copy, by modules of the base."""
 
     base: nn.Module
+    _modes: dict[nn.Module, bool] | None
 
     def params(self) -> TokenDeltas: ...
 
     def weights(self) -> dict[str, Tensor]: ...
 
-    def call(self, args: Any, kwargs: Any, method: str, at: nn.Module | None = None) -> Any: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
 
-
-_FUSING: ContextVar[object] = ContextVar("fusing", default=None)  # the module in such a call
-
-# Methods that read no token matrix. Some switch the model itself.
-ON_BASE = frozenset(
-    {
-        *(
-            f"{what}_checkpointing_{do}"
-            for what in ("activation", "gradient")
-            for do in ("enable", "disable")
-        ),
-        *("enable_input_require_grads", "disable_input_require_grads"),
-        *("add_model_tags", "can_generate", "num_parameters", "get_memory_footprint"),
-        *("prepare_decoder_input_ids_from_labels", "tokenize", "preprocess"),
-        "_supports_logits_to_keep",
-    }
-)
-# Methods that give a module of the model.
-_GIVES_MODULE = frozenset(
-    {"get_input_embeddings", "get_output_embeddings", "get_encoder", "get_decoder"}
-)
-# How methods begin that write or replace the weights of the model, or save them without the rows.
-_WEIGHTS = (
-    *("save", "push", "resize", "set_", "tie_", "load", "init", "_init", "post_init", "prune"),
-    *("add_adapter", "delete_adapter", "enable_adapter", "disable_adapter", "merge", "unmerge"),
-    *("unload", "quantize", "dequantize", "create_or_update_model_card"),
-)
-
-
-def shown(bridge: Bridge, name: str) -> Any:
-    """An attribute of the model, as its TokenModule shows it. Raises AttributeError for none."""
-    base = bridge.base
-    inner = innermost(base)
-    # A private attribute that a tool has set on the model does not hold for the module.
-    if name.startswith("__") or (name.startswith("_") and not hasattr(type(inner), name)):
-        raise AttributeError(f"a TokenModule of {type(base).__name__} has no attribute {name!r}.")
-    value = getattr(inner if hasattr(inner, name) else base, name)
-    if name == "base_model" and (head := _fused_weight(bridge)) is not None:
-        return functools.partial(_longer_call, bridge, value, head)
-    if isinstance(value, (nn.Module, Tensor)):
-        return part(bridge, value)
-    owner = value.__self__ if isinstance(value, MethodType) else None
-    if not isinstance(owner, nn.Module):
-        if name.startswith("_"):
-            raise AttributeError(f"{name!r} of {type(base).__name__} is private to it.")
-        return value
-    if name in ON_BASE:
-        return value
-    if name == "save_pretrained" and _is_saved_whole(base, owner):
-        return functools.partial(_save_merged, bridge, owner)
-    if name.startswith(_WEIGHTS):
-        raise AttributeError(
-            f"{name!r} of the {type(base).__name__} in a TokenModule does not use the trained "
-            f"rows. module.base.{name} is the plain model's. functional_call(module.base, "
-            "patch(module.params()), ..., method=...) runs a method with the rows, and "
-            "ttfunc.save(module.params(), path) saves them."
-        )
-
-    @functools.wraps(value)
-    def with_rows(*args: Any, **kwargs: Any) -> Any:
-        if name in _GIVES_MODULE:
-            found = value(*args, **kwargs)
-            if name == "get_output_embeddings":
-                _check_multiplies(found)
-            return part(bridge, found)
-        return bridge.call(args, kwargs, name, owner)
-
-    return with_rows
-
-
-def _check_multiplies(head: Any) -> None:
-    if "base_layer" in getattr(head, "_modules", {}):
-        raise ValueError(
-            f"the head of the model is a {type(head).__module__}.{type(head).__name__}: code that "
-            "takes its weight (as TRL's trainers do) would leave the adapter on it untrained. "
-            "Leave the head out of the adapter's target_modules."
-        )
+    def call(self, args: Any, kwargs: Any, method: Any, at: nn.Module | None = None) -> Any: ...
 
 
 @contextlib.contextmanager
@@ -124,64 +51,90 @@ def fusing(bridge: Bridge) -> Iterator[None]:
         _FUSING.reset(token)
 
 
-def _fused_weight(bridge: Bridge) -> PatchedWeight | None:
-    if _FUSING.get() is not bridge:
-        return None
-    head = innermost(bridge.base).get_output_embeddings()  # type: ignore[operator]
-    slots = find_slots(bridge.base, bridge.weights())
-    own = getattr(head, "weight", None)
-    weight = next((slot.stand_in for slot in slots if slot.held is own), None)
-    return weight if can_fuse(weight) else None
+def is_fusing(bridge: Bridge) -> bool:
+    """Whether this module is in such a call."""
+    return _FUSING.get() is bridge
 
 
-def _longer_call(
-    bridge: Bridge, backbone: nn.Module, head: PatchedWeight, *args: Any, **kwargs: Any
-) -> Any:
-    out = bridge.call(args, kwargs, "forward", at=backbone)
-    out.last_hidden_state = longer_states(out.last_hidden_state, head)
-    return out
+def stand_ins(bridge: Bridge) -> dict[int, Tensor]:
+    """The weights of a call, by the identity of the model's own."""
+    return {id(slot.held): slot.stand_in for slot in find_slots(bridge.base, bridge.weights())}
 
 
-def _is_saved_whole(base: nn.Module, owner: nn.Module) -> bool:
-    """Whether it is a transformers model without an adapter in it."""
-    adapted = any("base_layer" in module._modules for module in base.modules())
-    known = owner is base and "state_dict" in inspect.signature(base.save_pretrained).parameters  # type: ignore[arg-type]
-    return known and not adapted
-
-
-def _save_merged(bridge: Bridge, owner: nn.Module, directory: Any, **options: Any) -> None:
-    """What `save_pretrained` writes of the merged model; `options` are its own."""
-    with torch.no_grad():
-        merged = merge(owner.state_dict(), bridge.params())
-    # On the copy, whose config has the size of the vocabulary.
-    bridge.call((directory,), {"state_dict": merged, **options}, "save_pretrained", at=owner)
-
-
-def part(bridge: Bridge, own: Any) -> Any:
-    """A module or a tensor of the model, as its TokenModule shows it.
+def part(bridge: Bridge, own: Any, weights: Mapping[int, Tensor] | None = None) -> Any:
+    """A module or a tensor of the model, or a list of them, as its TokenModule shows it.
 
     A token matrix is the patched weight. A module that has one is called with the rows in it; what
     is set on it, and a hook, goes to the model's own module. Anything else is the model's own.
     """
-    slots = find_slots(bridge.base, bridge.weights())
-    weights = {id(slot.held): slot.stand_in for slot in slots}
+    weights = stand_ins(bridge) if weights is None else weights
     if isinstance(own, Tensor):
         weight = weights.get(id(own), own)
-        if _FUSING.get() is bridge and can_fuse(weight):
-            return LongerWeight.of(weight)
-        return weight
+        return LongerWeight.of(weight) if is_fusing(bridge) and can_fuse(weight) else weight
+    if type(own) in (list, tuple):
+        return type(own)(part(bridge, one, weights) for one in own)
+    if type(own) is dict:
+        return {key: part(bridge, one, weights) for key, one in own.items()}
     if not isinstance(own, nn.Module) or weights.keys().isdisjoint(map(id, own.parameters())):
         return own
+    copy: nn.Module = object.__new__(_part_class(bridge, own))
+    copy.__dict__ = vars(own)  # one and the same, so that nothing that is set here is lost
+    return copy
+
+
+def _part_class(bridge: Bridge, own: nn.Module) -> type[nn.Module]:
+    """A class for this one module, which takes its submodules and tensors from the TokenModule."""
+    kind = type(own)
+
+    writers = {name for name in dir(kind) if name.startswith(WRITERS) or name == "state_dict"}
 
     def attribute(self: nn.Module, name: str) -> Any:
-        value = getattr(own, name)
-        return part(bridge, value) if isinstance(value, (nn.Module, Tensor)) else value
+        if name in writers:
+            _refuse(name)
+        return part(bridge, getattr(own, name))
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return bridge.call(args, kwargs, "forward", own)
 
-    kind = type(own)
-    space = {"__getattr__": attribute, "__call__": call, "__module__": kind.__module__}
-    copy: nn.Module = object.__new__(type(kind.__name__, (kind,), space))
-    copy.__dict__ = vars(own)  # one and the same, so that nothing that is set here is lost
-    return copy
+    def held(name: str) -> property:
+        def shown(self: nn.Module) -> dict[str, Any]:
+            weights = stand_ins(bridge)
+            return {key: part(bridge, one, weights) for key, one in vars(own)[name].items()}
+
+        return property(shown)
+
+    space: dict[str, Any] = {
+        "__class__": property(lambda self: kind),  # so that a slice of a ModuleList is one
+        "__module__": kind.__module__,
+        "__getattr__": attribute,
+        "__call__": call,
+        "__deepcopy__": _refuse_copy,
+        "_modules": held("_modules"),
+        "_parameters": held("_parameters"),
+    }
+    if bridge._modes is not None:
+        space["training"] = property(lambda self: (bridge._modes or {})[own])
+        space |= dict.fromkeys(("train", "eval"), _refuse_modes)
+    # Where a property raises AttributeError, Python asks __getattr__, which says why.
+    space |= {name: property(partial(_refuse, name)) for name in writers}
+    return type(kind.__name__, (kind,), space)
+
+
+def _refuse(name: str, _: object = None) -> NoReturn:
+    raise AttributeError(
+        f"{name!r} of a part of a TokenModule would read or write the weights of the model "
+        f"without the rows. Take {name!r} of the TokenModule, or of a part of module.base."
+    )
+
+
+def _refuse_copy(self: nn.Module, memo: object) -> NoReturn:
+    raise TypeError(
+        "a part of a TokenModule has no weights of its own to copy. Copy the TokenModule, and take "
+        "the part of the copy."
+    )
+
+
+def _refuse_modes(self: nn.Module, mode: bool = True) -> NoReturn:
+    raise RuntimeError(
+        "a part of a copy of a TokenModule has no training mode of its own. Switch the whole copy."
+    )

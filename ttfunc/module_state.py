@@ -67,6 +67,18 @@ def check_trained(model: nn.Module, known: Mapping[str, nn.Parameter]) -> None:
     )
 
 
+def modes_after(model: nn.Module, mode: bool) -> dict[nn.Module, bool]:
+    """The modes that `model.train(mode)` would set, by module; none is changed."""
+    if all(type(module).train is nn.Module.train for module in model.modules()):
+        return dict.fromkeys(model.modules(), mode)
+    before = {module: module.training for module in model.modules()}
+    model.train(mode)  # some keep a mode of their own
+    after = {module: module.training for module in model.modules()}
+    for module, was in before.items():
+        module.training = was
+    return after
+
+
 def faults(
     specs: Mapping[str, RowSpec],
     trained: Iterable[str],

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ttfunc.model.matrix import (
     Matrix,
+    count_same,
     count_slots,
     held_at,
     held_under,
     matrices_of,
     way_to,
 )
+from ttfunc.model.memory import memory_of
 from ttfunc.model.sizes import biases
 from ttfunc.names import did_you_mean, peft_twin
 from ttfunc.stale import check_fresh
@@ -99,9 +101,11 @@ def _still_there(
         return False
     if any(all(one is not tensors[name] for _, one in last[name].slots) for name in last):
         return False
-    slots = [slot for matrix in {id(m): m for m in last.values()}.values() for slot in matrix.slots]
+    matrices = {id(matrix): matrix for matrix in last.values()}.values()
+    slots = [slot for matrix in matrices for slot in matrix.slots]
     there = all(held_under(model, name) is tensor for name, tensor in slots)
-    return there and count_slots(model, [tensor for _, tensor in slots]) == len(slots)
+    tied = all(len({memory_of(one) for _, one in matrix.slots}) == 1 for matrix in matrices)
+    return there and tied and count_same(model, [tensor for _, tensor in slots]) == len(slots)
 
 
 def _slots_of(

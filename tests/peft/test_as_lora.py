@@ -74,6 +74,16 @@ def test_an_embedding_that_scales(tmp_path):
     torch.testing.assert_close(by_peft(model, tmp_path / "a"), expected)
 
 
+def test_it_adds_to_the_rows_that_the_model_has_now(tmp_path):
+    model = llama()
+    params = random_rows(model, [7, 3])
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)
+        expected = functional_call(model, patch(params), X).logits
+    save_as_lora(params, tmp_path / "a")
+    torch.testing.assert_close(by_peft(model, tmp_path / "a"), expected)
+
+
 def test_its_size_is_known_beforehand(tmp_path):
     model = llama()
     params = random_rows(model, [7, 3, 9])
@@ -92,6 +102,18 @@ def test_a_rank_below_the_rows_is_refused(tmp_path, rank):
         save_as_lora(params, tmp_path / "a", rank=rank)
     with pytest.raises(ValueError, match="rank must be an int of at least 2"):
         lora_bytes(params, rank=rank)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_matrix_that_has_a_lora_or_no_module_is_refused(tmp_path):
+    config = peft.LoraConfig(target_modules=["lm_head", "q_proj"])
+    model = peft.get_peft_model(llama(tie=False), config)
+    params = random_rows(model, [7, 3], targets="lm_head.base_layer")
+    with pytest.raises(ValueError, match="is the matrix of a LoRA, which a LoRA cannot be for"):
+        save_as_lora(params, tmp_path / "a")
+    alone = nn.Embedding(V, D)
+    with pytest.raises(ValueError, match="is the matrix of the model itself"):
+        save_as_lora(random_rows(alone, [3]), tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 

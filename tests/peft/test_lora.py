@@ -92,7 +92,8 @@ def test_the_directory_gives_the_rows_and_peft_the_rest(tmp_path, inside):
     config.trainable_token_indices = None
     again = peft.get_peft_model(llama(), config)
     weights = peft.load_peft_weights(tmp_path, device="cpu")
-    peft.set_peft_model_state_dict(again, {k: v for k, v in weights.items() if ".lora_" in k})
+    others = {k: v for k, v in weights.items() if ".token_adapter." not in k}
+    peft.set_peft_model_state_dict(again, others)
     rows = load_peft(tmp_path, again)
     torch.testing.assert_close(said(again, rows), said(model, params), rtol=0, atol=0)
     with pytest.warns(UserWarning, match="only the token rows .* 8 other tensors are not"):
@@ -131,6 +132,27 @@ def test_a_call_takes_rows_of_the_model_with_or_without_peft(inside):
     plain = llama()
     plain.load_state_dict(merge(plain.state_dict(), params))
     torch.testing.assert_close(said(model.base_model.model, params), said(plain))
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}]
+)
+def test_what_else_peft_saves_is_left_to_peft(tmp_path, options):
+    plain = llama(tie=False, attention_bias=True)
+    params = random_rows(plain, IDS)
+    model = with_lora(plain, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * parameter.requires_grad)
+    expected = said(model, params)
+    save_peft(params, tmp_path, adapter=model)
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    config.trainable_token_indices = None
+    again = peft.get_peft_model(llama(tie=False, attention_bias=True), config)
+    weights = peft.load_peft_weights(tmp_path, device="cpu")
+    others = {k: v for k, v in weights.items() if ".token_adapter." not in k}
+    peft.set_peft_model_state_dict(again, others)
+    torch.testing.assert_close(said(again, load_peft(tmp_path, again)), expected)
 
 
 def test_the_rows_alone_of_a_model_in_peft_are_an_adapter_of_the_model(tmp_path):
@@ -191,6 +213,12 @@ def test_a_matrix_that_peft_trains_whole_is_refused(tmp_path):
     refused(tmp_path, "'model.embed_tokens', which also has rows", params, model)
     with pytest.raises(ValueError, match="trains a whole copy of the input .*modules_to_save"):
         init_deltas(model, IDS)
+
+
+def test_rows_of_a_module_that_is_saved_whole_are_refused(tmp_path):
+    model = with_lora(llama(tie=False), modules_to_save=["lm_head"])
+    params = random_rows(model, IDS, targets="lm_head.modules_to_save.default")
+    refused(tmp_path, "of a module that PEFT trains whole", params, model)
 
 
 def test_two_active_adapters_are_refused(tmp_path):

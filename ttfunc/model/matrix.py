@@ -123,6 +123,17 @@ def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
     return sum(map(wanted.__contains__, map(id, held)))
 
 
+def count_same(model: nn.Module, tensors: Iterable[Tensor]) -> int:
+    """`count_slots` of these tensors and of all that lie in the same memory."""
+    wanted = {memory_of(tensor) for tensor in tensors}
+    held: dict[tuple[int, str], Tensor] = {}
+    for module in model.modules():
+        for name, one in chain(module._parameters.items(), module._buffers.items()):
+            if one is not None:
+                held[id(module), name] = one
+    return sum(memory_of(one) in wanted for one in held.values())
+
+
 def way_to(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules from the model to the one that holds `name`, as far as they exist."""
     way = [model]

@@ -24,6 +24,7 @@ class _Layer(NamedTuple):
     name: str
     looks_up: bool
     spec: RowSpec
+    matrix: Tensor
     delta: Tensor
 
 
@@ -38,8 +39,9 @@ def save_as_lora(
 
     New rows R in place of the rows W[S] are W + E (R − W[S]), where the V×k matrix E has a 1 for
     each token: a product of two factors, as in a LoRA of rank k. It is for servers that load a LoRA
-    and know no token rows, and gives the logits of the rows to rounding. The factors with V entries
-    make it far larger than the rows: see `lora_bytes`.
+    and know no token rows, and gives the logits of the rows to rounding, on a model that reads the
+    matrix by its Embedding and Linear modules alone, with the rows W[S] that it has now. The
+    factors with V entries make it far larger than the rows: see `lora_bytes`.
 
     Args:
         params: made from a model, which tells embeddings from heads. They are not changed.
@@ -50,7 +52,7 @@ def save_as_lora(
 
     Raises:
         ValueError: new tokens, which no LoRA can add; a rank below the number of rows; a matrix
-            that is not the `weight` of an Embedding or a Linear.
+            that is not the `weight` of an Embedding or a Linear, or that has a LoRA already.
         RuntimeError: parameters that belong to no model.
         FileExistsError, OSError: as for `save_peft`.
     """
@@ -109,8 +111,14 @@ def _layers(params: TokenDeltas) -> Iterator[_Layer]:
                     f"{name!r} belongs to a {type(owner).__name__}, and PEFT's LoRA is for the "
                     "weight of an Embedding or a Linear"
                 )
+            module = module.removeprefix(PEFT)
+            if not module or module.endswith(".base_layer"):
+                raise ValueError(
+                    f"{name!r} is the matrix of {'the model itself' if not module else 'a LoRA'}, "
+                    "which a LoRA cannot be for: it names modules of a plain model"
+                )
             looks_up = isinstance(owner, nn.Embedding)
-            yield _Layer(module.removeprefix(PEFT), looks_up, spec, delta)
+            yield _Layer(module, looks_up, spec, spec.matrix.tensor, delta)
 
 
 def _factors(layer: _Layer, rank: int) -> Iterator[tuple[str, Any]]:
@@ -120,8 +128,9 @@ def _factors(layer: _Layer, rank: int) -> Iterator[tuple[str, Any]]:
     which = torch.zeros(height, rank)
     which[ids, torch.arange(len(ids))] = 1
     change = torch.zeros(rank, width)
-    originals = cpu_copy(layer.spec.originals, f"the originals of {layer.name!r}")
-    change[: len(ids)] = (layer.delta.double() - originals.double()).float()
+    with torch.no_grad():  # the rows that the model has now
+        now = cpu_copy(layer.matrix[ids.to(layer.matrix.device)], f"the rows of {layer.name!r}")
+    change[: len(ids)] = (layer.delta.double() - now.double()).float()
     start = f"{PREFIX}{layer.name}"
     if layer.looks_up:
         yield f"{start}.lora_embedding_A", which.T.contiguous()

@@ -121,6 +121,10 @@ def save_peft(
 
 def _module_of(name: str) -> str:
     module, _, attribute = name.removeprefix(PREFIX).rpartition(".")
+    if "modules_to_save" in module or module.endswith(".original_module"):
+        raise ValueError(
+            f"{name!r} is of a module that PEFT trains whole (modules_to_save). Leave it out"
+        )
     if module.endswith(".base_layer"):
         raise ValueError(
             f"{name!r} is the matrix of a module that has a LoRA too, and PEFT trains a module by "
@@ -212,8 +216,9 @@ def load_peft(
                 )
             deltas[name], specs[name] = delta.requires_grad_(requires_grad), spec
         check_targets(adapter.config, innermost(model), bare(specs))
-        _check_weights(directory / WEIGHTS, adapter.weights, model, specs)
-    if innermost(model) is model:  # else PEFT is to load them
+        if innermost(model) is model:  # else PEFT is to load them
+            _check_weights(directory / WEIGHTS, adapter.weights, model, specs)
+    if innermost(model) is model:
         warn_of_other_keys(adapter.other_keys, directory)
     return TokenDeltas(deltas, specs)
 

@@ -74,7 +74,8 @@ class LongerWeight(Tensor):
         """Its rows from `start` to `stop`."""
         source = self.weight.source
         source.check_and_note("product")
-        base, (values, indices, *_) = source.base, source.rows  # type: ignore[misc]
+        base, values = source.base, source.rows.values
+        indices = source.rows.indices  # type: ignore[attr-defined]
         width, known = base.shape[1], min(stop, len(base))
         here = [row for row, token in enumerate(indices.ids) if start <= token < stop]
         at = torch.tensor([indices.ids[row] - start for row in here], device=base.device)
