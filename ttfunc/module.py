@@ -89,10 +89,12 @@ class TokenModule(nn.Module):
                 "TokenModule(model, params, train_base=True). Or freeze them first: "
                 "model.requires_grad_(False)."
             )
-        if held := {name for spec in params.specs.values() for name in spec.names} & free.keys():
+        matrices = [spec.matrix for spec in params.specs.values() if spec.matrix is not None]
+        with_rows = {id(tensor) for matrix in matrices for _, tensor in matrix.slots}
+        if held := [name for name, one in free.items() if id(one) in with_rows]:
             raise ValueError(
-                f"{sorted(held)} require grad, and params have rows of them: the rest of the "
-                "matrix would get no gradient. Freeze it, or train it whole, without rows."
+                f"{held} require grad, and params have rows of them: the rest of the matrix would "
+                "get no gradient. Freeze it, or train it whole, without rows."
             )
         # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
@@ -110,7 +112,7 @@ class TokenModule(nn.Module):
         deltas = {name: getattr(self, key("deltas", name)) for name in self._rows}
         return TokenDeltas(deltas, dict(self._rows))
 
-    def weights(self) -> dict[str, Tensor]:
+    def _weights(self) -> dict[str, Tensor]:
         """What `functional_call` runs the model with, where it does not have it itself."""
         # In training nothing but the loss reads the logits.
         patches = patch(self.params(), deferred_logits=self.training)
@@ -128,11 +130,11 @@ class TokenModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, with the rows in it."""
-        return self.call(args, kwargs, "forward")
+        return self._call(args, kwargs, "forward")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What the model generates, with the rows in it."""
-        return self.call(args, kwargs, "generate")
+        return self._call(args, kwargs, "generate")
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode of this module, and so of the model when it is next called."""
@@ -155,7 +157,7 @@ class TokenModule(nn.Module):
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def call(self, args: Any, kwargs: Any, method: Any, at: nn.Module | None = None) -> Any:
+    def _call(self, args: Any, kwargs: Any, method: Any, at: nn.Module | None = None) -> Any:
         """Call a method of the model, or of its module `at`, with the rows in it.
 
         `method` is a name, or a function of the module.
@@ -163,7 +165,7 @@ class TokenModule(nn.Module):
         if torch.is_grad_enabled():
             check_trained(self.base, self._trained)
         modes = {m: mode for m, mode in (self._modes or {}).items() if m.training is not mode}
-        return call_copy(self.base, self.weights(), args, kwargs, method, modes, at)
+        return call_copy(self.base, self._weights(), args, kwargs, method, modes, at)
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base")

@@ -53,7 +53,7 @@ def shown(bridge: Bridge, name: str) -> Any:
     if isinstance(value, Tensor) and isinstance(
         inspect.getattr_static(type(holder), name, None), property
     ):
-        return bridge.call((), {}, lambda copy: getattr(copy, name), holder)
+        return bridge._call((), {}, lambda copy: getattr(copy, name), holder)
     owner = value.__self__ if isinstance(value, MethodType) else None
     if isinstance(owner, nn.Module):
         return _method(bridge, name, value, owner)
@@ -91,7 +91,7 @@ def _method(bridge: Bridge, name: str, value: MethodType, owner: nn.Module) -> A
             if name == "get_output_embeddings":
                 _check_multiplies(found)
             return part(bridge, found)
-        return bridge.call(args, kwargs, value.__name__, owner)
+        return bridge._call(args, kwargs, value.__name__, owner)
 
     return with_rows
 
@@ -116,7 +116,7 @@ def _fused_weight(bridge: Bridge) -> PatchedWeight | None:
 def _longer_call(
     bridge: Bridge, backbone: nn.Module, head: PatchedWeight, *args: Any, **kwargs: Any
 ) -> Any:
-    out = bridge.call(args, kwargs, "forward", at=backbone)
+    out = bridge._call(args, kwargs, "forward", at=backbone)
     out.last_hidden_state = longer_states(out.last_hidden_state, head)
     return out
 
@@ -149,7 +149,7 @@ def _save_merged(bridge: Bridge, save: MethodType, *args: Any, **kwargs: Any) ->
         }
         merged = merge(state, bridge.params())
     # On the copy, whose config has the size of the vocabulary.
-    bridge.call((), {**options, "state_dict": merged}, "save_pretrained", at=owner)
+    bridge._call((), {**options, "state_dict": merged}, "save_pretrained", at=owner)
 
 
 def _plain(other: Tensor, tensor: Tensor) -> Tensor:

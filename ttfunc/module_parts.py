@@ -31,11 +31,11 @@ class Bridge(Protocol):
 
     def params(self) -> TokenDeltas: ...
 
-    def weights(self) -> dict[str, Tensor]: ...
+    def _weights(self) -> dict[str, Tensor]: ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
-    def call(self, args: Any, kwargs: Any, method: Any, at: nn.Module | None = None) -> Any: ...
+    def _call(self, args: Any, kwargs: Any, method: Any, at: nn.Module | None = None) -> Any: ...
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def is_fusing(bridge: Bridge) -> bool:
 
 def stand_ins(bridge: Bridge) -> dict[int, Tensor]:
     """The weights of a call, by the identity of the model's own."""
-    return {id(slot.held): slot.stand_in for slot in find_slots(bridge.base, bridge.weights())}
+    return {id(slot.held): slot.stand_in for slot in find_slots(bridge.base, bridge._weights())}
 
 
 def part(bridge: Bridge, own: Any, weights: Mapping[int, Tensor] | None = None) -> Any:
@@ -94,7 +94,7 @@ def _part_class(bridge: Bridge, own: nn.Module) -> type[nn.Module]:
         return part(bridge, getattr(own, name))
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return bridge.call(args, kwargs, "forward", own)
+        return bridge._call(args, kwargs, "forward", own)
 
     def held(name: str) -> property:
         def shown(self: nn.Module) -> dict[str, Any]:
