@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import gc
-import inspect
 import pickle
 import types
-import weakref
 
 import optree
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 import tests.helpers.models as models
 import tests.helpers.oracle as oracle
@@ -116,17 +112,6 @@ def test_generate_says_what_the_merged_model_says():
     assert not torch.equal(said, module.base.generate(prompt, **options))
 
 
-def test_it_is_taken_for_the_model():
-    module = bridge()
-    plain = inspect.signature(LlamaForCausalLM.forward)
-    assert inspect.signature(type(module).forward) == plain
-    assert inspect.signature(module.forward) == inspect.signature(module.base.forward)
-    assert type(module).__name__ == "LlamaForCausalLM"
-    assert isinstance(module, TokenModule)
-    assert not isinstance(module, LlamaForCausalLM)
-    assert "3 of 50 rows" in repr(module)
-
-
 def test_moving_and_modes_reach_the_model():
     module = bridge()
     assert not module.training
@@ -210,32 +195,8 @@ def test_matrices_with_names_alike_have_parameters_of_their_own():
     module.load_state_dict(copy.deepcopy(module.state_dict()))
 
 
-def test_the_class_of_a_model_is_not_kept():
-    def made() -> weakref.ref:
-        class Own(models.Language):
-            pass
-
-        model = Own().requires_grad_(False)
-        module = TokenModule(model, init_deltas(model, [1]))
-        assert type(TokenModule(model, init_deltas(model, [2]))) is type(module)
-        return weakref.ref(Own)
-
-    kept = made()
-    gc.collect()
-    assert kept() is None
-
-
 def test_rows_stay_wide_over_a_half_precision_base():
     module = bridge().to(torch.bfloat16)
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     assert {p.dtype for p in module.base.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in module.double().parameters()} == {torch.float64}
-
-
-def test_modules_over_one_model_have_one_class():
-    model = student()
-    a, b = (TokenModule(model, random_rows(model, TOKENS)) for _ in range(2))
-    assert type(a) is type(b)
-    rows, buffers = torch.func.stack_module_state([a, b])
-    assert rows[ROWS].shape == (2, 3, 16)
-    assert buffers == {}

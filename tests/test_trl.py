@@ -84,6 +84,21 @@ def test_sft_of_an_untied_model_trains_both_ends(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_sft_trains_tokens_that_the_model_does_not_have(tmp_path, tied):
+    module = module_of(tied, lora=True, grown=True)
+    vocabulary = module.config.vocab_size
+    trainer = sft(tmp_path, module)
+    batches = list(trainer.get_train_dataloader())
+    assert max(batch["input_ids"].max() for batch in batches) > vocabulary
+    trainer.train()
+    losses, trained = by_hand(*pupil(tied, lora=True, grown=True), batches, dft=False)
+    assert losses_of(trainer) == pytest.approx(losses, rel=1e-5)
+    for ours, theirs in zip(parts(module), trained, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+    assert len(module.base.get_input_embeddings().weight) == vocabulary
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["rows", "rows and LoRA"])
 def test_sft_in_mixed_precision(tmp_path, lora):
     module = module_of(lora=lora)

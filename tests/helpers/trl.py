@@ -76,21 +76,26 @@ def dataset(kind: str, count: int = 6) -> Dataset:
     )
 
 
-def pupil(tied: bool = True, lora: bool = False) -> tuple[nn.Module, TokenDeltas]:
-    """A model with rows for the new tokens, frozen but for a LoRA that already does something."""
+def pupil(
+    tied: bool = True, lora: bool = False, grown: bool = False
+) -> tuple[nn.Module, TokenDeltas]:
+    """A model with rows for the new tokens, frozen but for a LoRA that already does something.
+
+    With `grown`, it does not have the tokens yet.
+    """
     words = pupil_tokenizer()
-    model: Any = llama(vocabulary=len(words), width=16, tie=tied)
     ids = words.convert_tokens_to_ids(NEW)
+    model: Any = llama(vocabulary=min(ids) if grown else len(words), width=16, tie=tied)
     if lora:
         torch.manual_seed(4)
         config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         model = peft.get_peft_model(model, config)
     ends = None if tied else ["model.embed_tokens", "lm_head"]
-    return model, random_rows(model, ids, targets=ends)
+    return model, random_rows(model, ids, targets=None if grown else ends, grow=grown)
 
 
-def module_of(tied: bool = True, lora: bool = False) -> TokenModule:
-    model, params = pupil(tied, lora)
+def module_of(tied: bool = True, lora: bool = False, grown: bool = False) -> TokenModule:
+    model, params = pupil(tied, lora, grown)
     return TokenModule(model, params, train_base=lora)
 
 
