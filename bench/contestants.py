@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from trl.trainer.utils import add_fused_lm_head
 
 import ttfunc
 from examples.shared.smollm2 import fetch_smollm2, load
@@ -134,7 +133,7 @@ def trl_chunked(
 ) -> Step:
     """The floor with TRL's loss by chunks, in place of the head: it trains no row."""
     labels = x if labels is None else labels
-    add_fused_lm_head(model)
+    _add_fused_head(model)
 
     def step() -> None:
         h = model.get_input_embeddings()(x).requires_grad_()
@@ -143,13 +142,20 @@ def trl_chunked(
     return step
 
 
+def _add_fused_head(model: Any) -> None:
+    # Not above: it takes seconds, and each figure of memory is from a process of its own.
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model)
+
+
 def trl_on_ttfunc(
     model: Any, x: Tensor, idx: list[int], wrap: Wrap = as_it_is, *, labels: Tensor | None = None
 ) -> Step:
     """TRL's loss by chunks on a TokenModule, as its SFTTrainer has it."""
     labels = x if labels is None else labels
     module = ttfunc.TokenModule(model, ttfunc.init_deltas(model, idx))
-    add_fused_lm_head(module)
+    _add_fused_head(module)
     return lambda: module(input_ids=x, labels=labels, fused_lm_head=True).loss.backward()
 
 
