@@ -106,6 +106,17 @@ def test_in_half_precision():
     torch.testing.assert_close(of_rows, hidden.float().sum(0).expand(3, D), rtol=0.02, atol=0.02)
 
 
+def test_in_double_precision():
+    torch.manual_seed(1)
+    model = nn.Embedding(V, D).double().requires_grad_(False)
+    params = random_rows(model, IDS, requires_grad=True)
+    (rows,), weight = params.deltas.values(), patch(params)["weight"]
+    hidden = torch.randn(T, D, dtype=torch.float64)
+    found = F.linear(longer_states(hidden, weight), LongerWeight.of(weight))
+    (of_rows,) = torch.autograd.grad(found.sum(), rows)
+    torch.testing.assert_close(of_rows, hidden.sum(0).expand(3, D), rtol=0, atol=1e-14)
+
+
 def test_code_that_does_not_ask_gets_nan():
     weight, _ = made()
     assert torch.Tensor.as_subclass(LongerWeight.of(weight), Tensor).isnan().all()

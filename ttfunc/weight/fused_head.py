@@ -48,8 +48,9 @@ class _Longer(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (hidden,) = ctx.saved_tensors  # type: ignore[attr-defined]
         width = hidden.shape[-1]
-        of_logits = gradient[..., width:].flatten(0, -2).float()
-        of_rows = of_logits.T @ hidden.flatten(0, -2).float()
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        of_logits = gradient[..., width:].flatten(0, -2).to(wide)
+        of_rows = of_logits.T @ hidden.flatten(0, -2).to(wide)
         return gradient[..., :width], of_rows.to(ctx.dtype)  # type: ignore[attr-defined]
 
 
