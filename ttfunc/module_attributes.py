@@ -131,8 +131,7 @@ def _is_saved_whole(base: nn.Module, owner: nn.Module) -> bool:
 def _save_merged(bridge: Bridge, save: MethodType, *args: Any, **kwargs: Any) -> None:
     """What the model's `save_pretrained` writes of the merged model."""
     given = inspect.signature(save).bind(*args, **kwargs).arguments
-    options = {**given, **given.pop("kwargs", {})}
-    options.pop("kwargs", None)
+    options = {**given.pop("kwargs", {}), **given}
     others = options.get("state_dict")
     if others is not None and others.keys() != bridge.state_dict().keys():
         raise ValueError(
