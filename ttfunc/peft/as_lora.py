@@ -11,20 +11,19 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from ttfunc.deltas import RowSpec, TokenDeltas, check_type
+from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk.tensors import check_rows, cpu_copy, path_of, prefix_errors
-from ttfunc.names import PEFT
 from ttfunc.peft.adapter import PREFIX
 from ttfunc.peft.writer import write_adapter
 
 
 class _Layer(NamedTuple):
-    """A module that a LoRA is for: whether it looks tokens up, and the rows of its matrix."""
+    """A module that a LoRA is for: whether it looks tokens up, its matrix, and the new rows."""
 
     name: str
     looks_up: bool
-    spec: RowSpec
     matrix: Tensor
+    ids: tuple[int, ...]
     delta: Tensor
 
 
@@ -111,20 +110,20 @@ def _layers(params: TokenDeltas) -> Iterator[_Layer]:
                     f"{name!r} belongs to a {type(owner).__name__}, and PEFT's LoRA is for the "
                     "weight of an Embedding or a Linear"
                 )
-            module = module.removeprefix(PEFT)
+            module = module.removeprefix(PREFIX)
             if not module or module.endswith(".base_layer"):
                 raise ValueError(
                     f"{name!r} is the matrix of {'the model itself' if not module else 'a LoRA'}, "
                     "which a LoRA cannot be for: it names modules of a plain model"
                 )
             looks_up = isinstance(owner, nn.Embedding)
-            yield _Layer(module, looks_up, spec, spec.matrix.tensor, delta)
+            yield _Layer(module, looks_up, spec.matrix.tensor, spec.indices.ids, delta)
 
 
 def _factors(layer: _Layer, rank: int) -> Iterator[tuple[str, Any]]:
     """The two factors, under PEFT's names: `(V, rank)` picks the tokens, the other has the rows."""
-    height, width = layer.spec.shape
-    ids = torch.tensor(layer.spec.indices.ids)
+    height, width = layer.matrix.shape
+    ids = torch.tensor(layer.ids)
     which = torch.zeros(height, rank)
     which[ids, torch.arange(len(ids))] = 1
     change = torch.zeros(rank, width)

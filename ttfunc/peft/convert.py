@@ -40,7 +40,7 @@ from ttfunc.peft.adapter import (
     read_json,
     warn_of_other_keys,
 )
-from ttfunc.peft.lora import check_apart, check_base, saved_lora
+from ttfunc.peft.lora import lora_beside
 from ttfunc.peft.rules import bare, check_ends, check_targets, check_ties
 from ttfunc.peft.writer import write_adapter
 from ttfunc.torch_private import outside_of_modes
@@ -99,16 +99,12 @@ def save_peft(
     same = adapter is None and all(ids == first for ids in others)
     kind = "TRAINABLE_TOKENS" if same else "LORA"
     lora: dict[str, Tensor] = {}
-    config: dict[str, Any] = {"peft_type": kind, **_targets_in_config(kind, targets)}
-    if adapter is not None:
-        check_base(params, adapter)
-        lora, told = saved_lora(adapter)
-        check_apart(lora, tensors)
-        check_ties(params, innermost(adapter))
-        given = {} if base_model is None else _base(base_model)
-        config = {**told, INDICES[kind]: targets, **given}
+    if adapter is None:
+        config = {"peft_type": kind, **_targets_in_config(kind, targets), **_base(base_model)}
     else:
-        config |= _base(base_model)
+        lora, config = lora_beside(params, tensors, adapter)
+        check_ties(params, innermost(adapter))
+        config |= {INDICES[kind]: targets, **({} if base_model is None else _base(base_model))}
     if kind == "LORA":  # a LORA adapter keeps the rows of tied modules once
         tensors = {module: tensors[module] for module in targets}
         check_ends(targets)

@@ -14,13 +14,24 @@ from ttfunc.disk.tensors import opened, tensor_of
 from ttfunc.peft.adapter import CONFIG, INDICES, PREFIX, WEIGHTS, read_json
 
 
-def saved_lora(adapter: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the config that PEFT saves for the one active LoRA of a PeftModel.
+def lora_beside(
+    params: TokenDeltas, modules: Iterable[str], adapter: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the config of the LoRA that is to stand beside the rows of these modules.
 
     Raises:
-        TypeError: it is not a PeftModel.
-        ValueError: more than one adapter is active, or it is no LoRA, or has tokens of its own.
+        TypeError: `adapter` is not a PeftModel.
+        ValueError: more than one adapter is active; it is no LoRA, has tokens of its own, is for
+            another model, or trains one of the modules too.
     """
+    _check_base(params, adapter)
+    tensors, config = _saved(adapter)
+    _check_apart(tensors, modules)
+    return tensors, config
+
+
+def _saved(adapter: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What PEFT saves for the one active adapter of a PeftModel."""
     save = getattr(adapter, "save_pretrained", None)
     if not hasattr(adapter, "peft_config") or not callable(save):
         raise TypeError(
@@ -56,7 +67,7 @@ def _check_kind(config: Mapping[str, Any]) -> None:
         )
 
 
-def check_apart(lora: Iterable[str], modules: Iterable[str]) -> None:
+def _check_apart(lora: Iterable[str], modules: Iterable[str]) -> None:
     """Raise ValueError where the LoRA also trains a module that has rows."""
     for module in modules:
         if found := [key for key in lora if key.startswith(f"{PREFIX}{module}.")]:
@@ -67,7 +78,7 @@ def check_apart(lora: Iterable[str], modules: Iterable[str]) -> None:
             )
 
 
-def check_base(params: TokenDeltas, adapter: nn.Module) -> None:
+def _check_base(params: TokenDeltas, adapter: nn.Module) -> None:
     """Raise ValueError where the rows belong to another model than the LoRA."""
     held = {id(one) for one in adapter.parameters()}
     for name, spec in params.specs.items():
