@@ -16,17 +16,8 @@ from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
 from ttfunc import merge
 from ttfunc.module import TokenModule
-from ttfunc.module_attributes import ON_BASE
 
 X = torch.tensor([TOKENS])
-
-
-def merged(module: TokenModule) -> nn.Module:
-    """The model with the rows written into it: the oracle."""
-    model = student()
-    with torch.no_grad():
-        model.load_state_dict(merge(model.state_dict(), module.params()))
-    return model
 
 
 # Data
@@ -149,7 +140,6 @@ def test_the_methods_that_run_on_the_model_read_no_matrix():
     assert module.base.model_tags == ["a tag"]
     del module.base.model_tags
     assert oracle.snapshot(module.base) == before
-    assert "generate" not in ON_BASE
 
 
 def test_what_a_collator_asks_of_a_model_with_two_stacks():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 
 import peft
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, Trainer
 
 from tests.helpers.lessons import TOKENS, arguments, distance, lessons, student
+from tests.helpers.ranks import join
 from tests.helpers.rows import random_rows
 from ttfunc import functional_call, patch
 from ttfunc.module import TokenModule
@@ -233,13 +233,7 @@ def test_two_ranks_equal_one_process(tmp_path):
 
 def rank_trains(rank: int, folder: Path) -> None:
     """One of two ranks, each with half of every batch."""
-    os.environ.update(
-        {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    )
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    join(rank, folder)
     options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
     both = trained(folder, made()[0], gradient_accumulation_steps=1, **options)
     torch.save(both, folder / f"{rank}.pt")

@@ -9,21 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers.lessons import TOKENS, bridge, student
+from tests.helpers.lessons import TOKENS, bridge, merged
 from tests.helpers.rows import random_rows
 from ttfunc import merge
 from ttfunc.module import TokenModule
 from ttfunc.weight.deferred import PatchedWeight
 
 X = torch.tensor([TOKENS])
-
-
-def merged(module: TokenModule) -> nn.Module:
-    """The model with the rows written into it: the oracle."""
-    model = student()
-    with torch.no_grad():
-        model.load_state_dict(merge(model.state_dict(), module.params()))
-    return model
 
 
 def test_the_weight_of_the_head_is_the_patched_one():

@@ -1,8 +1,7 @@
-"""What other tools ask of a TokenModule: each at work, against the merged model or a loop."""
+"""What other tools ask of a TokenModule, each at work."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import pytest
@@ -28,11 +27,11 @@ from transformers import (
     pipeline,
 )
 
-from tests.helpers.lessons import TOKENS, distance, lessons
+from tests.helpers.lessons import QUIET, TOKENS, distance, lessons, merged
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
 from tests.helpers.trl import NEW, dataset, module_of, pupil_tokenizer, sentences
-from ttfunc import functional_call, merge, patch
+from ttfunc import functional_call, patch
 from ttfunc.module import TokenModule
 
 SETTINGS = {
@@ -42,20 +41,8 @@ SETTINGS = {
     "lr_scheduler_type": "constant",
     "max_grad_norm": 0.0,
     "optim": "sgd",
-    "train_sampling_strategy": "sequential",
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "dataloader_pin_memory": False,
+    **QUIET,
 }
-
-
-def merged(module: TokenModule) -> torch.nn.Module:
-    model = copy.deepcopy(module.base)
-    with torch.no_grad():
-        model.load_state_dict(merge(model.state_dict(), module.params()))
-    return model
 
 
 def test_trainer_trains_rows_over_a_quantised_body(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import accelerate
@@ -31,6 +30,7 @@ from tests.helpers.lessons import (
     student,
 )
 from tests.helpers.llama import llama
+from tests.helpers.ranks import join
 from tests.helpers.rows import random_rows
 from ttfunc import functional_call, init_deltas, merge, patch
 from ttfunc.module import TokenModule
@@ -232,13 +232,7 @@ def test_two_ranks_equal_one_process(tmp_path):
 
 def rank_trains(rank: int, folder: Path) -> None:
     """One of two ranks, each with half of every batch."""
-    os.environ.update(
-        {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    )
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    join(rank, folder)
     module = bridge()
     before = oracle.snapshot(module.base)
     options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import optree
@@ -12,13 +13,22 @@ from transformers import LlamaForCausalLM, TrainingArguments
 
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
-from ttfunc import functional_call, patch
+from ttfunc import functional_call, merge, patch
 from ttfunc.module import TokenModule
 
 TOKENS = [48, 5, 49]
 NAME = "model.embed_tokens.weight"
 ROWS, IDS = "deltas/model/embed_tokens/weight", "token_indices/model/embed_tokens/weight"
 STEPS, BATCH, ACCUMULATE, RATE = 6, 2, 2, 0.05
+# Of every Trainer here: the examples in their order, and nothing written that is not asked for.
+QUIET = {
+    "train_sampling_strategy": "sequential",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+}
 
 
 def student() -> LlamaForCausalLM:
@@ -29,6 +39,14 @@ def student() -> LlamaForCausalLM:
 def bridge() -> TokenModule:
     model = student()
     return TokenModule(model, random_rows(model, TOKENS))
+
+
+def merged(module: TokenModule) -> nn.Module:
+    """The model with the rows written into it: the oracle."""
+    model = copy.deepcopy(module.base)
+    with torch.no_grad():
+        model.load_state_dict(merge(model.state_dict(), module.params()))
+    return model
 
 
 def lessons() -> list[dict[str, Tensor]]:
@@ -54,13 +72,8 @@ def arguments(folder: Path, **options) -> TrainingArguments:
         "learning_rate": RATE,
         "weight_decay": 0.1,
         "max_grad_norm": 0.5,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
         "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
+        **QUIET,
     }
     return TrainingArguments(**{**settings, **options})
 

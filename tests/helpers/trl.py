@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from tests.helpers.lessons import QUIET
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
 from tests.helpers.tokenizers import TEXT, tokenizer
@@ -29,14 +30,9 @@ SETTINGS = {
     "max_steps": 3,
     "per_device_train_batch_size": 2,
     "learning_rate": 0.05,
-    "train_sampling_strategy": "sequential",
-    "save_strategy": "no",
     "logging_steps": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "dataloader_pin_memory": False,
     "bf16": False,
+    **QUIET,
 }
 
 

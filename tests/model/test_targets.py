@@ -11,10 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tests.helpers.llama import llama
-from tests.helpers.models import CORPUS, D, V, make, tokens
-from tests.helpers.unusual import UNUSUAL
-from ttfunc import functional_call, init_deltas, merge, patch, unmerge
-from ttfunc.model.matrix import count_slots, matrix_of
+from tests.helpers.models import CORPUS, D, V, make
 from ttfunc.model.targets import find_targets
 
 
@@ -110,75 +107,11 @@ def test_a_weight_that_is_no_float_parameter_is_refused():
         find_targets(model, "embed_tokens")
 
 
-@pytest.mark.parametrize(
-    ("case", "names", "slots", "distinct"),
-    [
-        ("untied", ["embed_tokens.weight"], 1, 1),
-        ("tied", ["embed_tokens.weight", "lm_head.weight"], 2, 1),
-        ("storage_tied", ["embed_tokens.weight", "lm_head.weight"], 2, 2),
-        (
-            "encoder_decoder",
-            [
-                "embed_tokens.weight",
-                "lm_head.weight",
-                "shared.weight",
-                "encoder.embed_tokens.weight",
-            ],
-            2,
-            1,
-        ),
-    ],
-)
-def test_all_places_of_a_matrix_are_found(case: str, names: list[str], slots: int, distinct: int):
-    model = make(case)
-    matrix = matrix_of(model, model.embed_tokens.weight)
-    assert list(matrix.names) == names
-    assert set(names) == {n for n in model.state_dict() if n in names}
-    assert len(matrix.slots) == slots
-    assert count_slots(model, matrix.distinct.values()) == slots
-    assert len(matrix.distinct) == distinct
-    assert matrix.tensor is model.embed_tokens.weight
-
-
-def test_ties_are_found_on_the_meta_device():
-    with torch.device("meta"):
-        model = CORPUS["storage_tied"]()
-        other = CORPUS["untied"]()
-    assert len(matrix_of(model, model.embed_tokens.weight).names) == 2
-    assert len(matrix_of(other, other.embed_tokens.weight).names) == 1
-
-
-def test_another_view_of_the_matrix_is_refused():
-    model = make("untied")
-    model.part = nn.Module()
-    model.part.weight = nn.Parameter(model.embed_tokens.weight.data[2:])
-    with pytest.raises(ValueError, match=r"'part.weight' \(21, 8\) is another view of the matrix"):
-        matrix_of(model, model.embed_tokens.weight)
-
-
-def test_neighbours_in_one_flat_storage_are_not_tied():
-    flat = torch.randn(2 * V * D)
-    model = make("untied")
-    model.embed_tokens.weight = nn.Parameter(flat[: V * D].view(V, D))
-    model.lm_head.weight = nn.Parameter(flat[V * D :].view(V, D))
-    assert matrix_of(model, model.embed_tokens.weight).names == ("embed_tokens.weight",)
-
-
 def test_the_model_itself_is_a_target():
     head = nn.Linear(D, V)
     assert find_targets(head, "") == {"": head}
     with pytest.raises(ValueError, match='targets="" is the model itself'):
         find_targets(head, None)
-
-
-def test_a_buffer_over_the_same_memory_is_a_place_too():
-    model = make("untied")
-    model.register_buffer("kept", model.embed_tokens.weight.data)
-    model.register_buffer("unkept", model.embed_tokens.weight.data, persistent=False)
-    matrix = matrix_of(model, model.embed_tokens.weight)
-    assert sorted(matrix.names) == ["embed_tokens.weight", "kept"]
-    assert {name for name, _ in matrix.slots} == {"embed_tokens.weight", "kept", "unkept"}
-    assert count_slots(model, matrix.distinct.values()) == 3
 
 
 @pytest.mark.filterwarnings(
@@ -194,18 +127,3 @@ def test_a_layer_within_an_adapter_is_named():
         assert len(find_targets(model, f"{target}.base_layer")) == 1
     with pytest.raises(TypeError, match="targets='base_layer'"):
         find_targets(model.get_submodule("base_model.model.lm_head"), "")
-
-
-@pytest.mark.parametrize("kind", UNUSUAL)
-def test_what_has_no_strided_memory_may_be_anywhere_in_the_model(kind: str):
-    model = make("tied")
-    model.unusual = nn.Module()
-    model.unusual.register_buffer("kept", UNUSUAL[kind]())
-    matrix = matrix_of(model, model.embed_tokens.weight)
-    assert matrix.names == ("embed_tokens.weight", "lm_head.weight")
-    params = init_deltas(model, [7], init="mean")
-    before = {**model.state_dict(), "unusual.kept": model.unusual.kept}
-    merged = merge(before, params)
-    assert merged["unusual.kept"] is model.unusual.kept
-    assert torch.equal(unmerge(merged, params)["lm_head.weight"], model.lm_head.weight)
-    assert type(functional_call(model, patch(params), (tokens(7),))) is torch.Tensor

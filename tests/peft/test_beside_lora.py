@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 from tests.helpers.llama import llama
 from tests.helpers.models import V
 from tests.helpers.rows import random_rows
-from ttfunc import TokenDeltas, functional_call, patch
+from ttfunc import TokenDeltas, TokenModule, functional_call, patch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -60,3 +60,19 @@ def test_the_gradients_of_both_are_those_of_full_training(both, waits):
         )
     assert all(p.grad is None for p in model.parameters())
     assert len(matrix) == V
+
+
+def test_a_compiled_function_takes_both_by_torch_s_functional_call(both):
+    model, params, lora = both
+
+    def logits(params: TokenDeltas, lora: dict[str, Tensor], x: Tensor) -> Tensor:
+        weights = {**patch(params), **lora}
+        return torch.func.functional_call(model, weights, (x,)).logits
+
+    compiled = torch.compile(logits, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(params, lora, X), logits(params, lora, X))
+        module = TokenModule(model, params, train_base=True)
+        torch.testing.assert_close(
+            torch.compile(module, backend="eager")(X).logits, logits(params, lora, X)
+        )

@@ -155,6 +155,14 @@ def test_what_else_peft_saves_is_left_to_peft(tmp_path, options):
     torch.testing.assert_close(said(again, load_peft(tmp_path, again)), expected)
 
 
+def test_with_a_lora_on_the_same_matrix_the_rows_are_merged_first():
+    model = with_lora(llama(tie=False), target_modules=["embed_tokens", "q_proj"])
+    params = random_rows(model, IDS)
+    expected = said(model, params)
+    model.load_state_dict(merge(model.state_dict(), params))
+    torch.testing.assert_close(said(model.merge_and_unload()), expected)
+
+
 def test_the_rows_alone_of_a_model_in_peft_are_an_adapter_of_the_model(tmp_path):
     _model, params = both(True, inside=True)
     save_peft(params, tmp_path)
