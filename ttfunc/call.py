@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ttfunc.model.copies import Copies
 from ttfunc.model.matrix import Matrix, way_to
 from ttfunc.model.path import ModulePath, Visit, find_path
-from ttfunc.slots import Slot, find_slots, is_patch, sizes_of
+from ttfunc.slots import Slot, find_slots, is_patch, shown_in, sizes_of
 from ttfunc.torch_private import transforms_active, tree_leaves
 from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER
 
@@ -104,19 +104,23 @@ def call_copy(
     if not traced:
         _warn_of_frozen_rows(model, slots)
     visits, uncopyable = _visits(model, slots, modes)
-    copies = Copies(visits, {id(slot.held): slot.stand_in for slot in slots}, modes, sizes)
+    own = [slot for slot in slots if slot.place is None]
+    others = {id(slot.held): slot.stand_in for slot in own}
+    copies = Copies(visits, others, modes, sizes, shown_in(slots))
+    for place in (slot.place for slot in slots if slot.place is not None):
+        place.copy = copies.of(place.module)
     called = _method(copies.model if at is None else copies.of(at), method)
     if traced and uncopyable:
         raise RuntimeError(_reached(slots[0].name, uncopyable, "may be read in a compiled call"))
     try:
-        with _RefuseOwn(uncopyable, slots) if uncopyable else contextlib.nullcontext():
+        with _RefuseOwn(uncopyable, own) if uncopyable and own else contextlib.nullcontext():
             out = called(*args, **kwargs)
     except Exception as error:
         if sizes and not traced:
             error.add_note(_bounded(model, sizes))
         raise
     finally:  # what a model sets before it raises is there afterwards, as after any call
-        copies.carry_over([slot.held for slot in slots], _own)
+        copies.carry_over([slot.held for slot in own], _own)
     if at is None and not (traced or isinstance(out, _LATER)):
         _check_read(model, slots)
     return out
@@ -163,7 +167,7 @@ def _visits(
         through = [one for name in names for one in ways.get(name) or way_to(model, name)]
         visits = path.visits()
         if visits is None or not all(id(module) in visits for module in through):
-            path = find_path(model, [held for matrix in matrices for _, held in matrix.slots])
+            path = find_path(model, [slot.held for slot in slots if slot.matrix in matrices])
             for matrix in matrices:
                 matrix.path = path
             visits = _now(path)

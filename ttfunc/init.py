@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.indices import TokenIndices, token_indices
 from ttfunc.model.matrix import Matrix, matrix_of
-from ttfunc.model.targets import Targets, both_ends, find_targets
+from ttfunc.model.owners import check_engine, shape_of
+from ttfunc.model.shards import mean_of, of_first_rank, rows_at, spread_of, whole_of
+from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
 from ttfunc.torch_private import version_of, warn_of_untested
 
 Init: TypeAlias = "str | Tensor | Callable[[Tensor, Tensor], Tensor]"
@@ -70,6 +72,7 @@ def init_deltas(
     warn_of_untested()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}.")
+    check_engine(model)
     if not isinstance(grow, (bool, TokenDeltas)):
         raise TypeError(
             f"grow is a {type(grow).__name__}: give True for new tokens, or the TokenDeltas that "
@@ -81,24 +84,22 @@ def init_deltas(
         )
     deltas, specs = {}, {}
     for matrix, indices in _requests(model, idx, targets, grow):
-        weight = matrix.tensor.detach()
-        name = matrix.names[0]
+        weight, name = matrix.tensor, matrix.names[0]
         originals = _originals(weight, indices)
         start = _start(init, weight, indices, originals, name, generator)
         delta = start.to(weight.device, dtype or _delta_dtype(weight.dtype), copy=True)
         deltas[name] = delta.requires_grad_(requires_grad)
-        shape = (weight.shape[0], weight.shape[1])
-        specs[name] = RowSpec(matrix.names, shape, indices, originals, matrix)
+        specs[name] = RowSpec(matrix.names, matrix.shape, indices, originals, matrix)
     return TokenDeltas(deltas, specs)
 
 
 def _originals(weight: Tensor, indices: TokenIndices) -> Tensor:
     """The rows as they are; zeros for new tokens."""
-    ids = indices.on(weight.device).ids
-    if max(indices.ids) < len(weight):
-        return weight.index_select(0, ids)
-    new = (ids >= len(weight)).unsqueeze(-1)
-    return weight.index_select(0, ids.clamp(max=len(weight) - 1)).masked_fill(new, 0)
+    ids, height = indices.on(weight.device).ids, shape_of(weight)[0]
+    if max(indices.ids) < height:
+        return rows_at(weight, ids)
+    new = (ids >= height).unsqueeze(-1)
+    return rows_at(weight, ids.clamp(max=height - 1)).masked_fill(new, 0)
 
 
 def _requests(
@@ -112,8 +113,9 @@ def _requests(
     requests: dict[str, tuple[str, Matrix, TokenIndices]] = {}
     for target, module, ids in _each_module(wanted):
         weight = module.get_parameter("weight")
+        check_ties_kept(model, target, module)
         matrix = matrix_of(model, weight)
-        indices = token_indices(ids, len(weight), target, _first_new(grow, matrix))
+        indices = token_indices(ids, matrix.shape[0], target, _first_new(grow, matrix))
         first, _, other = requests.setdefault(matrix.names[0], (target, matrix, indices))
         if other != indices:
             raise ValueError(
@@ -123,7 +125,7 @@ def _requests(
             )
         _warn_of_padding(target, module, indices)
     found = [(matrix, indices) for _, matrix, indices in requests.values()]
-    if any(max(indices.ids) >= len(matrix.tensor) for matrix, indices in found):
+    if any(max(indices.ids) >= matrix.shape[0] for matrix, indices in found):
         _check_ends(model, found)
     return found
 
@@ -160,16 +162,16 @@ def _has_new(
     """Whether one of the ids is past the end of the one matrix."""
     ((name, module),) = named.items()
     matrix = matrix_of(model, module.get_parameter("weight"))
-    indices = token_indices(idx, len(matrix.tensor), name, _first_new(grow, matrix))
-    return max(indices.ids) >= len(matrix.tensor)
+    indices = token_indices(idx, matrix.shape[0], name, _first_new(grow, matrix))
+    return max(indices.ids) >= matrix.shape[0]
 
 
 def _first_new(grow: bool | TokenDeltas, matrix: Matrix) -> int | None:
     """The first id that a new token of the matrix may have, if it may have one."""
     if isinstance(grow, TokenDeltas):
         spec = grow.specs.get(matrix.names[0])
-        return len(matrix.tensor) if spec is None else spec.height
-    return len(matrix.tensor) if grow else None
+        return matrix.shape[0] if spec is None else spec.height
+    return matrix.shape[0] if grow else None
 
 
 def _check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) -> None:
@@ -236,24 +238,22 @@ def _start(
 
 
 def _base(weight: Tensor, indices: TokenIndices, generator: torch.Generator | None) -> Tensor:
-    rows = _originals(weight, indices)
-    if max(indices.ids) < len(weight):  # the mean reads the whole matrix
+    rows, height = _originals(weight, indices), shape_of(weight)[0]
+    if max(indices.ids) < height:  # the mean reads the whole matrix
         return rows
-    new = (indices.on(weight.device).ids >= len(weight)).unsqueeze(-1)
+    new = (indices.on(weight.device).ids >= height).unsqueeze(-1)
     mean = _mean(weight, indices, generator)
     return torch.where(new, mean, rows.to(mean.dtype))
 
 
 def _mean(weight: Tensor, indices: TokenIndices, generator: torch.Generator | None) -> Tensor:
-    return weight.mean(0, dtype=_delta_dtype(weight.dtype)).expand(len(indices), -1)
+    return mean_of(weight, _delta_dtype(weight.dtype)).expand(len(indices), -1)
 
 
 def _normal(weight: Tensor, indices: TokenIndices, generator: torch.Generator | None) -> Tensor:
     mean = _mean(weight, indices, generator)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    # torch has no std for 8-bit floats.
-    wide = weight.to(mean.dtype) if weight.element_size() == 1 else weight
-    return mean + noise * wide.std(0, correction=0).to(mean.dtype)
+    return mean + of_first_rank(noise, weight) * spread_of(weight, mean.dtype)
 
 
 _STARTS = {"base": _base, "mean": _mean, "normal": _normal}
@@ -262,9 +262,10 @@ _STARTS = {"base": _base, "mean": _mean, "normal": _normal}
 def _called(
     init: Callable[[Tensor, Tensor], Tensor], weight: Tensor, indices: TokenIndices, name: str
 ) -> Tensor:
-    version = version_of(weight)
-    start = init(weight, indices.on(weight.device).ids.clone())
-    if version_of(weight) != version:
+    base = whole_of(weight)
+    version = version_of(base)
+    start = init(base, indices.on(base.device).ids.clone())
+    if version_of(base) != version:
         raise RuntimeError(
             f"the function init wrote to the matrix {name!r}, which is the model's own. Load the "
             "model again, and let init return new rows, for example base[idx].clone()."

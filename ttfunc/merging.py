@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas, combine
 from ttfunc.growth import shape_in_weights
-from ttfunc.indices import with_rows
+from ttfunc.indices import TokenIndices, with_rows
+from ttfunc.model.shards import rows_at
 from ttfunc.state_dict import Group, biases_of, called, groups_of
-from ttfunc.torch_private import is_wrapped, outside_of_modes
+from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
+from ttfunc.weight.sharded import ShardedRows
 
 
 def merge(
@@ -189,6 +191,14 @@ def _shortened(state_dict: Mapping[str, Tensor], groups: list[Group]) -> dict[st
 
 
 def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, longer: int) -> Tensor:
+    if is_dtensor(matrix):
+        if longer:
+            raise ValueError(
+                f"{longer} new tokens for a matrix of which each rank has a part: merge them into "
+                "the whole state dict, as get_model_state_dict gives it with "
+                "StateDictOptions(full_state_dict=True)."
+            )
+        return ShardedRows(rows, TokenIndices(tuple(ids.tolist()))).materialise(matrix)  # type: ignore[no-any-return]
     if matrix.element_size() > 1:
         return with_rows(matrix, ids, rows, longer)
     # index_copy does not support 8-bit floats, so their bytes are copied.
@@ -197,7 +207,7 @@ def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, longer: int) -> Tensor
 
 
 def _check_finite(matrix: Tensor, spec: RowSpec, name: str) -> None:
-    rows = matrix.detach().index_select(0, spec.indices.on(matrix.device).ids)
+    rows = rows_at(matrix, spec.indices.on(matrix.device).ids)
     if rows.element_size() == 1:  # torch has no isfinite for floats of eight bits
         rows = rows.float()
     finite = torch.isfinite(rows).all(dim=1).tolist()

@@ -11,6 +11,7 @@ from torch import Tensor
 from ttfunc.deltas import TokenDeltas
 from ttfunc.growth import check_complete
 from ttfunc.indices import outside_of_autocast, union
+from ttfunc.model.owners import unreadable
 from ttfunc.patching import matrix_of_rows
 from ttfunc.stacking import aligned, scattered
 from ttfunc.weight.deferred import patched
@@ -63,7 +64,7 @@ def patch_mixed(
                 f"{name!r} rescales itself as it is read (max_norm), and cannot be mixed. Call "
                 "the model separately for each adapter's examples."
             )
-        base = matrix.tensor.detach()
+        base = unreadable(matrix.tensor)
         if spec.grown and len(adapters) in numbers:
             raise ValueError(
                 f"the adapters have {spec.grown} new tokens for {name!r}, which the plain model "

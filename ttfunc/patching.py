@@ -8,6 +8,7 @@ from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes, check_type, combin
 from ttfunc.growth import check_complete
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_memory
+from ttfunc.model.owners import is_sharded, unreadable
 from ttfunc.weight.deferred import patched
 from ttfunc.weight.reads import SharedRows
 
@@ -60,9 +61,11 @@ def patch(
     for name, delta in together.deltas.items():
         spec = together.specs[name]
         matrix = matrix_of_rows(spec)
-        base = matrix.tensor.detach()
+        base = unreadable(matrix.tensor)
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
         copied = dense or matrix.has_max_norm
+        if copied and is_sharded(matrix.tensor):
+            raise _no_copy(name, dense)
         rows = SharedRows(delta, spec.indices, spec.grown)
         weight = patched(base, rows, matrix, dense=copied, defers=deferred_logits)
         weights.update(dict.fromkeys(matrix.distinct, weight))
@@ -88,10 +91,10 @@ def matrix_of_rows(spec: RowSpec) -> Matrix:
             "init_deltas(model, idx), params)."
         )
     held = matrix.tensor
-    if tuple(held.shape) != spec.shape:
+    if matrix.shape != spec.shape:
         raise ValueError(
             f"stale parameters: {name!r} had shape {spec.shape} when they were made, and has "
-            f"{tuple(held.shape)} now. Make them anew with init_deltas on the model as it is."
+            f"{matrix.shape} now. Make them anew with init_deltas on the model as it is."
         )
     if apart := [n for n, other in matrix.slots if not _is_tied(other, held)]:
         raise ValueError(
@@ -103,4 +106,13 @@ def matrix_of_rows(spec: RowSpec) -> Matrix:
 
 
 def _is_tied(a: Tensor, b: Tensor) -> bool:
-    return a is b or same_memory(a, b)
+    # Engines give each place of a tied matrix a parameter of its own.
+    return a is b or same_memory(a, b) or is_sharded(a) or is_sharded(b)
+
+
+def _no_copy(name: str, dense: bool) -> RuntimeError:
+    why = "dense=True copies it" if dense else "an Embedding with max_norm rescales it in place"
+    return RuntimeError(
+        f"each rank has a part of {name!r} alone, and {why}, which needs all of it. "
+        + ("Leave dense out." if dense else "Leave the matrix out of the sharding.")
+    )

@@ -21,19 +21,22 @@ from ttfunc.model.matrix import (
     way_to,
 )
 from ttfunc.model.memory import memory_of
+from ttfunc.model.owners import as_kept, engines_at_work, is_owned
 from ttfunc.model.sizes import biases
 from ttfunc.names import did_you_mean, peft_twin
-from ttfunc.stale import check_fresh
+from ttfunc.stale import check_fresh, check_owned
 from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.owned import Place, owned
 from ttfunc.weight.per_example import check_batch_first
-from ttfunc.weight.source import Source
+from ttfunc.weight.source import Reads, Source
 
 
 class Slot(NamedTuple):
     """A place of the model, the tensor that it holds, and the weight that a call puts there.
 
     way: the modules from the model to the place. stand_in: the weight itself, or the same weight
-    with a record of its own reads, because other calls may share the weight.
+    with a record of its own reads, because other calls may share the weight. place: of a parameter
+    that an engine owns; the stand-in is over what is there.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Slot(NamedTuple):
     weight: Tensor
     stand_in: Tensor
     matrix: Matrix
+    place: Place | None = None
 
 
 def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
@@ -61,7 +65,8 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
         for bias in _biases(slot, slots):
             slots.setdefault(bias.name, bias)
     found = list(slots.values())
-    _check_ties(model, [slot for slot in found if _is_of(slot.weight, slot.matrix)])
+    own = [slot for slot in found if _is_of(slot.weight, slot.matrix) and slot.place is None]
+    _check_ties(model, own)
     return found
 
 
@@ -122,6 +127,10 @@ def _slots_of(
         check_batch_first(model)
     ways = [way_to(model, one) for one, _ in matrix.slots]
     held = [held_at(way, one) for way, (one, _) in zip(ways, matrix.slots, strict=True)]
+    if is_patch(weight) and engines_at_work():
+        places = [_place(way, one) for way, (one, _) in zip(ways, matrix.slots, strict=True)]
+        if any(is_owned(place.module, place.attribute) for place in places):
+            return _owned_slots(model, weight, matrix, ways, places)
     if source is not None and source.matrix is not None:
         check_fresh(model, matrix, held, source)
     elif not _fits(weight, matrix.tensor, weights):
@@ -135,6 +144,39 @@ def _slots_of(
         Slot(one, way, tensor if now is None else now, weight, stand_in, matrix)
         for (one, tensor), way, now in zip(matrix.slots, ways, held, strict=True)
     ]
+
+
+def _place(way: list[nn.Module], name: str) -> Place:
+    return Place(way[-1], name.rpartition(".")[2])
+
+
+def _owned_slots(
+    model: nn.Module,
+    weight: PatchedWeight,
+    matrix: Matrix,
+    ways: list[list[nn.Module]],
+    places: list[Place],
+) -> list[Slot]:
+    """The slots of a matrix of which an engine owns a place."""
+    check_owned(model, weight, matrix, places)
+    # An engine may have put other tensors in the places; the old ones would stay in memory.
+    names = [name for name, _ in matrix.slots]
+    kept = [as_kept(place.module, place.attribute, place.kept) for place in places]
+    matrix.slots = tuple(zip(names, kept, strict=True))
+    reads = Reads()
+    return [
+        Slot(name, way, place.kept, weight, owned(weight, place, reads), matrix, place)
+        for name, way, place in zip(names, ways, places, strict=True)
+    ]
+
+
+def shown_in(slots: Sequence[Slot]) -> dict[nn.Module, dict[str, Tensor]]:
+    """For the modules with owned parameters, what is to hide these in a call."""
+    shown: dict[nn.Module, dict[str, Tensor]] = {}
+    for slot in slots:
+        if slot.place is not None:
+            shown.setdefault(slot.place.module, {})[slot.place.attribute] = slot.stand_in
+    return shown
 
 
 def sizes_of(slots: Sequence[Slot]) -> dict[int, int]:

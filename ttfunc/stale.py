@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import memory_of
+from ttfunc.model.owners import is_sharded, shape_of
+from ttfunc.torch_private import fsdp_manages, transforms_active
 from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.owned import Place
 from ttfunc.weight.source import Source
 
 
@@ -36,6 +39,43 @@ def check_fresh(
             f"stale patch: the parameter {name!r} that it was made from "
             f"{_what_is_there(now)} in this {type(model).__name__}: "
             f"{_why(model, name, now, source.matrix)}"
+        )
+
+
+def check_owned(
+    model: nn.Module, weight: PatchedWeight, matrix: Matrix, places: Sequence[Place]
+) -> None:
+    """Raise where a patch cannot be right in places that an engine owns."""
+    source = weight.source
+    for (name, _), place in zip(matrix.slots, places, strict=True):
+        if place.kept is None:
+            raise ValueError(
+                f"stale patch: the parameter {name!r} that it was made from is not there in this "
+                f"{type(model).__name__}: {_why(model, name, None, source.matrix)}"
+            )
+        if shape_of(place.kept) != source.base.shape:
+            raise ValueError(
+                f"stale patch: the parameter {name!r} that it was made from has shape "
+                f"{tuple(shape_of(place.kept))} now, not {tuple(source.base.shape)}: call "
+                "init_deltas on this model."
+            )
+    if not weight.deferred:
+        raise RuntimeError(
+            f"patch(params, dense=True) is a copy of {matrix.names}, which an engine has sharded "
+            "since then. Leave dense out."
+        )
+    if torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            f"an engine owns {matrix.names[0]!r} and gathers it in hooks, which a compiled call "
+            "does not follow. Compile the model's blocks (block.compile()), and not the call."
+        )
+    if transforms_active() and any(
+        is_sharded(p.kept) and not fsdp_manages(p.module) for p in places
+    ):
+        raise RuntimeError(
+            f"a torch.func transform over {matrix.names[0]!r}, which is split over ranks: DTensor "
+            "and ZeRO-3 have no rules for it, with a patch or without. Use loss.backward() or "
+            "torch.autograd.grad."
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as torch_pytree
 from optree.registry import __GLOBAL_NAMESPACE as OPTREE_GLOBAL
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -27,17 +28,23 @@ __all__ = [
     "GRAD",
     "IS_VIEW",
     "JVP",
+    "LINEAR",
     "OPTREE_GLOBAL",
     "TensorBase",
     "at_work",
     "first_order",
     "forbid_writes",
+    "fsdp_manages",
+    "fsdp_sharded",
     "has_storage",
     "in_dual_level",
+    "is_dtensor",
+    "is_fsdp1",
     "is_traceable_wrapper_subclass",
     "is_wrapped",
     "keeps_signature",
     "no_torch_function",
+    "offset_of_shard",
     "outside_of_dispatch",
     "outside_of_transforms",
     "plain_torch_function",
@@ -56,6 +63,9 @@ TESTED = "2.13"  # of torch
 
 # The base of torch.Tensor, whose attributes are the methods written in C++.
 TensorBase = torch._C.TensorBase
+
+# `F.linear` as torch has it; DeepSpeed puts a function of its own in that place.
+LINEAR = torch._C._nn.linear
 
 # torch's own pytree: it takes a registered class, such as TokenDeltas, apart and together again.
 tree_map, tree_leaves = torch_pytree.tree_map, torch_pytree.tree_leaves
@@ -178,6 +188,45 @@ def outside_of_modes() -> Iterator[None]:
     # Fake tensors are made by a dispatch mode.
     with torch.inference_mode(False), outside_of_transforms(), outside_of_dispatch():
         yield
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a `torch.distributed.tensor.DTensor`, whose module is slow to import."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def offset_of_shard(matrix: Any) -> tuple[int, ...]:
+    """Where this rank's part of a DTensor begins, in each dimension."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local
+
+    return local(matrix.shape, matrix.device_mesh, matrix.placements)[1]
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether it is a `FullyShardedDataParallel`, which keeps its weights in flat parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def fsdp_manages(module: nn.Module) -> bool:
+    """Whether FSDP has parameters of this very module in its charge; none that it ignores."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def fsdp_sharded(module: nn.Module, attribute: str) -> Tensor | None:
+    """The shards that FSDP2 keeps of a parameter, also while the module has it gathered."""
+    from torch.distributed import _composable_state as composable
+
+    for reference in list(composable._module_state_mapping.values()):
+        for group in getattr(reference(), "_fsdp_param_groups", ()):
+            for parameter in group.fsdp_params:
+                info = parameter._module_info
+                modules = (info.module, *info.shared_modules)
+                names = (info.param_name, *info.shared_param_names)
+                if any(m is module and n == attribute for m, n in zip(modules, names, strict=True)):
+                    return parameter.sharded_param  # type: ignore[no-any-return]
+    return None
 
 
 _told: set[str] = set()

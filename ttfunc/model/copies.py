@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttfunc.model.owners import counts_on_module
 from ttfunc.model.path import HELD, HOOKS, Visit
 from ttfunc.model.references import CONTAINERS, refill, substitute_attributes, substituted
 from ttfunc.model.sizes import resize
@@ -27,7 +28,8 @@ class Copies:
 
     others: the replacement of each tensor, by the identity of that tensor. modes: the training mode
     of each module whose copy is to have another mode than the original. sizes: of a vocabulary that
-    has another size in the call, from the old one to the new one.
+    has another size in the call, from the old one to the new one. shown: for some modules,
+    attributes that hide parameters, which stay where an engine looks for them.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Copies:
         others: Mapping[int, Tensor],
         modes: Mapping[nn.Module, bool],
         sizes: Mapping[int, int],
+        shown: Mapping[nn.Module, Mapping[str, Tensor]] = _NONE,  # type: ignore[assignment]
     ) -> None:
         self._originals = [visit.module for visit in visits]
         self._copies = [_empty_copy(visit.module, visit.slot_names) for visit in visits]
@@ -49,6 +52,8 @@ class Copies:
                 state["training"] = modes.get(visit.module, visit.module.training)
             if sizes:
                 resize(state, sizes, configs)
+            # An attribute of the dictionary is found before a parameter of that name.
+            state.update(shown.get(visit.module, _NONE))
             vars(copy).update(state)
             # Most are empty, and need no record of what was in them.
             held = [dict(state[part]) if state[part] else _NONE for part in HELD]
@@ -118,12 +123,21 @@ def _state(visit: Visit, others: Mapping[int, Any]) -> dict[str, Any]:
     for name in visit.watched:
         if name in HOOKS:
             state[name] = type(state[name])(
-                (key, substituted(hook, others) if isinstance(hook, MethodType) else hook)
+                (key, _of_copy(hook, visit.module, others))
                 for key, hook in list(state[name].items())
             )
         elif name in state:
             state[name] = substituted(state[name], others)
     return state
+
+
+def _of_copy(hook: Any, module: nn.Module, others: Mapping[int, Any]) -> Any:
+    """The hook of a module, for its copy."""
+    if isinstance(hook, MethodType):
+        return substituted(hook, others)
+    if not counts_on_module(hook):
+        return hook
+    return lambda copy, *args, **kwargs: hook(module, *args, **kwargs)
 
 
 def _differ(placed: Mapping[str, Any], found: Mapping[str, Any]) -> bool:

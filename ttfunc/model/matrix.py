@@ -13,6 +13,7 @@ from itertools import chain
 from torch import Tensor, nn
 
 from ttfunc.model.memory import memory_of, overlaps
+from ttfunc.model.owners import as_kept, shape_of
 from ttfunc.model.path import ModulePath, find_path
 
 
@@ -38,6 +39,12 @@ class Matrix:
         return self.slots[0][1]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Its `(V, D)`, of which this rank may have a part alone."""
+        height, width = shape_of(self.tensor)
+        return height, width
+
+    @property
     def distinct(self) -> dict[str, Tensor]:
         """One name for each distinct tensor object: what torch's own functional_call needs."""
         first: dict[int, tuple[str, Tensor]] = {}
@@ -57,31 +64,39 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
 
 def matrices_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[Matrix]:
     """`matrix_of` each of them, with one path to all: the model is searched once."""
-    wanted = {memory_of(tensor): _Places() for tensor in tensors}
+    held = list(_held(model))
+    # Two places that an engine has gathered for each by itself are one tensor as it keeps them.
+    kept = {id(one): as_kept(module, attribute, one) for _, module, attribute, one in held}
+    keys = [memory_of(kept.get(id(tensor), tensor)) for tensor in tensors]
+    wanted = {key: _Places() for key in keys}
     of_storage: dict[object, list[Tensor]] = {}
-    for tensor in tensors:
-        of_storage.setdefault(memory_of(tensor)[0], []).append(tensor)
-    for path, module in named_modules(model):
-        for attribute, other in chain(module._parameters.items(), module._buffers.items()):
-            if other is None:
-                continue
-            name = f"{path}.{attribute}" if path else attribute
-            memory = memory_of(other)
-            places = wanted.get(memory)
-            if places is None:
-                _check_apart(name, other, of_storage.get(memory[0], ()))
-                continue
-            if attribute not in module._non_persistent_buffers_set:
-                places.names.append(name)
-            places.slots.setdefault((id(module), attribute), (name, other))
-            places.has_max_norm |= getattr(module, "max_norm", None) is not None
-    held = [tensor for places in wanted.values() for _, tensor in places.slots.values()]
-    to_all = find_path(model, held)
+    for key, tensor in zip(keys, tensors, strict=True):
+        of_storage.setdefault(key[0], []).append(tensor)
+    for name, module, attribute, one in held:
+        memory = memory_of(kept[id(one)])
+        places = wanted.get(memory)
+        if places is None:
+            _check_apart(name, one, of_storage.get(memory[0], ()))
+            continue
+        if attribute not in module._non_persistent_buffers_set:
+            places.names.append(name)
+        places.held.append(one)
+        places.slots.setdefault((id(module), attribute), (name, kept[id(one)]))
+        places.has_max_norm |= getattr(module, "max_norm", None) is not None
+    to_all = find_path(model, [one for places in wanted.values() for one in places.held])
     found = {
         key: Matrix(tuple(p.names), tuple(p.slots.values()), p.has_max_norm, to_all)
         for key, p in wanted.items()
     }
-    return [found[memory_of(tensor)] for tensor in tensors]
+    return [found[key] for key in keys]
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Every parameter and buffer, by each of its names: the module, the attribute, the tensor."""
+    for path, module in named_modules(model):
+        for attribute, one in chain(module._parameters.items(), module._buffers.items()):
+            if one is not None:
+                yield f"{path}.{attribute}" if path else attribute, module, attribute, one
 
 
 class _Places:
@@ -89,6 +104,7 @@ class _Places:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.held: list[Tensor] = []  # by the modules now; an engine may keep another tensor
         self.slots: dict[tuple[int, str], tuple[str, Tensor]] = {}
         self.has_max_norm = False
 

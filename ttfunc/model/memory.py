@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ttfunc.model.owners import is_sharded
 from ttfunc.torch_private import has_storage, is_wrapped, storage_key
 
 
@@ -19,12 +20,12 @@ def memory_of(tensor: Tensor) -> tuple[object, ...]:
 def _may_share_memory(tensor: Tensor) -> bool:
     """Whether it lies in one storage, which another tensor may share.
 
-    A tensor that is sparse, nested, wrapped by a transform or not yet made (LazyLinear) is the same
-    only as itself.
+    A tensor that is sparse, nested, wrapped by a transform, not yet made (LazyLinear) or sharded by
+    an engine is the same only as itself.
     """
-    return not (
-        is_lazy(tensor) or is_wrapped(tensor) or tensor.is_nested or not has_storage(tensor)
-    )
+    if is_lazy(tensor) or is_wrapped(tensor) or tensor.is_nested or is_sharded(tensor):
+        return False
+    return has_storage(tensor)
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

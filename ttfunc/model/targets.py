@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from ttfunc.model.matrix import named_modules
+from ttfunc.model.owners import as_kept, is_owned, shape_of
 
 Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
 
@@ -82,7 +83,7 @@ def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
             f"({type(module).__module__}.{type(module).__name__}): name the layer itself, "
             f"targets={path!r}."
         )
-    if not known or (weight is not None and weight.ndim != 2):
+    if not known or (weight is not None and len(shape_of(weight)) != 2):
         raise TypeError(
             f"target {name!r} is a {type(module).__name__}: only Embedding and Linear modules have "
             f"rows to train. {_candidates(model)}"
@@ -147,16 +148,42 @@ def both_ends(model: nn.Module, likely: bool = False) -> dict[str, nn.Module]:
     except (TypeError, ValueError):  # which init_deltas says, where nothing else is named
         return {}
     (first,) = found.values()
-    height = len(first.get_parameter("weight"))
+    height = shape_of(first.get_parameter("weight"))[0]
     heads = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and len(module.weight) == height
+        if isinstance(module, nn.Linear) and shape_of(module.weight)[0] == height
     }
     named = _named_by_model(model, "output")
     if named is not None or not likely or len(heads) > 1:
         heads = {name: module for name, module in heads.items() if module is named}
     return {**found, **heads}
+
+
+def check_ties_kept(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Raise ValueError where an engine has made two parameters of a tied embedding and head.
+
+    Between them identity decides no longer; only here the config of the model is asked.
+    """
+    if not is_owned(module, "weight"):
+        return
+    ends = [_named_by_model(model), _named_by_model(model, "output")]
+    weights = [
+        as_kept(one, "weight", one.get_parameter("weight"))
+        for one in ends
+        if isinstance(one, nn.Module) and one._parameters.get("weight") is not None
+    ]
+    if module not in ends or len(weights) != 2 or weights[0] is weights[1]:
+        return
+    config: Any = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    if getattr(text, "tie_word_embeddings", False):
+        raise ValueError(
+            f"the config of {type(model).__name__} says that its embedding and head are tied, but "
+            f"since it is sharded {name!r} has a parameter of its own: rows of one would not reach "
+            "the other. Make the parameters before the model is sharded (they stay right), or "
+            "shard both ends in one group (fully_shard on the whole model)."
+        )
 
 
 def _candidates(model: nn.Module, most: int = 8) -> str:

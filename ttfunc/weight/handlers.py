@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.torch_private import IS_VIEW, tree_map
+from ttfunc.torch_private import IS_VIEW, LINEAR, tree_map
 from ttfunc.weight.deferred import PatchedWeight, frozen, implements, is_deferred
 from ttfunc.weight.logits import can_defer, defer, wants_gradient
 from ttfunc.weight.overrides import einsum_as_product, transposes
@@ -93,7 +93,7 @@ def _is_product(input: Any, weight: Any, bias: Any) -> bool:
     return bias is None or (_is_plain(bias) and bias.shape in ((height,), (height + grown,)))
 
 
-@implements(F.linear)
+@implements(F.linear, LINEAR)  # ZeRO-3 may have put another in the place of torch's
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not _is_product(input, weight, bias):
         return NotImplemented

@@ -1,0 +1,16 @@
+"""The same call on every engine: ranks that are processes, under torchrun, against one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engines.launch import launch, wrong
+
+RANKS = {"fsdp": 2, "tensor_parallel": 2, "two_meshes": 4, "zero3": 2}
+
+
+@pytest.mark.parametrize("engine", RANKS)
+def test_every_recipe_is_right_or_refused(engine: str, tmp_path):
+    found = launch(engine, RANKS[engine], tmp_path)
+    assert found
+    assert wrong(found) == {}

@@ -1,0 +1,143 @@
+"""Recipes of DeepSpeed's ZeRO-3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from tests.engines.work import (
+    IDS,
+    TEXT,
+    Recipes,
+    again,
+    compared,
+    distance,
+    edited,
+    made,
+    refused,
+    said,
+    started,
+    stepped,
+)
+from tests.helpers.llama import llama
+from tests.helpers.rows import random_rows
+from ttfunc import TokenModule, functional_call, init_deltas, patch, patch_mixed
+
+RECIPES = Recipes()
+# Every parameter is partitioned, however small.
+CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+def partitioned(model: Any) -> Any:
+    engine, *_ = deepspeed.initialize(model=model, config=CONFIG)
+    return engine.module
+
+
+@RECIPES.recipe("a model that is not partitioned, in the same process")
+def beside() -> dict[str, float]:
+    partitioned(llama())
+    model, params, truth = made()
+    found = stepped(model, params, truth)
+    other, params, _ = made()
+    weights = patch(params, deferred_logits=True)
+    out = functional_call(other, weights, kwargs={"input_ids": TEXT, "labels": TEXT})
+    out.loss.backward()
+    waited = compared(out.logits, started(params).grad, truth)
+    return {**found, **{f"{name}, deferred": value for name, value in waited.items()}}
+
+
+@RECIPES.recipe("rows made before", early=True)
+@RECIPES.recipe("rows made after", early=False)
+@RECIPES.recipe("untied, rows made after", early=False, tie=False)
+@RECIPES.recipe("rows made after, after a forward", early=False, history="forward")
+@RECIPES.recipe("rows made after, after a call", early=False, history="call")
+@RECIPES.recipe("gradient checkpointing", early=True, history="checkpointing")
+def plain(early: bool, tie: bool = True, history: str = "") -> dict[str, float]:
+    model, params, truth = made(tie=tie)
+    model = partitioned(model)
+    if history == "checkpointing":
+        model.train().gradient_checkpointing_enable()
+    if history == "forward":
+        model(TEXT)
+    params = params if early else again(model, params)
+    if history == "call":
+        said(model, params)
+    return stepped(model, params, truth)
+
+
+@RECIPES.recipe("generate")
+def generate() -> dict[str, float]:
+    model, params, _ = made()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    truth = edited(params, llama()).generate(TEXT, **options)
+    found = functional_call(partitioned(model), patch(params), (TEXT,), options, method="generate")
+    return {"tokens": float((found != truth).sum())}
+
+
+@RECIPES.recipe("torch.func.grad")
+def func_grad() -> dict[str, float]:
+    model, params, _ = made()
+    partitioned(model)
+    return refused(
+        RuntimeError,
+        "loss.backward()",
+        lambda: torch.func.grad(lambda p: said(model, p).loss)(params),
+    )
+
+
+@RECIPES.recipe("a TokenModule over it")
+def module() -> dict[str, float]:
+    model, params, truth = made()
+    over = TokenModule(partitioned(model), params)
+    out = over(input_ids=TEXT, labels=TEXT)
+    out.loss.backward()
+    return compared(out.logits, started(over.params()).grad, truth)
+
+
+@RECIPES.recipe("an adapter for each example")
+def mixed() -> dict[str, float]:
+    plain = llama()
+    two = [random_rows(plain, IDS[:2], 0), random_rows(plain, IDS[1:], 1)]
+    changed = [edited(one, llama()) for one in two]
+    truth = torch.cat([m(x[None]).logits for m, x in zip(changed, TEXT, strict=True)])
+    model = partitioned(plain)
+    found = functional_call(model, patch_mixed(two, [0, 1]), (TEXT,)).logits
+    return {"logits": distance(found, truth)}
+
+
+@RECIPES.recipe("new tokens")
+def grown() -> dict[str, float]:
+    ids = [24, 7, 23]
+    x = TEXT.clone()
+    x[0, 2], x[1, 1] = 23, 24
+    model = llama()
+    params = random_rows(model, ids, grow=True, requires_grad=True)
+    out = said(model, params, x)
+    out.loss.backward()
+    truth = out.logits.detach(), started(params).grad.clone()
+    started(params).grad = None
+    found = said(partitioned(model), params, x)
+    found.loss.backward()
+    return compared(found.logits, started(params).grad, truth)
+
+
+@RECIPES.recipe("where rows start")
+def starts() -> dict[str, float]:
+    plain, model = llama(), partitioned(llama())
+    worst = 0.0
+    for init in ("base", "mean", "normal", lambda base, idx: base[idx] * 2):
+        draw = [
+            torch.Generator().manual_seed(3 + r * (init == "normal")) for r in (0, dist.get_rank())
+        ]
+        a, b = (
+            started(init_deltas(m, IDS, init=init, generator=g))
+            for m, g in zip((plain, model), draw, strict=True)
+        )
+        worst = max(worst, distance(b, a) if init != "base" else float(not torch.equal(a, b)))
+    return {"rows": worst}

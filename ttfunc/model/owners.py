@@ -1,0 +1,71 @@
+"""Parameters that an engine owns: FSDP2's, DTensors of tensor parallelism, and those of ZeRO-3.
+
+An engine keeps a part of such a parameter on each rank, and lets a module have all of it, or a
+part, while the module runs. So what the module holds between calls is not what a call reads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ttfunc.torch_private import fsdp_manages, fsdp_sharded, is_dtensor, is_fsdp1
+
+
+def engines_at_work() -> bool:
+    """Whether there may be engines at all: they need a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_zero3(tensor: object) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has partitioned it."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether this rank has a part of it alone."""
+    return is_dtensor(tensor) or is_zero3(tensor)
+
+
+def is_owned(module: nn.Module, attribute: str) -> bool:
+    """Whether an engine owns a parameter of a module, gathered at the moment or not."""
+    return is_sharded(module._parameters.get(attribute)) or fsdp_manages(module)
+
+
+def as_kept(module: nn.Module, attribute: str, held: Tensor) -> Tensor:
+    """The parameter as its engine keeps it, for one that the module has gathered at the moment."""
+    if is_sharded(held) or not fsdp_manages(module):
+        return held
+    kept = fsdp_sharded(module, attribute)
+    return held if kept is None else kept  # what FSDP ignores is the module's own
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of the whole."""
+    return tensor.ds_shape if is_zero3(tensor) else tensor.shape  # type: ignore[attr-defined]
+
+
+def unreadable(tensor: Tensor) -> Tensor:
+    """What a call reads of a matrix without its gradient; of a sharded one nothing, but NaN.
+
+    The parts are read in the call, through the module that has them then.
+    """
+    if not is_sharded(tensor):
+        return tensor.detach()
+    nan = torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    return nan.expand(shape_of(tensor))
+
+
+def counts_on_module(hook: object) -> bool:
+    """Whether a hook keeps counts on its module, for a backward that knows that module alone."""
+    return (getattr(hook, "__module__", None) or "").startswith("deepspeed.")
+
+
+def check_engine(model: nn.Module) -> None:
+    """Raise TypeError for a model in an engine that hides the weights from its modules."""
+    if any(map(is_fsdp1, model.modules())):
+        raise TypeError(
+            f"{type(model).__name__} is in FullyShardedDataParallel (FSDP1), which keeps flat "
+            "parameters in place of the modules' own. Use FSDP2: torch.distributed.fsdp."
+            "fully_shard(model), in accelerate and Trainer fsdp_version=2."
+        )

@@ -1,0 +1,125 @@
+"""A patched weight over a parameter that an engine owns: it reads what its module has by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ttfunc.torch_private import is_dtensor, tree_map
+from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.placeholder import nan_placeholder
+from ttfunc.weight.reads import SharedRows, cast_like
+from ttfunc.weight.sharded import ShardedRows
+from ttfunc.weight.source import Reads, RowPatch
+from ttfunc.weight.unreadable import Unreadable
+
+
+class Place:
+    """Where an owned parameter is: in a module, and in the copy of it that a call runs on.
+
+    Most engines gather into the module. Some put into the copy, which their own code then runs on,
+    what the module is to read.
+    """
+
+    def __init__(self, module: nn.Module, attribute: str) -> None:
+        self.module, self.attribute = module, attribute
+        self.copy = module  # until there is one
+        self.kept: Any = module._parameters.get(attribute)  # as the call began
+
+    def held(self) -> Tensor | None:
+        """What is there now."""
+        here = self.copy._parameters.get(self.attribute)
+        return here if here is not self.kept else self.module._parameters.get(self.attribute)
+
+
+class OwnedWeight(PatchedWeight):
+    """A patched weight whose base is what its place holds, each time that something reads it."""
+
+    place: Place
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        args, kwargs = tree_map(gathered, args), tree_map(gathered, kwargs or {})
+        return PatchedWeight.__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def _dispatched(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        args, kwargs = tree_map(gathered, args), tree_map(gathered, kwargs or {})
+        return PatchedWeight._dispatched(func, types, args, kwargs)
+
+
+def owned(weight: PatchedWeight, place: Place, reads: Reads) -> OwnedWeight:
+    """The same weight over what a place holds when it is read; the reads are noted in `reads`."""
+    source = weight.source
+    nan = source.rows.placeholder(source.base, reads)
+    if isinstance(source.rows, SharedRows):
+        nan = nan_placeholder(
+            Unreadable,
+            cast_like(source.rows.values, source.base),
+            source.base,
+            source.rows.indices,
+            source.rows.grown,
+            reads,
+        )
+    made = nan.as_subclass(OwnedWeight)
+    # What an engine gathers is gone after the call, when logits may still be waiting.
+    made.source = source._replace(placeholder=nan, memory=None, defers=False, reads=reads)
+    made.transposed, made.place = False, place
+    return made
+
+
+def gathered(value: Any) -> Any:
+    """An ordinary patched weight for an owned one; any other value as it is."""
+    if not isinstance(value, OwnedWeight):
+        return value
+    source, place = value.source, value.place
+    held: Any = place.held()
+    if is_dtensor(held):
+        rows: RowPatch = _over_ranks(source.rows)
+    elif held is not None and held.shape == source.base.shape:
+        rows = source.rows
+    elif _is_part(held, place):
+        rows = SharedRows(*_over_ranks(source.rows).part(place.kept))
+    else:
+        raise RuntimeError(
+            f"the {place.attribute} of {type(place.module).__name__} is not gathered here: its "
+            "engine gathers it while that module runs. Read it in the module's forward, or leave "
+            "it out of the sharding."
+        )
+    return value.with_source(source._replace(base=held.detach(), rows=rows))
+
+
+def _over_ranks(rows: RowPatch) -> ShardedRows:
+    if not isinstance(rows, SharedRows):
+        raise RuntimeError(
+            "a mixed patch on a matrix that is split over ranks (tensor parallelism). Call the "
+            "model separately for each adapter's examples."
+        )
+    if rows.grown:
+        raise RuntimeError(
+            f"{rows.grown} new tokens for a matrix that is split over ranks (tensor parallelism), "
+            "whose logits are split too. Resize the model before it is split: "
+            "model.resize_token_embeddings(...)."
+        )
+    return ShardedRows(rows.values, rows.indices)
+
+
+def _is_part(held: Any, place: Place) -> bool:
+    """Whether it is this rank's part of the parameter, for a product."""
+    if held is None or not is_dtensor(place.kept) or isinstance(place.module, nn.Embedding):
+        return False
+    return bool(held.shape == place.kept.to_local().shape)
