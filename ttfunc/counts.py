@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.model.memory import memory_of
+from ttfunc.model.owners import is_zero3, shape_of
 from ttfunc.torch_private import is_traceable_wrapper_subclass
 
 
@@ -42,7 +43,8 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
     """Counts of the frozen model and of the trained rows; neither is changed.
 
     Returns:
-        Summary: the totals include the deltas, and `matrices` says what each matrix trains.
+        Summary: the totals include the deltas, and `matrices` says what each matrix trains. Of a
+        sharded model the parameters are counted whole, and the bytes are those on this rank.
 
     Raises:
         ValueError: the model has no matrix of that name and shape.
@@ -55,7 +57,7 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
     matrices = {}
     for name, spec in params.specs.items():
         wrapped = spec.matrix is not None and any(p is spec.matrix.tensor for p in held.values())
-        if not wrapped and (name not in held or tuple(held[name].shape) != spec.shape):
+        if not wrapped and (name not in held or tuple(shape_of(held[name])) != spec.shape):
             raise ValueError(
                 f"{type(model).__name__} has no matrix {name!r} of shape {spec.shape}, which the "
                 "parameters were made for. Give the model that they were made from."
@@ -82,12 +84,14 @@ def _numel(parameter: Tensor) -> int:
         return 0
     # bitsandbytes packs two numbers into a byte, and keeps their shape separately.
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    return parameter.numel() if shape is None else math.prod(shape)
+    return math.prod(shape_of(parameter) if shape is None else shape)
 
 
 def _nbytes(tensor: Tensor) -> int:
     if is_lazy(tensor):
         return 0
+    if is_zero3(tensor):  # the part of it that is here
+        return _nbytes(tensor.ds_tensor)  # type: ignore[attr-defined]
     if is_traceable_wrapper_subclass(tensor):  # it reports one dtype, and stores others
         inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         return sum(_nbytes(part) for part in inner if isinstance(part, Tensor))

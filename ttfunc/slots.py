@@ -158,10 +158,10 @@ def _owned_slots(
     places: list[Place],
 ) -> list[Slot]:
     """The slots of a matrix of which an engine owns a place."""
-    check_owned(model, weight, matrix, places)
+    kept = [as_kept(place.module, place.attribute, place.kept) for place in places]
+    check_owned(model, weight, matrix, places, kept)
     # An engine may have put other tensors in the places; the old ones would stay in memory.
     names = [name for name, _ in matrix.slots]
-    kept = [as_kept(place.module, place.attribute, place.kept) for place in places]
     matrix.slots = tuple(zip(names, kept, strict=True))
     reads = Reads()
     return [

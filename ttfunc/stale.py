@@ -43,20 +43,30 @@ def check_fresh(
 
 
 def check_owned(
-    model: nn.Module, weight: PatchedWeight, matrix: Matrix, places: Sequence[Place]
+    model: nn.Module,
+    weight: PatchedWeight,
+    matrix: Matrix,
+    places: Sequence[Place],
+    kept: Sequence[Tensor],
 ) -> None:
-    """Raise where a patch cannot be right in places that an engine owns."""
-    source = weight.source
-    for (name, _), place in zip(matrix.slots, places, strict=True):
-        if place.kept is None:
+    """Raise where a patch cannot be right in places that an engine owns.
+
+    kept: what the engine keeps for each place between calls.
+    """
+    source, made_from = weight.source, matrix.path.model()
+    for (name, known), now in zip(matrix.slots, kept, strict=True):
+        # What was sharded since is another tensor, in the same model.
+        same = now is known or (not is_sharded(known) and made_from in {None, *model.modules()})
+        if now is None or not same:
             raise ValueError(
-                f"stale patch: the parameter {name!r} that it was made from is not there in this "
-                f"{type(model).__name__}: {_why(model, name, None, source.matrix)}"
+                f"stale patch: the parameter {name!r} that it was made from "
+                f"{_what_is_there(now)} in this {type(model).__name__}: "
+                f"{_why(model, name, now, source.matrix)}"
             )
-        if shape_of(place.kept) != source.base.shape:
+        if shape_of(now) != source.base.shape:
             raise ValueError(
                 f"stale patch: the parameter {name!r} that it was made from has shape "
-                f"{tuple(shape_of(place.kept))} now, not {tuple(source.base.shape)}: call "
+                f"{tuple(shape_of(now))} now, not {tuple(source.base.shape)}: call "
                 "init_deltas on this model."
             )
     if not weight.deferred:

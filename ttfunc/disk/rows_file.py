@@ -35,6 +35,7 @@ from ttfunc.disk.tensors import (
 )
 from ttfunc.indices import token_indices
 from ttfunc.model.matrix import Matrix
+from ttfunc.model.shards import rows_at
 from ttfunc.names import advice, matrix_named, names_of, renamed
 from ttfunc.torch_private import outside_of_modes
 
@@ -126,7 +127,7 @@ def load(
     for name, spec in params.specs.items():
         matrix = _same_matrix(model, spec, path)
         spec = _at_height_of(matrix, spec, path)
-        weight, first = matrix.tensor.detach(), matrix.names[0]
+        weight, first = matrix.tensor, matrix.names[0]
         with outside_of_modes():
             originals = spec.originals.to(rows_device(weight))
             delta = params.deltas[name].to(rows_device(weight))
@@ -135,7 +136,7 @@ def load(
         if weight.is_meta:
             continue
         ids, known = spec.known(originals)
-        found = weight.index_select(0, ids.to(weight.device))
+        found = rows_at(weight, ids.to(weight.device))
         if other := [ids.tolist()[i] for i in differing(found, known)]:
             warnings.warn(
                 f"the rows of tokens {shown(other)} in {first!r} are not those that {str(path)!r} "
@@ -246,7 +247,7 @@ def _called(
 def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:
     """The matrix of `model` that has the names, the shape and the ties of the file."""
     matrix = matrix_named(model, spec.names[0], path)
-    shape = tuple(matrix.tensor.shape)
+    shape = matrix.shape
     if shape[1:] != spec.shape[1:]:
         raise ValueError(
             f"{str(path)!r} has rows of a matrix {spec.names[0]!r} of shape {spec.shape}, but in "
@@ -262,12 +263,12 @@ def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:
 
 def _at_height_of(matrix: Matrix, spec: RowSpec, path: Path) -> RowSpec:
     """The rows on a matrix that has more rows by now, or fewer: what was new may be there."""
-    weight = matrix.tensor.detach()
-    if len(weight) == spec.shape[0]:
+    weight, height = matrix.tensor, matrix.shape[0]
+    if height == spec.shape[0]:
         return spec
     with prefix_errors(f"{str(path)!r} was trained on a matrix of {spec.shape[0]} rows"):
-        token_indices(spec.indices.ids, len(weight), matrix.names[0], len(weight))
-    shape = (len(weight), spec.shape[1])
+        token_indices(spec.indices.ids, height, matrix.names[0], height)
+    shape = (height, spec.shape[1])
     there = [i for i, token in enumerate(spec.indices.ids) if spec.shape[0] <= token < shape[0]]
     if not there:
         return replace(spec, shape=shape)
@@ -279,5 +280,6 @@ def _at_height_of(matrix: Matrix, spec: RowSpec, path: Path) -> RowSpec:
     ids = [spec.indices.ids[i] for i in there]
     with outside_of_modes():
         originals = spec.originals.clone()
-        originals[there] = weight[ids].to(originals.device, originals.dtype)
+        found = rows_at(weight, torch.tensor(ids, device=weight.device))
+        originals[there] = found.to(originals.device, originals.dtype)
     return replace(spec, shape=shape, originals=originals)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk.tensors import check_rows, cpu_copy, path_of, prefix_errors
+from ttfunc.model.owners import shape_of
+from ttfunc.model.shards import rows_at
 from ttfunc.peft.adapter import PREFIX
 from ttfunc.peft.writer import write_adapter
 
@@ -122,13 +124,14 @@ def _layers(params: TokenDeltas) -> Iterator[_Layer]:
 
 def _factors(layer: _Layer, rank: int) -> Iterator[tuple[str, Any]]:
     """The two factors, under PEFT's names: `(V, rank)` picks the tokens, the other has the rows."""
-    height, width = layer.matrix.shape
+    height, width = shape_of(layer.matrix)
     ids = torch.tensor(layer.ids)
     which = torch.zeros(height, rank)
     which[ids, torch.arange(len(ids))] = 1
     change = torch.zeros(rank, width)
     with torch.no_grad():  # the rows that the model has now
-        now = cpu_copy(layer.matrix[ids.to(layer.matrix.device)], f"the rows of {layer.name!r}")
+        held = rows_at(layer.matrix, ids.to(layer.matrix.device))
+        now = cpu_copy(held, f"the rows of {layer.name!r}")
     change[: len(ids)] = (layer.delta.double() - now.double()).float()
     start = f"{PREFIX}{layer.name}"
     if layer.looks_up:

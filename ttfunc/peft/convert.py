@@ -28,6 +28,8 @@ from ttfunc.disk.tensors import (
     tensor_of,
 )
 from ttfunc.indices import token_indices
+from ttfunc.model.owners import shape_of
+from ttfunc.model.shards import rows_at, whole_of
 from ttfunc.names import innermost, matrix_named
 from ttfunc.peft.adapter import (
     INDICES,
@@ -222,18 +224,17 @@ def load_peft(
 def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, RowSpec, Tensor]:
     """The name of the matrix that the rows belong to, its rows as they are, and the new rows."""
     matrix = matrix_named(model, f"{found.module}.weight", source)
-    weight, name = matrix.tensor.detach(), matrix.names[0]
-    if weight.ndim != 2 or weight.shape[1] != found.rows.shape[1]:
+    weight, name, shape = matrix.tensor, matrix.names[0], shape_of(matrix.tensor)
+    if len(shape) != 2 or shape[1] != found.rows.shape[1]:
         raise ValueError(
             f"its rows for {found.module!r} are {tuple(found.rows.shape)}, and the weight is "
-            f"{tuple(weight.shape)}"
+            f"{tuple(shape)}"
         )
-    indices = token_indices(found.indices, weight.shape[0], name)
+    indices = token_indices(found.indices, shape[0], name)
     with outside_of_modes():
-        originals = weight.index_select(0, indices.on(weight.device).ids)
+        originals = rows_at(weight, indices.on(weight.device).ids)
         delta = found.rows.to(rows_device(weight))
-    shape = (weight.shape[0], weight.shape[1])
-    return name, RowSpec(matrix.names, shape, indices, originals, matrix), delta
+    return name, RowSpec(matrix.names, matrix.shape, indices, originals, matrix), delta
 
 
 def _check_weights(
@@ -242,7 +243,7 @@ def _check_weights(
     """Raises ValueError where PEFT would write base weights that differ from the model's."""
     replaced = {name: list(spec.indices.ids) for spec in specs.values() for name in spec.names}
     for name, key in keys.items():
-        held = matrix_named(model, name, path).tensor.detach()
+        held = whole_of(matrix_named(model, name, path).tensor)
         with opened(path) as file:
             saved = tensor_of(file, key)
         if saved.shape != held.shape or not saved.is_floating_point():
