@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.func import functionalize, grad, jvp, vmap
 
 import ttfunc
+from tests.helpers.mesh import mesh_of_one
 from ttfunc import TokenDeltas, torch_private
 from ttfunc.torch_private import (
     COMPARISONS,
@@ -25,16 +26,22 @@ from ttfunc.torch_private import (
     GRAD,
     IS_VIEW,
     JVP,
+    LINEAR,
     OPTREE_GLOBAL,
     at_work,
     first_order,
     forbid_writes,
+    fsdp_manages,
+    fsdp_sharded,
     has_storage,
     in_dual_level,
+    is_dtensor,
+    is_fsdp1,
     is_traceable_wrapper_subclass,
     is_wrapped,
     keeps_signature,
     no_torch_function,
+    offset_of_shard,
     outside_of_dispatch,
     outside_of_modes,
     outside_of_transforms,
@@ -384,3 +391,34 @@ def test_apply_asks_for_a_signature_that_may_be_known():
     assert list(inspect.signature(Doubled.forward).parameters) == ["x", "factor"]
     with pytest.raises(TypeError, match="too many positional arguments"):
         Doubled.apply(x, 2.0, 3.0)
+
+
+# Sharded engines
+
+
+def test_a_dtensor_is_known_and_where_its_part_begins():
+    assert not is_dtensor(torch.ones(2))
+    with mesh_of_one() as mesh:
+        matrix = torch.distributed.tensor.distribute_tensor(torch.ones(4, 3), mesh)
+        assert is_dtensor(matrix)
+        assert tuple(offset_of_shard(matrix)) == (0, 0)
+
+
+def test_fsdp_tells_what_it_manages_and_keeps():
+    with mesh_of_one() as mesh:
+        model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False))
+        model[1].weight = model[0].weight
+        assert not fsdp_manages(model[0])
+        assert fsdp_sharded(model[0], "weight") is None
+        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+        shards = model[0].weight
+        model(torch.tensor([1]))
+        assert fsdp_manages(model[0])
+        assert model[0].weight is not shards
+        assert fsdp_sharded(model[0], "weight") is shards
+        assert fsdp_sharded(model[1], "weight") is shards  # a tied one
+        assert not is_fsdp1(model)
+
+
+def test_torch_s_own_linear_is_known():
+    assert torch.nn.functional.linear is LINEAR

@@ -11,17 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from ttfunc.bypass import RefuseOwn, reached
 from ttfunc.model.copies import Copies
 from ttfunc.model.matrix import Matrix, way_to
 from ttfunc.model.path import ModulePath, Visit, find_path
 from ttfunc.slots import Slot, find_slots, is_patch, shown_in, sizes_of
-from ttfunc.torch_private import transforms_active, tree_leaves
-from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER
+from ttfunc.torch_private import transforms_active
 
-# Functions that may get the model's own tensor during a call; an inner call uses them.
-_QUESTIONS = ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER | {Tensor.detach, Tensor.is_inference}
 # Results that read the weights after the call.
 _LATER = (Iterator, Awaitable, AsyncIterator, FunctionType, MethodType)
 
@@ -111,9 +108,9 @@ def call_copy(
         place.copy = copies.of(place.module)
     called = _method(copies.model if at is None else copies.of(at), method)
     if traced and uncopyable:
-        raise RuntimeError(_reached(slots[0].name, uncopyable, "may be read in a compiled call"))
+        raise RuntimeError(reached(slots[0].name, uncopyable, "may be read in a compiled call"))
     try:
-        with _RefuseOwn(uncopyable, own) if uncopyable and own else contextlib.nullcontext():
+        with RefuseOwn(uncopyable, slots) if uncopyable else contextlib.nullcontext():
             out = called(*args, **kwargs)
     except Exception as error:
         if sizes and not traced:
@@ -236,34 +233,6 @@ def _check_read(model: nn.Module, slots: Sequence[Slot]) -> None:
         if not read:
             raise RuntimeError(message)
         warnings.warn(message, stacklevel=4)
-
-
-class _RefuseOwn(TorchFunctionMode):
-    """Raises where a function is given the model's own tensor instead of that of the call."""
-
-    def __init__(self, uncopyable: Sequence[str], slots: Sequence[Slot]) -> None:
-        super().__init__()
-        self._own = {id(slot.held): slot.name for slot in slots}
-        self._aside = uncopyable
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func not in _QUESTIONS:
-            for one in tree_leaves((args, kwargs)):
-                if id(one) in self._own:
-                    what = f"was given to {func.__name__}"
-                    raise RuntimeError(_reached(self._own[id(one)], self._aside, what))
-        return func(*args, **(kwargs or {}))
-
-
-def _reached(name: str, uncopyable: Sequence[str], what: str) -> str:
-    return (
-        f"the model's own {name!r} {what} during a functional call: by a hook, or through "
-        f"{list(uncopyable)}, an object or a global that leads to it and that a call cannot copy. "
-        "Hold the module in a module, a list or a dict, or use torch.func.functional_call, which "
-        "changes the model during the call."
-    )
 
 
 def _check_arguments(

@@ -21,7 +21,7 @@ from ttfunc.model.matrix import (
     way_to,
 )
 from ttfunc.model.memory import memory_of
-from ttfunc.model.owners import as_kept, engines_at_work, is_owned
+from ttfunc.model.owners import engines_at_work
 from ttfunc.model.sizes import biases
 from ttfunc.names import did_you_mean, peft_twin
 from ttfunc.stale import check_fresh, check_owned
@@ -129,7 +129,7 @@ def _slots_of(
     held = [held_at(way, one) for way, (one, _) in zip(ways, matrix.slots, strict=True)]
     if is_patch(weight) and engines_at_work():
         places = [_place(way, one) for way, (one, _) in zip(ways, matrix.slots, strict=True)]
-        if any(is_owned(place.module, place.attribute) for place in places):
+        if any(place.owned for place in places):
             return _owned_slots(model, weight, matrix, ways, places)
     if source is not None and source.matrix is not None:
         check_fresh(model, matrix, held, source)
@@ -158,14 +158,13 @@ def _owned_slots(
     places: list[Place],
 ) -> list[Slot]:
     """The slots of a matrix of which an engine owns a place."""
-    kept = [as_kept(place.module, place.attribute, place.kept) for place in places]
-    check_owned(model, weight, matrix, places, kept)
+    check_owned(model, weight, matrix, places)
     # An engine may have put other tensors in the places; the old ones would stay in memory.
     names = [name for name, _ in matrix.slots]
-    matrix.slots = tuple(zip(names, kept, strict=True))
+    matrix.slots = tuple((name, place.kept) for name, place in zip(names, places, strict=True))
     reads = Reads()
     return [
-        Slot(name, way, place.kept, weight, owned(weight, place, reads), matrix, place)
+        Slot(name, way, place.placed, weight, owned(weight, place, reads), matrix, place)
         for name, way, place in zip(names, ways, places, strict=True)
     ]
 

@@ -43,20 +43,14 @@ def check_fresh(
 
 
 def check_owned(
-    model: nn.Module,
-    weight: PatchedWeight,
-    matrix: Matrix,
-    places: Sequence[Place],
-    kept: Sequence[Tensor],
+    model: nn.Module, weight: PatchedWeight, matrix: Matrix, places: Sequence[Place]
 ) -> None:
-    """Raise where a patch cannot be right in places that an engine owns.
-
-    kept: what the engine keeps for each place between calls.
-    """
+    """Raise where a patch cannot be right in places that an engine owns."""
     source, made_from = weight.source, matrix.path.model()
-    for (name, known), now in zip(matrix.slots, kept, strict=True):
+    for (name, known), place in zip(matrix.slots, places, strict=True):
+        now = place.kept
         # What was sharded since is another tensor, in the same model.
-        same = now is known or (not is_sharded(known) and made_from in {None, *model.modules()})
+        same = now is known or (not is_sharded(known) and made_from in set(model.modules()))
         if now is None or not same:
             raise ValueError(
                 f"stale patch: the parameter {name!r} that it was made from "

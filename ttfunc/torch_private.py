@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "COMPARISONS",
+    "ENGINE_STATE",
     "FUNCTIONALIZE",
     "GRAD",
     "IS_VIEW",
@@ -66,6 +67,9 @@ TensorBase = torch._C.TensorBase
 
 # `F.linear` as torch has it; DeepSpeed puts a function of its own in that place.
 LINEAR = torch._C._nn.linear
+
+# How the attributes of a module begin in which FSDP2 keeps its state, and all modules in that.
+ENGINE_STATE = "__composable_api"
 
 # torch's own pytree: it takes a registered class, such as TokenDeltas, apart and together again.
 tree_map, tree_leaves = torch_pytree.tree_map, torch_pytree.tree_leaves

@@ -6,7 +6,15 @@ import pytest
 
 from tests.engines.launch import launch, wrong
 
-RANKS = {"fsdp": 2, "tensor_parallel": 2, "two_meshes": 4, "zero3": 2}
+RANKS = {
+    "data_parallel": 2,
+    "fsdp": 2,
+    "fsdp_uses": 2,
+    "tensor_parallel": 2,
+    "two_meshes": 4,
+    "zero3": 2,
+    "pipeline": 2,
+}
 
 
 @pytest.mark.parametrize("engine", RANKS)

@@ -34,9 +34,7 @@ def is_owned(module: nn.Module, attribute: str) -> bool:
 
 def as_kept(module: nn.Module, attribute: str, held: Tensor) -> Tensor:
     """The parameter as its engine keeps it, for one that the module has gathered at the moment."""
-    if is_sharded(held) or not fsdp_manages(module):
-        return held
-    kept = fsdp_sharded(module, attribute)
+    kept = fsdp_sharded(module, attribute) if fsdp_manages(module) else None
     return held if kept is None else kept  # what FSDP ignores is the module's own
 
 

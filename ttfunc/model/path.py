@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ttfunc.model.references import global_references, references
 from ttfunc.model.sight import PLUMBING, Sight, callables
+from ttfunc.torch_private import ENGINE_STATE
 
 HELD = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -158,7 +159,7 @@ def _leads(module: nn.Module) -> Iterator[tuple[str, object, bool]]:
             if isinstance(hook, MethodType) and isinstance(hook.__self__, nn.Module):
                 yield name, hook.__self__, False
     for name, value in list(vars(module).items()):
-        if name in PLUMBING:
+        if name in PLUMBING or name.startswith(ENGINE_STATE):
             continue
         for one in references(value):
             if isinstance(one, (nn.Module, Tensor)):

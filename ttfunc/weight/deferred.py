@@ -30,6 +30,8 @@ from ttfunc.weight.source import Reads, RowPatch, Source, versions
 
 # For each torch function that needs no copy, its handler (see handlers.py).
 _HANDLERS, implements = registry()
+# These are the functions that models read a matrix with.
+READS = _HANDLERS.keys()
 
 
 class PatchedWeight(Tensor):

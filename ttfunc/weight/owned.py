@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ttfunc.torch_private import is_dtensor, tree_map
+from ttfunc.model.owners import as_kept, is_owned
+from ttfunc.torch_private import fsdp_manages, is_dtensor, tree_map
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.placeholder import nan_placeholder
 from ttfunc.weight.reads import SharedRows, cast_like
@@ -26,12 +27,19 @@ class Place:
     def __init__(self, module: nn.Module, attribute: str) -> None:
         self.module, self.attribute = module, attribute
         self.copy = module  # until there is one
-        self.kept: Any = module._parameters.get(attribute)  # as the call began
+        placed: Any = module._parameters.get(attribute)
+        self.placed = placed  # in both
+        self.kept: Any = as_kept(module, attribute, placed)
+
+    @property
+    def owned(self) -> bool:
+        """Whether an engine owns the parameter."""
+        return is_owned(self.module, self.attribute)
 
     def held(self) -> Tensor | None:
         """What is there now."""
         here = self.copy._parameters.get(self.attribute)
-        return here if here is not self.kept else self.module._parameters.get(self.attribute)
+        return here if here is not self.placed else self.module._parameters.get(self.attribute)
 
 
 class OwnedWeight(PatchedWeight):
@@ -88,9 +96,9 @@ def gathered(value: Any) -> Any:
         return value
     source, place = value.source, value.place
     held: Any = place.held()
-    if is_dtensor(held):
+    if is_dtensor(held) and not (fsdp_manages(place.module) and held is place.kept):
         rows: RowPatch = _over_ranks(source.rows)
-    elif held is not None and held.shape == source.base.shape:
+    elif held is not None and not is_dtensor(held) and held.shape == source.base.shape:
         rows = source.rows
     elif _is_part(held, place):
         rows = SharedRows(*_over_ranks(source.rows).part(place.kept))

@@ -37,7 +37,8 @@ class ShardedRows(NamedTuple):
         frozen: Any = F.embedding(tokens, base)
         split = [one if one.is_shard() else Replicate() for one in tokens.placements]
         gradient = [Partial() if one.is_shard() else Replicate() for one in split]
-        values = self._on(base).to_local(grad_placements=gradient)
+        values = _on(base.device_mesh, cast_like(self.values, base))
+        values = values.to_local(grad_placements=gradient)
         local = tokens.to_local()
         hit, row = self.indices.find(local, base.device)
         padding_row = None if padding_idx is None else self.indices.row_of(padding_idx % len(base))
@@ -71,7 +72,7 @@ class ShardedRows(NamedTuple):
             shape=shape,
             stride=torch.empty(shape, device="meta").stride(),
         )
-        return found if bias is None or not partial else found + bias
+        return found if bias is None or not partial else found + _on(base.device_mesh, bias)
 
     def materialise(self, base: Any) -> Any:
         """The matrix itself, a DTensor like the base; nothing is moved."""
@@ -94,14 +95,6 @@ class ShardedRows(NamedTuple):
         """The rows after `func`, which acts on each row separately."""
         return self._replace(values=func(self.values))
 
-    def _on(self, base: Any) -> Any:
-        """The rows as a DTensor that each rank has all of."""
-        from torch.distributed.tensor import DTensor, Replicate
-
-        whole = [Replicate()] * base.device_mesh.ndim
-        rows = cast_like(self.values, base)
-        return DTensor.from_local(rows, base.device_mesh, whole, run_check=False)
-
     def part(self, base: Any, gradient: Any = None) -> tuple[Tensor, TokenIndices]:
         """What of the rows belongs to this rank's part: `(k', D')`, and where in it.
 
@@ -112,7 +105,7 @@ class ShardedRows(NamedTuple):
 
         if gradient is None:
             gradient = [Partial() if _by_token(one) else one for one in base.placements]
-        rows = self._on(base)
+        rows = _on(base.device_mesh, cast_like(self.values, base))
         whole = rows.placements[0]
         across = [whole if one.is_replicate() or _by_token(one) else one for one in base.placements]
         local = rows.redistribute(placements=across).to_local(grad_placements=gradient)
@@ -144,14 +137,20 @@ def _split(hidden: Any, base: Any, last: int) -> _Split:
 
 def _bias_here(bias: Any, base: Any) -> Tensor:
     """The part of a bias that belongs to this rank's part of the matrix."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import Replicate, Shard
 
-    whole = [Replicate()] * base.device_mesh.ndim
-    if not is_dtensor(bias):
-        bias = DTensor.from_local(bias, base.device_mesh, whole, run_check=False)
     split = [Shard(0) if _by_token(one) else Replicate() for one in base.placements]
-    local: Tensor = bias.redistribute(placements=split).to_local()
+    local: Tensor = _on(base.device_mesh, bias).redistribute(placements=split).to_local()
     return local
+
+
+def _on(mesh: Any, tensor: Any) -> Any:
+    """As a DTensor; each rank has all of a plain one."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if is_dtensor(tensor):
+        return tensor
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _by_token(placement: Any) -> bool:
