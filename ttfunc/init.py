@@ -222,7 +222,7 @@ def _start(
     if isinstance(init, str):
         if init not in _STARTS:
             raise ValueError(f"init={init!r} is unknown. {_INITS}")
-        return _STARTS[init](weight, indices, generator)
+        return _STARTS[init](weight, indices, originals, generator)
     if not (isinstance(init, Tensor) or callable(init)):
         raise TypeError(f"init is a {type(init).__name__}. {_INITS}")
     start = init if isinstance(init, Tensor) else _called(init, weight, indices, name)
@@ -237,26 +237,28 @@ def _start(
     return start.detach()
 
 
-def _base(weight: Tensor, indices: TokenIndices, generator: torch.Generator | None) -> Tensor:
-    rows, height = _originals(weight, indices), shape_of(weight)[0]
+def _base(weight: Tensor, indices: TokenIndices, originals: Tensor, _: object) -> Tensor:
+    height = shape_of(weight)[0]
     if max(indices.ids) < height:  # the mean reads the whole matrix
-        return rows
+        return originals
     new = (indices.on(weight.device).ids >= height).unsqueeze(-1)
-    mean = _mean(weight, indices, generator)
-    return torch.where(new, mean, rows.to(mean.dtype))
+    mean = _mean(weight, indices)
+    return torch.where(new, mean, originals.to(mean.dtype))
 
 
-def _mean(weight: Tensor, indices: TokenIndices, generator: torch.Generator | None) -> Tensor:
+def _mean(weight: Tensor, indices: TokenIndices, *_: object) -> Tensor:
     return mean_of(weight, _delta_dtype(weight.dtype)).expand(len(indices), -1)
 
 
-def _normal(weight: Tensor, indices: TokenIndices, generator: torch.Generator | None) -> Tensor:
-    mean = _mean(weight, indices, generator)
+def _normal(
+    weight: Tensor, indices: TokenIndices, _: object, generator: torch.Generator | None
+) -> Tensor:
+    mean = _mean(weight, indices)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     return mean + of_first_rank(noise, weight) * spread_of(weight, mean.dtype)
 
 
-_STARTS = {"base": _base, "mean": _mean, "normal": _normal}
+_STARTS: dict[str, Callable[..., Tensor]] = {"base": _base, "mean": _mean, "normal": _normal}
 
 
 def _called(
