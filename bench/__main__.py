@@ -19,6 +19,8 @@ BENCHES: dict[str, list[str]] = {
     "below": ["--quick"],
     "loss": ["--quick", "--repeats=1"],
     "trainers": ["--quick"],
+    "engines": ["--quick"],
+    "cluster": [],
     "checkpoint": ["--quick"],
     "ensemble": ["--quick"],
     "mixed": ["--quick"],
