@@ -35,7 +35,8 @@ def model_on_meta(name: str) -> Any:
         dtype=torch.bfloat16,
     )
     with torch.device("meta"):
-        return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = transformers.LlamaForCausalLM(config)
+    return model.to(torch.bfloat16)
 
 
 def costs(width: int, rows: int, gpus: int) -> dict[str, float]:

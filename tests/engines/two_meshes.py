@@ -74,12 +74,3 @@ def replicas() -> dict[str, float]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return stepped(model, again(model, params), truth)
-
-
-@RECIPES.recipe("FSDP2, four ranks, rows over DDP")
-def four() -> dict[str, float]:
-    from tests.engines.fsdp import shard
-
-    model, params, _ = made()
-    shard(model)
-    return {"logits": said(model, params).loss.isfinite().logical_not().float().item()}
