@@ -6,7 +6,14 @@ import pytest
 
 from tests.engines.launch import launch, wrong
 
-RANKS = {"fsdp": 2, "tensor_parallel": 2, "trainers": 2, "two_meshes": 4, "zero3": 2}
+RANKS = {
+    "fsdp": 2,
+    "tensor_parallel": 2,
+    "two_meshes": 4,
+    "zero3": 2,
+    "trainers": 2,
+    "pipeline": 2,
+}
 
 
 @pytest.mark.parametrize("engine", RANKS)
