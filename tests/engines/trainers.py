@@ -142,6 +142,7 @@ def one_to_two(sharded: bool) -> dict[str, float]:
 
 
 @RECIPES.recipe("saved on one rank, loaded on all before they shard", early=True)
+@RECIPES.recipe("saved on one rank, loaded on all after they sharded", early=False)
 def saved_and_loaded(early: bool) -> dict[str, float]:
     folder, model = scratch(), student()
     plain = student()
