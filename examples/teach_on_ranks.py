@@ -156,6 +156,8 @@ def finish(
     pairs = zip(loaded.deltas.values(), ttfunc.load(of_one, plain).deltas.values(), strict=True)
     apart = max(float((a - b).abs().max()) for a, b in pairs)
     print(f"largest difference of the rows from those of one process: {apart:.1e}")
+    if not apart < 1e-4:
+        raise RuntimeError(f"{RANKS} rank(s) train other rows than one process")
 
 
 if __name__ == "__main__":
