@@ -12,10 +12,23 @@ import pytest
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from tests.helpers.mesh import mesh_of_one
 from tests.helpers.models import D, V, make
 from tests.helpers.oracle import bits
-from ttfunc import TokenDeltas, combine, init_deltas, merge, patch, summary, unmerge
+from ttfunc import (
+    TokenDeltas,
+    TokenModule,
+    combine,
+    init_deltas,
+    merge,
+    patch,
+    save,
+    save_peft,
+    summary,
+    unmerge,
+)
 
 NAME = "embed_tokens.weight"
 
@@ -201,3 +214,21 @@ def test_what_people_reach_for_names_optree():
     with pytest.raises(AttributeError, match="no attribute 'nothing'.$"):
         _ = params.nothing
     assert not hasattr(params, "__torch_function__")
+
+
+def test_rows_that_are_in_parts_are_refused_with_the_way_to_gather_them(tmp_path):
+    model = torch.nn.Embedding(9, 4).requires_grad_(False)
+    with mesh_of_one() as mesh:
+        module = fully_shard(TokenModule(model, init_deltas(model, [3, 7])), mesh=mesh)
+        rows = module.params()
+        for call in (
+            lambda: patch(rows),
+            lambda: merge(model.state_dict(), rows),
+            lambda: save(rows, tmp_path / "rows.safetensors"),
+            lambda: save_peft(rows, tmp_path / "adapter"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=r"parts on several ranks. Gather"):
+                call()
+        whole = optree.tree_map(lambda row: row.detach().full_tensor(), rows)
+        assert torch.equal(merge(model.state_dict(), whole)["weight"], model.weight)
+    assert not list(tmp_path.iterdir())

@@ -54,7 +54,7 @@ def test_the_bench_page_has_no_code():
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of PEFT's
 def test_the_examples_page_s_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    namespace = run("examples/README.md", 14)
+    namespace = run("examples/README.md", 15)
     assert "2 of 1,000 rows × 64, float32, tied with lm_head.weight" in capsys.readouterr().out
     assert same_bits(namespace["restored"], namespace["model"].state_dict())
     assert not same_bits(namespace["restored"], namespace["merged"])

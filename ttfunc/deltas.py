@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ttfunc.indices import TokenIndices
 from ttfunc.model.matrix import Matrix
-from ttfunc.torch_private import OPTREE_GLOBAL, outside_of_modes, torch_pytree
+from ttfunc.torch_private import OPTREE_GLOBAL, is_dtensor, outside_of_modes, torch_pytree
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +203,13 @@ def _joined(a: Tensor, b: Tensor, name: str) -> Tensor:
     return torch.cat([a, b], dim=-2)
 
 
+# For rows that an engine has sharded, as those of a TokenModule in fully_shard.
+GATHER = (
+    "Gather the rows first, on all ranks: "
+    "optree.tree_map(lambda row: row.detach().full_tensor(), params)."
+)
+
+
 def check_shapes(params: TokenDeltas) -> None:
     """Raise where a delta is not one `(k, D)` float tensor: ValueError, or TypeError."""
     for name, delta in params.deltas.items():
@@ -211,6 +218,8 @@ def check_shapes(params: TokenDeltas) -> None:
         if not isinstance(delta, Tensor) or not delta.is_floating_point():
             what = delta.dtype if isinstance(delta, Tensor) else type(delta).__name__
             raise TypeError(f"the delta of {name!r} is {what}: a floating-point tensor is needed.")
+        if is_dtensor(delta):
+            raise TypeError(f"the delta of {name!r} is in parts on several ranks. {GATHER}")
         if tuple(delta.shape) != expected:
             raise ValueError(
                 f"the delta of {name!r} has shape {tuple(delta.shape)}, and {expected} is needed: "

@@ -219,7 +219,7 @@ def fsdp_manages(module: nn.Module) -> bool:
 
 
 def fsdp_sharded(module: nn.Module, attribute: str) -> Tensor | None:
-    """The shards that FSDP2 keeps of a parameter, also while the module has it gathered."""
+    """The shards that FSDP2 keeps of a parameter while the module has it gathered; else None."""
     from torch.distributed import _composable_state as composable
 
     for reference in list(composable._module_state_mapping.values()):
@@ -228,8 +228,12 @@ def fsdp_sharded(module: nn.Module, attribute: str) -> Tensor | None:
                 info = parameter._module_info
                 modules = (info.module, *info.shared_modules)
                 names = (info.param_name, *info.shared_param_names)
-                if any(m is module and n == attribute for m, n in zip(modules, names, strict=True)):
-                    return parameter.sharded_param  # type: ignore[no-any-return]
+                places = zip(modules, names, strict=True)
+                if not any(m is module and n == attribute for m, n in places):
+                    continue
+                # Before its first call FSDP2 does not know yet what was loaded into the module.
+                held = parameter.sharded_state.name == "SHARDED"
+                return None if held else parameter.sharded_param  # type: ignore[no-any-return]
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib as mpl
@@ -14,11 +15,18 @@ import transformers
 from examples.shared.smollm2 import CACHE
 
 
-def arguments(description: str, **numbers: tuple[float, float]) -> argparse.Namespace:
-    """The options of an example; each of `numbers` has a default, and one for `--quick`."""
+def arguments(
+    description: str, flags: Mapping[str, str] | None = None, **numbers: tuple[float, float]
+) -> argparse.Namespace:
+    """The options of an example; each of `numbers` has a default, and one for `--quick`.
+
+    `flags` are off by default, and say what they are for.
+    """
     parser = argparse.ArgumentParser(description=description.partition("\n\n")[0])
     parser.add_argument("--model", help="a folder or hub name; by default SmolLM2-135M from PyPI")
     parser.add_argument("--quick", action="store_true", help="only to see that it runs")
+    for flag, meaning in (flags or {}).items():
+        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     for name, (usual, _) in numbers.items():
         parser.add_argument(f"--{name}", type=type(usual), help=f"default {usual}")
     parser.add_argument("--seed", type=int, default=0)

@@ -14,6 +14,7 @@ RANKS = {
     "two_meshes": 4,
     "zero3": 2,
     "pipeline": 2,
+    "trainers": 2,
     "wire": 2,
 }
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from tests.engines.work import IDS, Recipes, again, distance, made, said, started, stepped
+from tests.engines.work import IDS, Recipes, again, distance, made, started, stepped
 from tests.helpers.llama import llama
 from ttfunc import init_deltas, merge
 

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ttfunc.deltas import GATHER
 from ttfunc.disk.header import FLOATS
-from ttfunc.torch_private import is_wrapped, outside_of_modes
+from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
 
 
 def path_of(given: object, order: str) -> Path:
@@ -57,6 +58,8 @@ def cpu_copy(tensor: Tensor, what: str) -> Tensor:
     """A contiguous copy on the CPU. Raises ValueError where there are no values to write."""
     if is_wrapped(tensor):
         raise ValueError(f"{what} are traced by a transform. Save what the transform returns")
+    if is_dtensor(tensor):
+        raise ValueError(f"{what} are in parts on several ranks. {GATHER}")
     if tensor.is_meta:
         raise ValueError(f"{what} are on the meta device, without values. Load the values first")
     with outside_of_modes():
