@@ -8,14 +8,17 @@ import re
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optree
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functionalize, grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import ttfunc
 from ttfunc import TokenDeltas, torch_private
@@ -31,7 +34,10 @@ from ttfunc.torch_private import (
     forbid_writes,
     has_storage,
     in_dual_level,
+    is_exported,
+    is_fake,
     is_traceable_wrapper_subclass,
+    is_traced,
     is_wrapped,
     keeps_signature,
     no_torch_function,
@@ -45,6 +51,7 @@ from ttfunc.torch_private import (
     tree_map,
     version_of,
     warn_of_untested,
+    wrapper_of,
     writes_of,
 )
 
@@ -384,3 +391,64 @@ def test_apply_asks_for_a_signature_that_may_be_known():
     assert list(inspect.signature(Doubled.forward).parameters) == ["x", "factor"]
     with pytest.raises(TypeError, match="too many positional arguments"):
         Doubled.apply(x, 2.0, 3.0)
+
+
+def test_what_traces_is_known():
+    """Fake tensors, a graph of make_fx, and torch.export, which also wraps the fakes."""
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append((is_traced(), is_exported(), is_fake(x)))
+        return x + 1
+
+    look(ONES)
+    with FakeTensorMode() as mode:
+        look(mode.from_tensor(ONES))
+    look(mode.from_tensor(ONES))
+    make_fx(look)(ONES)
+    make_fx(look, tracing_mode="fake")(ONES)
+    assert seen == [
+        (False, False, False),
+        (True, True, True),
+        (False, False, True),
+        (True, True, False),
+        (True, True, True),
+    ]
+    for strict in (False, True):
+        torch.export.export(Looking(), (ONES,), strict=strict)
+    assert Looking.seen == [(True, True, True), (False, True)]
+    with FlopCounterMode(display=False):
+        assert not is_traced()
+
+
+class Looking(torch.nn.Module):
+    seen: ClassVar[list[tuple[bool, ...]]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            note_of_dynamo(is_traced(), is_exported())
+        else:
+            Looking.seen.append((is_traced(), is_exported(), is_fake(x)))
+        return x + 1
+
+
+@torch._dynamo.assume_constant_result
+def note_of_dynamo(*flags: bool) -> int:
+    Looking.seen.append(flags)
+    return 0
+
+
+def test_a_wrapper_has_the_size_of_a_tensor_and_no_memory():
+    class Seen(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return torch.ones(1)
+
+    seen: list[Any] = []
+    wrapper = wrapper_of(torch.zeros(3, 2, dtype=torch.float64).mT, Seen)
+    assert isinstance(wrapper, Seen)
+    assert (wrapper.shape, wrapper.stride(), wrapper.dtype) == ((2, 3), (1, 2), torch.float64)
+    assert not wrapper.requires_grad
+    assert wrapper + 1 == 1
+    assert seen == [torch.ops.aten.add.Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes, check_type, combine
@@ -60,7 +61,7 @@ def patch(
     for name, delta in together.deltas.items():
         spec = together.specs[name]
         matrix = matrix_of_rows(spec)
-        base = matrix.tensor.detach()
+        base = matrix.current.detach()
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
         copied = dense or matrix.has_max_norm
         rows = SharedRows(delta, spec.indices, spec.grown)
@@ -103,4 +104,5 @@ def matrix_of_rows(spec: RowSpec) -> Matrix:
 
 
 def _is_tied(a: Tensor, b: Tensor) -> bool:
-    return a is b or same_memory(a, b)
+    # Dynamo, which cannot read where tensors lie, guards that the two are those it has traced.
+    return a is b or torch.compiler.is_dynamo_compiling() or same_memory(a, b)

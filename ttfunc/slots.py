@@ -17,6 +17,7 @@ from ttfunc.model.matrix import (
     count_slots,
     held_at,
     held_under,
+    is_stand_in,
     matrices_of,
     way_to,
 )
@@ -24,6 +25,7 @@ from ttfunc.model.memory import memory_of
 from ttfunc.model.sizes import biases
 from ttfunc.names import did_you_mean, peft_twin
 from ttfunc.stale import check_fresh
+from ttfunc.torch_private import is_traced
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.per_example import check_batch_first
 from ttfunc.weight.source import Source
@@ -78,13 +80,13 @@ def _searched(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Matr
         if matrix is not None and held_under(model, name) is None:
             # The matrix itself, of a model that is in a PeftModel by now, or no longer in one.
             twin = peft_twin(name)
-            known = twin if held_under(model, twin) is matrix.tensor else name
+            known = twin if held_under(model, twin) is matrix.current else name
         if matrix is None or known not in matrix.names:
             # The caller uses another name, as for a wrapper of the model.
             tensors[name] = _named(model, known)
     if not tensors:
         return {}
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or is_traced():
         return dict(zip(tensors, matrices_of(model, list(tensors.values())), strict=True))
     last = _LAST.get(model)
     if last is None or not _still_there(model, last, tensors):
@@ -130,7 +132,9 @@ def _slots_of(
             f"{type(model).__name__} has {tuple(matrix.tensor.shape)}. Give one of that shape."
         )
     counted = is_patch(weight) and not torch.compiler.is_dynamo_compiling()
-    stand_in = weight.unread() if counted else weight  # type: ignore[attr-defined]
+    stand_in: Any = weight.unread() if counted else weight  # type: ignore[attr-defined]
+    if counted and held[0] is not None and is_stand_in(held[0], matrix.tensor):
+        stand_in = stand_in.on(held[0])
     return [
         Slot(one, way, tensor if now is None else now, weight, stand_in, matrix)
         for (one, tensor), way, now in zip(matrix.slots, ways, held, strict=True)

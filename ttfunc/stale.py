@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ttfunc.model.matrix import Matrix
+from ttfunc.model.matrix import Matrix, is_stand_in
 from ttfunc.model.memory import memory_of
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.source import Source
@@ -29,6 +29,8 @@ def check_fresh(
         if isinstance(now, PatchedWeight) and now.source.matrix is not None:
             # This calls a copy, inside of another call: the slot holds a weight of the outer call.
             now = next((one for _, one in now.source.matrix.slots if one is tensor), now)
+        if now is not None and is_stand_in(now, tensor) and _is_traced_of(now, source, matrix):
+            continue
         if now is tensor and (tensor is known or _is_patched(tensor, source, matrix, memory)):
             known = tensor
             continue
@@ -37,6 +39,12 @@ def check_fresh(
             f"{_what_is_there(now)} in this {type(model).__name__}: "
             f"{_why(model, name, now, source.matrix)}"
         )
+
+
+def _is_traced_of(now: Tensor, source: Source, matrix: Matrix) -> bool:
+    """Whether it stands for the matrix while the model that this belongs to is exported."""
+    own = matrix if source.matrix is None else source.matrix
+    return own.holds(now)
 
 
 def _is_patched(tensor: Tensor, source: Source, matrix: Matrix, memory: object) -> bool:

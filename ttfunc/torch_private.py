@@ -18,6 +18,8 @@ import torch.utils._pytree as torch_pytree
 from optree.registry import __GLOBAL_NAMESPACE as OPTREE_GLOBAL
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -34,7 +36,10 @@ __all__ = [
     "forbid_writes",
     "has_storage",
     "in_dual_level",
+    "is_exported",
+    "is_fake",
     "is_traceable_wrapper_subclass",
+    "is_traced",
     "is_wrapped",
     "keeps_signature",
     "no_torch_function",
@@ -49,6 +54,7 @@ __all__ = [
     "tree_map",
     "version_of",
     "warn_of_untested",
+    "wrapper_of",
     "writes_of",
 ]
 
@@ -95,6 +101,46 @@ IS_VIEW = Tensor._is_view
 
 GRAD, VMAP = functorch.TransformType.Grad, functorch.TransformType.Vmap
 JVP, FUNCTIONALIZE = functorch.TransformType.Jvp, functorch.TransformType.Functionalize
+
+
+# What fake tensors, a graph that is written down, and functionalisation by torch.export each use.
+_TRACING = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+
+
+def is_traced() -> bool:
+    """Whether operations in this thread are on fake tensors, or are written down in a graph.
+
+    By FakeTensorMode, make_fx or torch.export: what dynamo itself traces (torch.compile,
+    `strict=True`) does not count.
+    """
+    if torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
+
+
+def is_exported() -> bool:
+    """Whether operations are written down for another runtime, by dynamo too (`strict=True`)."""
+    return torch.compiler.is_exporting() or is_traced()
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has no values, or is torch.export's wrapper of such a one.
+
+    No alias of it can be of another class.
+    """
+    return isinstance(tensor, (FakeTensor, FunctionalTensor))
+
+
+def wrapper_of(tensor: Tensor, kind: type[Tensor]) -> Any:
+    """A tensor of a class, of the size and strides of another and without memory or gradient."""
+    return Tensor._make_wrapper_subclass(
+        kind,
+        tensor.shape,
+        strides=tensor.stride(),
+        dtype=tensor.dtype,
+        layout=tensor.layout,
+        device=tensor.device,
+    )
 
 
 def at_work(*kinds: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ttfunc.model.memory import memory_of, overlaps
 from ttfunc.model.path import ModulePath, find_path
+from ttfunc.torch_private import is_fake, is_traced
 
 
 @dataclass(eq=False)
@@ -38,12 +39,37 @@ class Matrix:
         return self.slots[0][1]
 
     @property
+    def current(self) -> Tensor:
+        """What the model holds in its place: while torch.export traces it, a fake of `tensor`."""
+        model = self.path.model() if is_traced() else None
+        now = None if model is None else held_under(model, self.slots[0][0])
+        return self.tensor if now is None or not is_stand_in(now, self.tensor) else now
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it is the parameter in one of the slots, or stands for it in a trace."""
+        if any(tensor is one for _, one in self.slots):
+            return True
+        model = self.path.model() if is_traced() else None
+        if model is None:
+            return False
+        return any(
+            held_under(model, name) is tensor and is_stand_in(tensor, one)
+            for name, one in self.slots
+        )
+
+    @property
     def distinct(self) -> dict[str, Tensor]:
         """One name for each distinct tensor object: what torch's own functional_call needs."""
         first: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in self.slots:
             first.setdefault(id(tensor), (name, tensor))
         return dict(first.values())
+
+
+def is_stand_in(now: Tensor, tensor: Tensor) -> bool:
+    """Whether `now` is what torch.export calls a model with, in place of such a tensor."""
+    like = now.shape == tensor.shape and now.dtype == tensor.dtype and now.device == tensor.device
+    return is_traced() and is_fake(now) and like
 
 
 def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
