@@ -1,6 +1,6 @@
 """One exported program for any rows: how far its logits are from eager ones, its time and its size.
 
-python -m bench.export [--rows 32] [--batch 4] [--tokens 64] [--repeats 5] [--quick]
+python -m bench.export [--rows 32] [--layers 30] [--batch 4] [--tokens 64] [--repeats 5] [--quick]
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 Runtime = tuple[Call, float | None, int | None]
 
 
-def model_of(quick: bool) -> Any:
-    """SmolLM2, or a toy in its place."""
-    return Work(vocabulary=500, width=64).model().eval() if quick else load(fetch_smollm2())[0]
+def model_of(quick: bool, layers: int | None) -> Any:
+    """SmolLM2, or its first layers, or a toy in its place."""
+    if quick:
+        return Work(vocabulary=500, width=64).model().eval()
+    model = load(fetch_smollm2())[0]
+    model.model.layers = model.model.layers[:layers]
+    return model
 
 
 def draw(model: Any, rows: int, batch: int, tokens: int, seed: int) -> tuple[Any, Tensor]:
@@ -119,6 +123,7 @@ def runtimes(program: ttfunc.Exportable, example: tuple[Tensor, ...], folder: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--rows", type=int, default=32, help="of the program")
+    parser.add_argument("--layers", type=int, help="of SmolLM2; by default all")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="of each text")
     parser.add_argument("--draws", type=int, default=5, help="of rows, ids, batch and length")
@@ -130,7 +135,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")  # torch's own, of its exporters
     if options.quick:
         options.draws = options.repeats = 1
-    model = model_of(options.quick)
+    model = model_of(options.quick, options.layers)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         compare(model, options, Path(folder))
 

@@ -65,7 +65,7 @@ def test_the_examples_page_s_code_runs(tmp_path, monkeypatch, capsys):
     weights = [folder / name / "model.safetensors" for name in ("model", "merged", "restored")]
     before, merged, restored = (path.read_bytes() for path in weights)
     assert restored == before != merged
-    torch.testing.assert_close(namespace["logits"], namespace["expected"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(namespace["of_program"], namespace["of_call"])
     assert namespace["members"].shape == (2, *namespace["mixed"].shape)
 
 
