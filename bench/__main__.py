@@ -24,6 +24,7 @@ BENCHES: dict[str, list[str]] = {
     "checkpoint": ["--quick"],
     "ensemble": ["--quick"],
     "mixed": ["--quick"],
+    "export": ["--quick"],
     "decode": ["--new=8", "--repeats=1"],
     "scaling": ["--quick", "--repeats=1"],
 }

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -54,7 +55,7 @@ def test_the_bench_page_has_no_code():
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of PEFT's
 def test_the_examples_page_s_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    namespace = run("examples/README.md", 15)
+    namespace = run("examples/README.md", 16)
     assert "2 of 1,000 rows × 64, float32, tied with lm_head.weight" in capsys.readouterr().out
     assert same_bits(namespace["restored"], namespace["model"].state_dict())
     assert not same_bits(namespace["restored"], namespace["merged"])
@@ -64,6 +65,7 @@ def test_the_examples_page_s_code_runs(tmp_path, monkeypatch, capsys):
     weights = [folder / name / "model.safetensors" for name in ("model", "merged", "restored")]
     before, merged, restored = (path.read_bytes() for path in weights)
     assert restored == before != merged
+    torch.testing.assert_close(namespace["of_program"], namespace["of_call"])
     assert namespace["members"].shape == (2, *namespace["mixed"].shape)
 
 

@@ -8,14 +8,17 @@ import re
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optree
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functionalize, grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import ttfunc
 from tests.helpers.mesh import mesh_of_one
@@ -31,13 +34,16 @@ from ttfunc.torch_private import (
     at_work,
     first_order,
     forbid_writes,
+    fsdp_gathered,
     fsdp_manages,
-    fsdp_sharded,
     has_storage,
     in_dual_level,
     is_dtensor,
+    is_exported,
+    is_fake,
     is_fsdp1,
     is_traceable_wrapper_subclass,
+    is_traced,
     is_wrapped,
     keeps_signature,
     no_torch_function,
@@ -52,6 +58,7 @@ from ttfunc.torch_private import (
     tree_map,
     version_of,
     warn_of_untested,
+    wrapper_of,
     writes_of,
 )
 
@@ -411,14 +418,77 @@ def test_fsdp_tells_what_it_manages_and_keeps():
         assert not fsdp_manages(model[0])
         torch.distributed.fsdp.fully_shard(model, mesh=mesh)
         shards = model[0].weight
-        assert fsdp_sharded(model[0], "weight") is None  # the module has the shards itself
+        assert fsdp_gathered() == {}  # the modules have the shards themselves
         model(torch.tensor([1]))
         assert fsdp_manages(model[0])
         assert model[0].weight is not shards
-        assert fsdp_sharded(model[0], "weight") is shards
-        assert fsdp_sharded(model[1], "weight") is shards  # a tied one
+        places = {(id(one), "weight"): shards for one in model}  # a tied one is there twice
+        assert {place: id(one) for place, one in fsdp_gathered().items()} == {
+            place: id(one) for place, one in places.items()
+        }
         assert not is_fsdp1(model)
 
 
 def test_torch_s_own_linear_is_known():
     assert torch.nn.functional.linear is LINEAR
+
+
+def test_what_traces_is_known():
+    """Fake tensors, a graph of make_fx, and torch.export, which also wraps the fakes."""
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append((is_traced(), is_exported(), is_fake(x)))
+        return x + 1
+
+    look(ONES)
+    with FakeTensorMode() as mode:
+        look(mode.from_tensor(ONES))
+    look(mode.from_tensor(ONES))
+    make_fx(look)(ONES)
+    make_fx(look, tracing_mode="fake")(ONES)
+    assert seen == [
+        (False, False, False),
+        (True, True, True),
+        (False, False, True),
+        (True, True, False),
+        (True, True, True),
+    ]
+    for strict in (False, True):
+        torch.export.export(Looking(), (ONES,), strict=strict)
+    assert Looking.seen == [(True, True, True), (False, True)]
+    with FlopCounterMode(display=False):
+        assert not is_traced()
+
+
+class Looking(torch.nn.Module):
+    seen: ClassVar[list[tuple[bool, ...]]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            note_of_dynamo(is_traced(), is_exported())
+        else:
+            Looking.seen.append((is_traced(), is_exported(), is_fake(x)))
+        return x + 1
+
+
+@torch._dynamo.assume_constant_result
+def note_of_dynamo(*flags: bool) -> int:
+    Looking.seen.append(flags)
+    return 0
+
+
+def test_a_wrapper_has_the_size_of_a_tensor_and_no_memory():
+    class Seen(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return torch.ones(1)
+
+    seen: list[Any] = []
+    wrapper = wrapper_of(torch.zeros(3, 2, dtype=torch.float64).mT, Seen)
+    assert isinstance(wrapper, Seen)
+    assert (wrapper.shape, wrapper.stride(), wrapper.dtype) == ((2, 3), (1, 2), torch.float64)
+    assert not wrapper.requires_grad
+    assert wrapper + 1 == 1
+    assert seen == [torch.ops.aten.add.Tensor]

@@ -5,6 +5,7 @@ from ttfunc.counts import Summary, summary
 from ttfunc.deltas import TokenDeltas, combine
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.disk.rows_file import load, save
+from ttfunc.exportable import Exportable, ExportableMixed
 from ttfunc.init import init_deltas
 from ttfunc.merging import merge, unmerge
 from ttfunc.mixing import patch_mixed
@@ -32,6 +33,8 @@ __all__ = [
     "functional_call",
     # for tools that want a module
     "TokenModule",
+    "Exportable",
+    "ExportableMixed",
     # state dicts
     "merge",
     "unmerge",

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.torch_private import outside_of_modes
+from ttfunc.torch_private import is_exported, is_traced, outside_of_modes
 
 
 class IdTable(NamedTuple):
@@ -66,18 +66,24 @@ class TokenIndices:
 
     def on(self, device: torch.device) -> IdTable:
         """The tables on `device`."""
+        if is_traced():  # these are fake, or belong to the graph
+            return self._made(device)
         if device not in self._tables:
             with outside_of_modes():
-                ids = torch.tensor(self.ids, dtype=torch.int64, device="cpu")
-                ordered, row = torch.sort(ids)
-                nowhere = ids.new_tensor([-1])
-                id_at, row_at = torch.cat((ordered, nowhere)), torch.cat((row, nowhere + 1))
-                table = IdTable(*(one.to(device) for one in (ids, ordered, id_at, row_at)))
-            self._tables[device] = table
+                self._tables[device] = self._made(device)
         return self._tables[device]
+
+    def _made(self, device: torch.device) -> IdTable:
+        ids = torch.tensor(self.ids, dtype=torch.int64, device="cpu")
+        ordered, row = torch.sort(ids)
+        nowhere = ids.new_tensor([-1])
+        id_at, row_at = torch.cat((ordered, nowhere)), torch.cat((row, nowhere + 1))
+        return IdTable(*(one.to(device) for one in (ids, ordered, id_at, row_at)))
 
     def find(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which of `(...)` tokens are among the ids, and the row of each (any row for others)."""
+        if is_exported():
+            return found_among(torch.tensor(self.ids, device=device), tokens)
         table = self.on(device)
         # Static shapes and no table of V entries: a binary search among the k ids.
         place = torch.searchsorted(table.sorted, tokens.to(table.sorted.dtype).contiguous())
@@ -91,6 +97,15 @@ class TokenIndices:
                 "token has one row. Train or merge the adapters one at a time, or drop the overlap."
             )
         return union((self, other))
+
+
+def found_among(ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`TokenIndices.find` by comparing each of `(...)` tokens to `(..., k)` ids.
+
+    ONNX has no binary search. Negative ids are those of no token.
+    """
+    same = (tokens.unsqueeze(-1) == ids) & (ids >= 0)
+    return same.any(-1), same.to(torch.int64).argmax(-1)
 
 
 def gaps(indices: TokenIndices, size: int, most: int) -> tuple[slice, ...]:

@@ -17,7 +17,7 @@ from ttfunc.indices import TokenIndices, with_rows
 from ttfunc.model.shards import rows_at
 from ttfunc.state_dict import Group, biases_of, called, groups_of
 from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
-from ttfunc.weight.sharded import ShardedRows
+from ttfunc.weight.sharded import ShardedRows, like
 
 
 def merge(
@@ -198,7 +198,10 @@ def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, longer: int) -> Tensor
                 "the whole state dict, as get_model_state_dict gives it with "
                 "StateDictOptions(full_state_dict=True)."
             )
-        return ShardedRows(rows, TokenIndices(tuple(ids.tolist()))).materialise(matrix)  # type: ignore[no-any-return]
+        part, places = ShardedRows(rows, TokenIndices(tuple(ids.tolist()))).part(matrix)
+        local = matrix.to_local()  # type: ignore[attr-defined]
+        here = _with_rows(local, places.on(local.device).ids, part, 0)
+        return like(matrix, here)  # type: ignore[no-any-return]
     if matrix.element_size() > 1:
         return with_rows(matrix, ids, rows, longer)
     # index_copy does not support 8-bit floats, so their bytes are copied.

@@ -53,7 +53,7 @@ def patch_mixed(
     adapters = aligned(adapters)
     for adapter in adapters:
         check_complete(adapter)
-    numbers = _numbers(assignment, len(adapters))
+    numbers = adapter_numbers(assignment, len(adapters))
     weights: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.specs):
         held = [adapter.specs.get(name) for adapter in adapters]
@@ -64,7 +64,7 @@ def patch_mixed(
                 f"{name!r} rescales itself as it is read (max_norm), and cannot be mixed. Call "
                 "the model separately for each adapter's examples."
             )
-        base = unreadable(matrix.tensor)
+        base = unreadable(matrix.current)
         if spec.grown and len(adapters) in numbers:
             raise ValueError(
                 f"the adapters have {spec.grown} new tokens for {name!r}, which the plain model "
@@ -96,7 +96,7 @@ def _mixed(
     )
 
 
-def _numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]:
+def adapter_numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]:
     """The adapter of each example, `count` for the plain model."""
     if isinstance(assignment, (Tensor, np.ndarray)):
         unknown = isinstance(assignment, Tensor) and assignment.is_meta

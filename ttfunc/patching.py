@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes, check_type, combine
@@ -61,7 +62,7 @@ def patch(
     for name, delta in together.deltas.items():
         spec = together.specs[name]
         matrix = matrix_of_rows(spec)
-        base = unreadable(matrix.tensor)
+        base = unreadable(matrix.current)
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
         copied = dense or matrix.has_max_norm
         if copied and is_sharded(matrix.tensor):
@@ -106,8 +107,10 @@ def matrix_of_rows(spec: RowSpec) -> Matrix:
 
 
 def _is_tied(a: Tensor, b: Tensor) -> bool:
-    # Engines give each place of a tied matrix a parameter of its own.
-    return a is b or same_memory(a, b) or is_sharded(a) or is_sharded(b)
+    # Engines give each place of a tied matrix a parameter of its own. Dynamo, which cannot read
+    # where tensors lie, guards that the two are those it has traced.
+    unknown = torch.compiler.is_dynamo_compiling() or is_sharded(a) or is_sharded(b)
+    return a is b or unknown or same_memory(a, b)
 
 
 def _no_copy(name: str, dense: bool) -> RuntimeError:

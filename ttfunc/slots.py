@@ -11,20 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttfunc.engine_checks import check_owned
 from ttfunc.model.matrix import (
     Matrix,
     count_same,
     count_slots,
     held_at,
     held_under,
+    is_stand_in,
     matrices_of,
     way_to,
 )
 from ttfunc.model.memory import memory_of
-from ttfunc.model.owners import engines_at_work
+from ttfunc.model.owners import Kept, engines_at_work
 from ttfunc.model.sizes import biases
 from ttfunc.names import did_you_mean, peft_twin
-from ttfunc.stale import check_fresh, check_owned
+from ttfunc.stale import check_fresh
+from ttfunc.torch_private import fsdp_manages, is_dtensor, is_traced
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.owned import Place, owned
 from ttfunc.weight.per_example import check_batch_first
@@ -55,6 +58,8 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
     for name, weight in weights.items():
         if name in slots and slots[name].weight is weight:  # by another name of the same matrix
             continue
+        if engines_at_work() and not is_patch(weight) and _is_gathered_anyway(model, name, weight):
+            continue
         for slot in _slots_of(model, name, weight, weights, others.get(name)):
             if slots.setdefault(slot.name, slot).weight is not weight:
                 raise ValueError(
@@ -83,13 +88,13 @@ def _searched(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Matr
         if matrix is not None and held_under(model, name) is None:
             # The matrix itself, of a model that is in a PeftModel by now, or no longer in one.
             twin = peft_twin(name)
-            known = twin if held_under(model, twin) is matrix.tensor else name
+            known = twin if held_under(model, twin) is matrix.current else name
         if matrix is None or known not in matrix.names:
             # The caller uses another name, as for a wrapper of the model.
             tensors[name] = _named(model, known)
     if not tensors:
         return {}
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or is_traced():
         return dict(zip(tensors, matrices_of(model, list(tensors.values())), strict=True))
     last = _LAST.get(model)
     if last is None or not _still_there(model, last, tensors):
@@ -128,7 +133,8 @@ def _slots_of(
     ways = [way_to(model, one) for one, _ in matrix.slots]
     held = [held_at(way, one) for way, (one, _) in zip(ways, matrix.slots, strict=True)]
     if is_patch(weight) and engines_at_work():
-        places = [_place(way, one) for way, (one, _) in zip(ways, matrix.slots, strict=True)]
+        engines, names = Kept(), [one for one, _ in matrix.slots]
+        places = [_place(way, one, engines) for way, one in zip(ways, names, strict=True)]
         if any(place.owned for place in places):
             return _owned_slots(model, weight, matrix, ways, places)
     if source is not None and source.matrix is not None:
@@ -139,15 +145,17 @@ def _slots_of(
             f"{type(model).__name__} has {tuple(matrix.tensor.shape)}. Give one of that shape."
         )
     counted = is_patch(weight) and not torch.compiler.is_dynamo_compiling()
-    stand_in = weight.unread() if counted else weight  # type: ignore[attr-defined]
+    stand_in: Any = weight.unread() if counted else weight  # type: ignore[attr-defined]
+    if counted and held[0] is not None and is_stand_in(held[0], matrix.tensor):
+        stand_in = stand_in.on(held[0])
     return [
         Slot(one, way, tensor if now is None else now, weight, stand_in, matrix)
         for (one, tensor), way, now in zip(matrix.slots, ways, held, strict=True)
     ]
 
 
-def _place(way: list[nn.Module], name: str) -> Place:
-    return Place(way[-1], name.rpartition(".")[2])
+def _place(way: list[nn.Module], name: str, engines: Kept) -> Place:
+    return Place(way[-1], name.rpartition(".")[2], engines)
 
 
 def _owned_slots(
@@ -161,12 +169,31 @@ def _owned_slots(
     check_owned(model, weight, matrix, places)
     # An engine may have put other tensors in the places; the old ones would stay in memory.
     names = [name for name, _ in matrix.slots]
-    matrix.slots = tuple((name, place.kept) for name, place in zip(names, places, strict=True))
+    matrix.moved_to([place.kept for place in places])
     reads = Reads()
     return [
         Slot(name, way, place.placed, weight, owned(weight, place, reads), matrix, place)
         for name, way, place in zip(names, ways, places, strict=True)
     ]
+
+
+def _is_gathered_anyway(model: nn.Module, name: str, weight: Tensor) -> bool:
+    """Whether it is the model's own parameter, which its engine has gathered in the call.
+
+    Raises ValueError for another one that is sharded: the module runs with a whole one.
+    """
+    module, held = way_to(model, name)[-1], held_under(model, name)
+    if held is None or not fsdp_manages(module):
+        return False
+    if weight is held or weight is Kept().of(module, name.rpartition(".")[2], held):
+        return True
+    if is_dtensor(weight):
+        raise ValueError(
+            f"the weight for {name!r} is a DTensor, and {type(module).__name__} runs with a "
+            "gathered one. Give the whole tensor (full_tensor()), or leave it out: the model has "
+            "its own."
+        )
+    return False
 
 
 def shown_in(slots: Sequence[Slot]) -> dict[nn.Module, dict[str, Tensor]]:

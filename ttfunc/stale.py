@@ -8,12 +8,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ttfunc.model.matrix import Matrix
+from ttfunc.model.matrix import Matrix, is_stand_in
 from ttfunc.model.memory import memory_of
-from ttfunc.model.owners import is_sharded, shape_of
-from ttfunc.torch_private import fsdp_manages, transforms_active
 from ttfunc.weight.deferred import PatchedWeight
-from ttfunc.weight.owned import Place
 from ttfunc.weight.source import Source
 
 
@@ -32,55 +29,22 @@ def check_fresh(
         if isinstance(now, PatchedWeight) and now.source.matrix is not None:
             # This calls a copy, inside of another call: the slot holds a weight of the outer call.
             now = next((one for _, one in now.source.matrix.slots if one is tensor), now)
+        if now is not None and is_stand_in(now, tensor) and _is_traced_of(now, source, matrix):
+            continue
         if now is tensor and (tensor is known or _is_patched(tensor, source, matrix, memory)):
             known = tensor
             continue
         raise ValueError(
             f"stale patch: the parameter {name!r} that it was made from "
-            f"{_what_is_there(now)} in this {type(model).__name__}: "
-            f"{_why(model, name, now, source.matrix)}"
+            f"{what_is_there(now)} in this {type(model).__name__}: "
+            f"{why(model, name, now, source.matrix)}"
         )
 
 
-def check_owned(
-    model: nn.Module, weight: PatchedWeight, matrix: Matrix, places: Sequence[Place]
-) -> None:
-    """Raise where a patch cannot be right in places that an engine owns."""
-    source, made_from = weight.source, matrix.path.model()
-    for (name, known), place in zip(matrix.slots, places, strict=True):
-        now = place.kept
-        # What was sharded since is another tensor, in the same model.
-        same = now is known or (not is_sharded(known) and made_from in set(model.modules()))
-        if now is None or not same:
-            raise ValueError(
-                f"stale patch: the parameter {name!r} that it was made from "
-                f"{_what_is_there(now)} in this {type(model).__name__}: "
-                f"{_why(model, name, now, source.matrix)}"
-            )
-        if shape_of(now) != source.base.shape:
-            raise ValueError(
-                f"stale patch: the parameter {name!r} that it was made from has shape "
-                f"{tuple(shape_of(now))} now, not {tuple(source.base.shape)}: call "
-                "init_deltas on this model."
-            )
-    if not weight.deferred:
-        raise RuntimeError(
-            f"patch(params, dense=True) is a copy of {matrix.names}, which an engine has sharded "
-            "since then. Leave dense out."
-        )
-    if torch.compiler.is_dynamo_compiling():
-        raise RuntimeError(
-            f"an engine owns {matrix.names[0]!r} and gathers it in hooks, which a compiled call "
-            "does not follow. Compile the model's blocks (block.compile()), and not the call."
-        )
-    if transforms_active() and any(
-        is_sharded(p.kept) and not fsdp_manages(p.module) for p in places
-    ):
-        raise RuntimeError(
-            f"a torch.func transform over {matrix.names[0]!r}, which is split over ranks: DTensor "
-            "and ZeRO-3 have no rules for it, with a patch or without. Use loss.backward() or "
-            "torch.autograd.grad."
-        )
+def _is_traced_of(now: Tensor, source: Source, matrix: Matrix) -> bool:
+    """Whether it stands for the matrix while the model that this belongs to is exported."""
+    own = matrix if source.matrix is None else source.matrix
+    return own.holds(now)
 
 
 def _is_patched(tensor: Tensor, source: Source, matrix: Matrix, memory: object) -> bool:
@@ -90,13 +54,15 @@ def _is_patched(tensor: Tensor, source: Source, matrix: Matrix, memory: object) 
     return memory is None or memory_of(tensor) == memory
 
 
-def _what_is_there(now: Tensor | None) -> str:
+def what_is_there(now: Tensor | None) -> str:
+    """What a model has in the place of a parameter."""
     if now is None:
         return "is not there"
     return f"is another one, {tuple(now.shape)} in {now.dtype} on {now.device}"
 
 
-def _why(model: nn.Module, name: str, now: Tensor | None, matrix: Matrix | None) -> str:
+def why(model: nn.Module, name: str, now: Tensor | None, matrix: Matrix | None) -> str:
+    """What has happened to a parameter since it was patched, and what to do."""
     if matrix is None:
         return "call patch again."
     named = chain(model.named_parameters(), model.named_buffers())

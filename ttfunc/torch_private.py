@@ -15,50 +15,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
-from optree.registry import __GLOBAL_NAMESPACE as OPTREE_GLOBAL
+from optree.registry import __GLOBAL_NAMESPACE
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-__all__ = [
-    "COMPARISONS",
-    "ENGINE_STATE",
-    "FUNCTIONALIZE",
-    "GRAD",
-    "IS_VIEW",
-    "JVP",
-    "LINEAR",
-    "OPTREE_GLOBAL",
-    "TensorBase",
-    "at_work",
-    "first_order",
-    "forbid_writes",
-    "fsdp_manages",
-    "fsdp_sharded",
-    "has_storage",
-    "in_dual_level",
-    "is_dtensor",
-    "is_fsdp1",
-    "is_traceable_wrapper_subclass",
-    "is_wrapped",
-    "keeps_signature",
-    "no_torch_function",
-    "offset_of_shard",
-    "outside_of_dispatch",
-    "outside_of_transforms",
-    "plain_torch_function",
-    "storage_key",
-    "torch_pytree",
-    "transform_depth",
-    "transforms_active",
-    "tree_leaves",
-    "tree_map",
-    "version_of",
-    "warn_of_untested",
-    "writes_of",
-]
+from torch.utils import _pytree
+from torch.utils._python_dispatch import (
+    is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
+)
 
 TESTED = "2.13"  # of torch
 
@@ -71,7 +37,11 @@ LINEAR = torch._C._nn.linear
 # How the attributes of a module begin in which FSDP2 keeps its state, and all modules in that.
 ENGINE_STATE = "__composable_api"
 
+# Where optree registers a class that needs no namespace to be named.
+OPTREE_GLOBAL = __GLOBAL_NAMESPACE
+
 # torch's own pytree: it takes a registered class, such as TokenDeltas, apart and together again.
+torch_pytree = _pytree
 tree_map, tree_leaves = torch_pytree.tree_map, torch_pytree.tree_leaves
 
 # Whether a functorch transform (grad, vmap, jvp, functionalize) is at work in this thread.
@@ -109,6 +79,46 @@ IS_VIEW = Tensor._is_view
 
 GRAD, VMAP = functorch.TransformType.Grad, functorch.TransformType.Vmap
 JVP, FUNCTIONALIZE = functorch.TransformType.Jvp, functorch.TransformType.Functionalize
+
+
+# What fake tensors, a graph that is written down, and functionalisation by torch.export each use.
+_TRACING = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+
+
+def is_traced() -> bool:
+    """Whether operations in this thread are on fake tensors, or are written down in a graph.
+
+    By FakeTensorMode, make_fx or torch.export: what dynamo itself traces (torch.compile,
+    `strict=True`) does not count.
+    """
+    if torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
+
+
+def is_exported() -> bool:
+    """Whether operations are written down for another runtime, by dynamo too (`strict=True`)."""
+    return torch.compiler.is_exporting() or is_traced()
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has no values, or is torch.export's wrapper of such a one.
+
+    No alias of it can be of another class.
+    """
+    return isinstance(tensor, (FakeTensor, FunctionalTensor))
+
+
+def wrapper_of(tensor: Tensor, kind: type[Tensor]) -> Any:
+    """A tensor of a class, of the size and strides of another and without memory or gradient."""
+    return Tensor._make_wrapper_subclass(
+        kind,
+        tensor.shape,
+        strides=tensor.stride(),
+        dtype=tensor.dtype,
+        layout=tensor.layout,
+        device=tensor.device,
+    )
 
 
 def at_work(*kinds: Any) -> bool:
@@ -194,10 +204,14 @@ def outside_of_modes() -> Iterator[None]:
         yield
 
 
+def _is_one(value: object, module: str, name: str) -> bool:
+    """Whether it is of a class in a module, which is slow to import, and is not imported here."""
+    return isinstance(value, getattr(sys.modules.get(module), name, ()))
+
+
 def is_dtensor(tensor: object) -> bool:
-    """Whether it is a `torch.distributed.tensor.DTensor`, whose module is slow to import."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    """Whether this rank may have a part of it alone."""
+    return _is_one(tensor, "torch.distributed.tensor", "DTensor")
 
 
 def offset_of_shard(matrix: Any) -> tuple[int, ...]:
@@ -208,33 +222,38 @@ def offset_of_shard(matrix: Any) -> tuple[int, ...]:
 
 
 def is_fsdp1(module: nn.Module) -> bool:
-    """Whether it is a `FullyShardedDataParallel`, which keeps its weights in flat parameters."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+    """Whether it keeps its weights in flat parameters, as FSDP2 does not."""
+    return _is_one(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
 
 
 def fsdp_manages(module: nn.Module) -> bool:
     """Whether FSDP has parameters of this very module in its charge; none that it ignores."""
-    return getattr(module, "_is_fsdp_managed_module", False)
+    return bool(module.__dict__.get("_is_fsdp_managed_module", False))
 
 
-def fsdp_sharded(module: nn.Module, attribute: str) -> Tensor | None:
-    """The shards that FSDP2 keeps of a parameter while the module has it gathered; else None."""
+def fsdp_gathered() -> dict[tuple[int, str], Tensor]:
+    """The shards that FSDP2 keeps of each parameter that a module has gathered, by the place."""
     from torch.distributed import _composable_state as composable
 
+    found = {}
     for reference in list(composable._module_state_mapping.values()):
         for group in getattr(reference(), "_fsdp_param_groups", ()):
-            for parameter in group.fsdp_params:
-                info = parameter._module_info
-                modules = (info.module, *info.shared_modules)
-                names = (info.param_name, *info.shared_param_names)
-                places = zip(modules, names, strict=True)
-                if not any(m is module and n == attribute for m, n in places):
-                    continue
+            for one in group.fsdp_params:
                 # Before its first call FSDP2 does not know yet what was loaded into the module.
-                held = parameter.sharded_state.name == "SHARDED"
-                return None if held else parameter.sharded_param  # type: ignore[no-any-return]
-    return None
+                if one.sharded_state.name != "SHARDED":
+                    info = one._module_info
+                    found[id(info.module), info.param_name] = one.sharded_param
+                    for place in zip(info.shared_modules, info.shared_param_names, strict=True):
+                        found[id(place[0]), place[1]] = one.sharded_param
+    return found
+
+
+def share_engine_state(module: nn.Module, copy: nn.Module) -> None:
+    """Let FSDP2 find for a copy the state that it has of the module (`model.unshard()`)."""
+    if _is_one(module, "torch.distributed.fsdp", "FSDPModule"):
+        from torch.distributed import _composable_state as composable
+
+        composable._module_state_mapping[copy] = composable._module_state_mapping[module]
 
 
 _told: set[str] = set()

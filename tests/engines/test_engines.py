@@ -9,6 +9,7 @@ from tests.engines.launch import launch, wrong
 RANKS = {
     "data_parallel": 2,
     "fsdp": 2,
+    "fsdp_models": 2,
     "fsdp_uses": 2,
     "tensor_parallel": 2,
     "two_meshes": 4,

@@ -12,7 +12,7 @@ from tests.helpers.llama import llama
 from tests.helpers.mesh import mesh_of_one
 from ttfunc import init_deltas
 from ttfunc.model.owners import (
-    as_kept,
+    Kept,
     check_engine,
     counts_on_module,
     engines_at_work,
@@ -33,7 +33,7 @@ def test_a_plain_model_has_no_owner():
     embedding = model.get_input_embeddings()
     assert not engines_at_work()
     assert not is_owned(embedding, "weight")
-    assert as_kept(embedding, "weight", embedding.weight) is embedding.weight
+    assert Kept().of(embedding, "weight", embedding.weight) is embedding.weight
 
 
 def test_fsdp_keeps_shards_while_the_module_has_all(mesh):
@@ -45,7 +45,7 @@ def test_fsdp_keeps_shards_while_the_module_has_all(mesh):
     model(torch.tensor([[1]]))
     assert not isinstance(embedding.weight, DTensor)
     assert is_owned(embedding, "weight")
-    assert as_kept(embedding, "weight", embedding.weight) is shards
+    assert Kept().of(embedding, "weight", embedding.weight) is shards
 
 
 def test_what_fsdp_ignores_is_the_module_s_own(mesh):
@@ -53,7 +53,7 @@ def test_what_fsdp_ignores_is_the_module_s_own(mesh):
     embedding = model.get_input_embeddings()
     fully_shard(model, mesh=mesh, ignored_params={embedding.weight})
     assert not is_owned(embedding, "weight")
-    assert as_kept(embedding, "weight", embedding.weight) is embedding.weight
+    assert Kept().of(embedding, "weight", embedding.weight) is embedding.weight
 
 
 def test_a_dtensor_is_owned_and_cannot_be_read(mesh):

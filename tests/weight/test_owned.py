@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from tests.helpers.mesh import mesh_of_one
 from tests.helpers.rows import random_rows
 from ttfunc import init_deltas, patch, patch_mixed
+from ttfunc.model.owners import Kept
 from ttfunc.weight.owned import OwnedWeight, Place, gathered, owned
 from ttfunc.weight.source import Reads
 
@@ -28,7 +29,12 @@ def made(**options) -> tuple[nn.Module, OwnedWeight, Tensor, Reads]:
     model = nn.Linear(D, V, bias=False).requires_grad_(False)
     params = random_rows(model, IDS, targets="", requires_grad=True, **options)
     weight, reads = patch(params)["weight"], Reads()
-    return model, owned(weight, Place(model, "weight"), reads), params.deltas["weight"], reads
+    return (
+        model,
+        owned(weight, Place(model, "weight", Kept()), reads),
+        params.deltas["weight"],
+        reads,
+    )
 
 
 def test_it_reads_what_the_module_has_by_then():
@@ -110,7 +116,7 @@ def test_a_split_matrix_takes_no_new_tokens_and_no_mixed_batch(mesh):
     model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(0)]))
     for weight, words in weights:
         with pytest.raises(RuntimeError, match=words):
-            gathered(owned(weight, Place(model, "weight"), Reads()))
+            gathered(owned(weight, Place(model, "weight", Kept()), Reads()))
 
 
 def test_a_part_of_a_matrix_is_multiplied_and_not_looked_up_in(mesh):
@@ -122,7 +128,7 @@ def test_a_part_of_a_matrix_is_multiplied_and_not_looked_up_in(mesh):
         expected = F.linear(hidden, patch(params)["weight"])
         whole = distribute_tensor(kind.weight.data, mesh, [Shard(0)])
         kind.weight = nn.Parameter(whole, requires_grad=False)
-        weight = owned(patch(params)["weight"], Place(kind, "weight"), Reads())
+        weight = owned(patch(params)["weight"], Place(kind, "weight", Kept()), Reads())
         weight.place.copy = type(kind)(V, D)
         weight.place.copy._parameters["weight"] = whole.to_local()[:]
         if isinstance(kind, nn.Linear):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ttfunc.indices import TokenIndices
 from ttfunc.weight.placeholder import nan_placeholder
 from ttfunc.weight.source import Reads
 from ttfunc.weight.unreadable import Unreadable
 
-IDS = TokenIndices((4, 1))
+IDS = torch.tensor([4, 1])
 
 
 def test_its_gradient_goes_to_the_rows():

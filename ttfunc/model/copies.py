@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttfunc.model.live import LiveParameters
 from ttfunc.model.owners import counts_on_module
 from ttfunc.model.path import HELD, HOOKS, Visit
 from ttfunc.model.references import CONTAINERS, refill, substitute_attributes, substituted
 from ttfunc.model.sizes import resize
+from ttfunc.torch_private import fsdp_manages, share_engine_state
 
 _NONE: Mapping[str, Any] = {}
 
@@ -52,9 +54,21 @@ class Copies:
                 state["training"] = modes.get(visit.module, visit.module.training)
             if sizes:
                 resize(state, sizes, configs)
-            # An attribute of the dictionary is found before a parameter of that name.
-            state.update(shown.get(visit.module, _NONE))
+            hidden = shown.get(visit.module, _NONE)
+            if "forward" in state and not fsdp_manages(visit.module):
+                # A tool's forward may put a part in the parameter's place (transformers' plans do).
+                # An attribute of the module's dictionary is found before a parameter of that name.
+                state.update(hidden)
+            elif hidden or fsdp_manages(visit.module):
+                own = visit.module._parameters
+                replaced = {
+                    name: one
+                    for name, one in state["_parameters"].items()
+                    if one is not own.get(name)
+                }
+                state["_parameters"] = LiveParameters(own, {**replaced, **hidden})
             vars(copy).update(state)
+            share_engine_state(visit.module, copy)
             # Most are empty, and need no record of what was in them.
             held = [dict(state[part]) if state[part] else _NONE for part in HELD]
             self._placed.append((state, held, visit.containers))
@@ -83,6 +97,8 @@ class Copies:
         ):
             found = vars(copy)
             for part, placed in zip(HELD, held, strict=True):
+                if isinstance(found[part], LiveParameters):  # it has written there itself
+                    continue
                 if (placed or found[part]) and _differ(placed, found[part]):
                     ours = {name for name, one in placed.items() if id(one) in stand_ins}
                     _carry(placed, found[part], vars(original)[part], back, own, ours)

@@ -13,8 +13,9 @@ from itertools import chain
 from torch import Tensor, nn
 
 from ttfunc.model.memory import memory_of, overlaps
-from ttfunc.model.owners import as_kept, shape_of
+from ttfunc.model.owners import Kept, shape_of
 from ttfunc.model.path import ModulePath, find_path
+from ttfunc.torch_private import is_fake, is_traced
 
 
 @dataclass(eq=False)
@@ -22,8 +23,8 @@ class Matrix:
     """One distinct token matrix of a model.
 
     names: every name that `state_dict` gives it, the first one first.
-    slots: one name for each distinct (module, attribute) that holds it, with its tensor. A module
-        reached by two paths is one slot.
+    slots: one name for each distinct (module, attribute) that holds it, with its tensor; in an
+        engine with the tensor that it keeps between calls. A module reached by two paths is one.
     has_max_norm: whether an Embedding with max_norm holds it; that rescales it in place at a read.
     path: the modules that a call copies. A call that finds them changed looks for them again.
     """
@@ -44,6 +45,30 @@ class Matrix:
         height, width = shape_of(self.tensor)
         return height, width
 
+    def moved_to(self, tensors: Sequence[Tensor]) -> None:
+        """Note what the slots hold since an engine has sharded them; the whole is let go of."""
+        names = [name for name, _ in self.slots]
+        self.slots = tuple(zip(names, tensors, strict=True))
+
+    @property
+    def current(self) -> Tensor:
+        """What the model holds in its place: while torch.export traces it, a fake of `tensor`."""
+        model = self.path.model() if is_traced() else None
+        now = None if model is None else held_under(model, self.slots[0][0])
+        return self.tensor if now is None or not is_stand_in(now, self.tensor) else now
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it is the parameter in one of the slots, or stands for it in a trace."""
+        if any(tensor is one for _, one in self.slots):
+            return True
+        model = self.path.model() if is_traced() else None
+        if model is None:
+            return False
+        return any(
+            held_under(model, name) is tensor and is_stand_in(tensor, one)
+            for name, one in self.slots
+        )
+
     @property
     def distinct(self) -> dict[str, Tensor]:
         """One name for each distinct tensor object: what torch's own functional_call needs."""
@@ -51,6 +76,12 @@ class Matrix:
         for name, tensor in self.slots:
             first.setdefault(id(tensor), (name, tensor))
         return dict(first.values())
+
+
+def is_stand_in(now: Tensor, tensor: Tensor) -> bool:
+    """Whether `now` is what torch.export calls a model with, in place of such a tensor."""
+    like = now.shape == tensor.shape and now.dtype == tensor.dtype and now.device == tensor.device
+    return is_traced() and is_fake(now) and like
 
 
 def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
@@ -66,7 +97,8 @@ def matrices_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[Matrix]:
     """`matrix_of` each of them, with one path to all: the model is searched once."""
     held = list(_held(model))
     # Two places that an engine has gathered for each by itself are one tensor as it keeps them.
-    kept = {id(one): as_kept(module, attribute, one) for _, module, attribute, one in held}
+    engines = Kept()
+    kept = {id(one): engines.of(module, attribute, one) for _, module, attribute, one in held}
     keys = [memory_of(kept.get(id(tensor), tensor)) for tensor in tensors]
     wanted = {key: _Places() for key in keys}
     of_storage: dict[object, list[Tensor]] = {}
@@ -117,6 +149,16 @@ def _check_apart(name: str, other: Tensor, tensors: Iterable[Tensor]) -> None:
                 f"{tuple(tensor.shape)}: the two cannot be patched together. Give it "
                 "memory of its own, or make it the same parameter."
             )
+
+
+def count_kept(model: nn.Module, tensors: Iterable[Tensor]) -> int:
+    """How many places of `model` hold one of exactly these tensors, as its engines keep them."""
+    wanted, engines = {id(tensor) for tensor in tensors}, Kept()
+    return sum(
+        one is not None and id(engines.of(module, attribute, one)) in wanted
+        for module in model.modules()
+        for attribute, one in chain(module._parameters.items(), module._buffers.items())
+    )
 
 
 def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:

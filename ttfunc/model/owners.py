@@ -6,10 +6,12 @@ part, while the module runs. So what the module holds between calls is not what 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ttfunc.torch_private import fsdp_manages, fsdp_sharded, is_dtensor, is_fsdp1
+from ttfunc.torch_private import fsdp_gathered, fsdp_manages, is_dtensor, is_fsdp1
 
 
 def engines_at_work() -> bool:
@@ -27,15 +29,25 @@ def is_sharded(tensor: object) -> bool:
     return is_dtensor(tensor) or is_zero3(tensor)
 
 
+def is_split_twice(tensor: Any) -> bool:
+    """Whether it is split in more than one dimension of a mesh: FSDP2 over tensor parallelism."""
+    return is_dtensor(tensor) and sum(not one.is_replicate() for one in tensor.placements) > 1
+
+
 def is_owned(module: nn.Module, attribute: str) -> bool:
     """Whether an engine owns a parameter of a module, gathered at the moment or not."""
     return is_sharded(module._parameters.get(attribute)) or fsdp_manages(module)
 
 
-def as_kept(module: nn.Module, attribute: str, held: Tensor) -> Tensor:
-    """The parameter as its engine keeps it, for one that the module has gathered at the moment."""
-    kept = fsdp_sharded(module, attribute) if fsdp_manages(module) else None
-    return held if kept is None else kept  # what FSDP ignores is the module's own
+class Kept:
+    """Parameters as their engines keep them, also where a module has gathered one at the moment."""
+
+    def __init__(self) -> None:
+        self._gathered = fsdp_gathered() if engines_at_work() else {}
+
+    def of(self, module: nn.Module, attribute: str, held: Tensor) -> Tensor:
+        """The one that a module holds; what FSDP2 ignores is the module's own."""
+        return self._gathered.get((id(module), attribute), held)
 
 
 def shape_of(tensor: Tensor) -> torch.Size:

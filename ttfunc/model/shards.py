@@ -65,22 +65,21 @@ class MeshShard:
         return total
 
     def added(self, tensor: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        whole = [Replicate()] * self.mesh.ndim
-        parts = [one if one.is_replicate() else Partial() for one in self.matrix.placements]
-        summed = DTensor.from_local(tensor, self.mesh, parts, run_check=False)
-        return summed.redistribute(placements=whole).to_local()
+        return self._summed(tensor, [not one.is_replicate() for one in self.matrix.placements])
 
     def first(self) -> bool:
         return not any(self.mesh.get_coordinate())
 
     def added_over_all(self, tensor: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor, Partial, Replicate
+        return self._summed(tensor, [True] * self.mesh.ndim)
 
-        parts = [Partial()] * self.mesh.ndim
-        summed = DTensor.from_local(tensor, self.mesh, parts, run_check=False)
-        return summed.redistribute(placements=[Replicate()] * self.mesh.ndim).to_local()
+    def _summed(self, tensor: Tensor, over: list[bool]) -> Tensor:
+        """The sum over these dimensions of the mesh, on the tensor's own device."""
+        # Not as a DTensor, which knows no transform. The matrix may be offloaded.
+        total = tensor.to(self.mesh.device_type, copy=True)
+        for dimension in (number for number, one in enumerate(over) if one):
+            dist.all_reduce(total, group=self.mesh.get_group(dimension))
+        return total.to(tensor.device)
 
     def whole(self) -> Tensor:
         return self.matrix.full_tensor()  # type: ignore[no-any-return]
@@ -173,10 +172,11 @@ def of_first_rank(tensor: Tensor, matrix: Tensor) -> Tensor:
     """What the first of the ranks has, for a tensor that is drawn at random on each."""
     if not is_sharded(matrix):
         return tensor
-    shard = _shard(matrix)
-    held = tensor if shard.first() else torch.zeros_like(tensor)
-    sent = shard.added_over_all(held.contiguous().view(torch.uint8))
-    return sent.view(tensor.dtype).view(tensor.shape)
+    with torch.no_grad():
+        shard = _shard(matrix)
+        held = tensor if shard.first() else torch.zeros_like(tensor)
+        sent = shard.added_over_all(held.contiguous().view(torch.uint8))
+        return sent.view(tensor.dtype).view(tensor.shape)
 
 
 def whole_of(matrix: Tensor) -> Tensor:

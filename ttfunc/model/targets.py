@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from ttfunc.model.matrix import named_modules
-from ttfunc.model.owners import as_kept, is_owned, shape_of
+from ttfunc.model.owners import Kept, is_owned, shape_of
 
 Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
 
@@ -168,8 +168,9 @@ def check_ties_kept(model: nn.Module, name: str, module: nn.Module) -> None:
     if not is_owned(module, "weight"):
         return
     ends = [_named_by_model(model), _named_by_model(model, "output")]
+    engines = Kept()
     weights = [
-        as_kept(one, "weight", one.get_parameter("weight"))
+        engines.of(one, "weight", one.get_parameter("weight"))
         for one in ends
         if isinstance(one, nn.Module) and one._parameters.get("weight") is not None
     ]

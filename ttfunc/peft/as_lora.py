@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk.tensors import check_rows, cpu_copy, path_of, prefix_errors
-from ttfunc.model.owners import shape_of
-from ttfunc.model.shards import rows_at
+from ttfunc.model.owners import is_sharded, shape_of
 from ttfunc.peft.adapter import PREFIX
 from ttfunc.peft.writer import write_adapter
 
 
 class _Layer(NamedTuple):
-    """A module that a LoRA is for: whether it looks tokens up, its matrix, and the new rows."""
+    """A module that a LoRA is for: whether it looks tokens up, its matrix, the old and new rows."""
 
     name: str
     looks_up: bool
     matrix: Tensor
     ids: tuple[int, ...]
+    originals: Tensor
     delta: Tensor
 
 
@@ -119,7 +119,8 @@ def _layers(params: TokenDeltas) -> Iterator[_Layer]:
                     "which a LoRA cannot be for: it names modules of a plain model"
                 )
             looks_up = isinstance(owner, nn.Embedding)
-            yield _Layer(module, looks_up, spec.matrix.tensor, spec.indices.ids, delta)
+            matrix, ids = spec.matrix.tensor, spec.indices.ids
+            yield _Layer(module, looks_up, matrix, ids, spec.originals, delta)
 
 
 def _factors(layer: _Layer, rank: int) -> Iterator[tuple[str, Any]]:
@@ -130,7 +131,9 @@ def _factors(layer: _Layer, rank: int) -> Iterator[tuple[str, Any]]:
     which[ids, torch.arange(len(ids))] = 1
     change = torch.zeros(rank, width)
     with torch.no_grad():  # the rows that the model has now
-        held = rows_at(layer.matrix, ids.to(layer.matrix.device))
+        # To read a sharded matrix takes all ranks, and one of them writes.
+        sharded = is_sharded(layer.matrix)
+        held = layer.originals if sharded else layer.matrix[ids.to(layer.matrix.device)]
         now = cpu_copy(held, f"the rows of {layer.name!r}")
     change[: len(ids)] = (layer.delta.double() - now.double()).float()
     start = f"{PREFIX}{layer.name}"

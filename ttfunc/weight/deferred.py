@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import memory_of
-from ttfunc.torch_private import no_torch_function, transforms_active, tree_map
+from ttfunc.torch_private import is_fake, no_torch_function, transforms_active, tree_map
 from ttfunc.weight.overrides import (
     ANSWERED_BY_BASE,
     ANSWERED_BY_PLACEHOLDER,
@@ -26,6 +26,7 @@ from ttfunc.weight.overrides import (
     refuse_writes,
     registry,
 )
+from ttfunc.weight.placeholder import wrapped
 from ttfunc.weight.source import Reads, RowPatch, Source, versions
 
 # For each torch function that needs no copy, its handler (see handlers.py).
@@ -74,6 +75,15 @@ class PatchedWeight(Tensor):
         if torch.compiler.is_dynamo_compiling():  # Dynamo makes no subclass of a given tensor
             source = source._replace(placeholder=source.rows.placeholder(source.base, source.reads))
         return _wrap(source, not self.transposed)
+
+    def on(self, held: Tensor) -> PatchedWeight:
+        """The same rows on what stands for the matrix in a model that is being exported."""
+        source = self.source
+        if source.copy is not None or is_fake(source.base):
+            return self
+        base = held.detach()
+        placeholder = source.rows.placeholder(base, source.reads)
+        return self.with_source(source._replace(base=base, placeholder=placeholder))
 
     def unread(self) -> PatchedWeight:
         """The same weight, with no read noted yet."""
@@ -134,6 +144,20 @@ class PatchedWeight(Tensor):
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
 
+class _TracedWeight(PatchedWeight):
+    """One on fake tensors, which is a wrapper: torch asks its class for `__torch_dispatch__`."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return cls._dispatched(func, types, args, kwargs)
+
+
 def is_deferred(value: Any, *, transposed: bool = False) -> bool:
     """Whether `value` is a deferred weight, and the transpose of one exactly if `transposed`."""
     return isinstance(value, PatchedWeight) and value.deferred and value.transposed is transposed
@@ -178,7 +202,8 @@ def patched(
 def _wrap(source: Source, transposed: bool) -> PatchedWeight:
     # The class is written by its name: torch.compile cannot trace this for a class in a variable.
     plain = source.placeholder.mT if transposed else source.placeholder
-    weight = plain.as_subclass(PatchedWeight)
+    fake = not torch.compiler.is_dynamo_compiling() and is_fake(plain)
+    weight = wrapped(plain, _TracedWeight) if fake else plain.as_subclass(PatchedWeight)
     weight.source, weight.transposed = source, transposed
     return weight
 

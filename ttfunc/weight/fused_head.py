@@ -19,12 +19,16 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ttfunc.torch_private import no_torch_function, tree_map
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER
+from ttfunc.weight.owned import OwnedWeight
 from ttfunc.weight.reads import SharedRows
 
 
 def can_fuse(weight: object) -> TypeGuard[PatchedWeight]:
     """Whether it is a weight whose rows can get their gradient so."""
-    if not isinstance(weight, PatchedWeight) or not weight.deferred:
+    # What an engine owns is read where it is gathered, by slices of the weight itself.
+    if not isinstance(weight, PatchedWeight) or isinstance(weight, OwnedWeight):
+        return False
+    if not weight.deferred:
         return False
     rows = weight.source.rows
     return isinstance(rows, SharedRows) and rows.values.requires_grad and torch.is_grad_enabled()

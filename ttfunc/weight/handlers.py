@@ -6,6 +6,7 @@ function is called with the copy.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -133,7 +134,9 @@ def _mm(input: Any, mat2: Any) -> Any:
     return _matmul(input, mat2) if input.ndim == mat2.ndim == 2 else NotImplemented
 
 
-@implements(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+@implements(
+    torch.matmul, Tensor.matmul, Tensor.__matmul__, operator.matmul
+)  # dynamo names the last
 @_positional
 def _matmul(input: Any, other: Any) -> Any:
     if is_deferred(other, transposed=True):

@@ -17,6 +17,7 @@ from ttfunc.indices import outside_of_autocast
 from ttfunc.torch_private import (
     TensorBase,
     first_order,
+    is_traced,
     is_wrapped,
     no_torch_function,
     outside_of_modes,
@@ -235,7 +236,8 @@ def defer(hidden: Tensor, rows: SharedRows, base: Tensor, bias: Tensor | None) -
 
 def can_defer(hidden: Tensor, rows: RowPatch, bias: Tensor | None) -> bool:
     """Whether a loss of the product can be had without it, as far as one can see beforehand."""
-    if torch.compiler.is_dynamo_compiling() or hidden.is_meta or not isinstance(rows, SharedRows):
+    traced = torch.compiler.is_dynamo_compiling() or is_traced()
+    if traced or hidden.is_meta or not isinstance(rows, SharedRows):
         return False
     # The gradient of a bias sums over all positions.
     return not (bias is not None and bias.requires_grad) and first_order(hidden, rows.values)

@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ttfunc.model.owners import as_kept, is_owned
+from ttfunc.model.owners import Kept, is_owned
 from ttfunc.torch_private import fsdp_manages, is_dtensor, tree_map
 from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER, SIZES
 from ttfunc.weight.placeholder import nan_placeholder
 from ttfunc.weight.reads import SharedRows, cast_like
 from ttfunc.weight.sharded import ShardedRows
 from ttfunc.weight.source import Reads, RowPatch
 from ttfunc.weight.unreadable import Unreadable
+
+_QUESTIONS = SIZES | ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER
 
 
 class Place:
@@ -24,12 +27,12 @@ class Place:
     what the module is to read.
     """
 
-    def __init__(self, module: nn.Module, attribute: str) -> None:
+    def __init__(self, module: nn.Module, attribute: str, engines: Kept) -> None:
         self.module, self.attribute = module, attribute
         self.copy = module  # until there is one
         placed: Any = module._parameters.get(attribute)
         self.placed = placed  # in both
-        self.kept: Any = as_kept(module, attribute, placed)
+        self.kept: Any = engines.of(module, attribute, placed)
 
     @property
     def owned(self) -> bool:
@@ -39,7 +42,9 @@ class Place:
     def held(self) -> Tensor | None:
         """What is there now."""
         here = self.copy._parameters.get(self.attribute)
-        return here if here is not self.placed else self.module._parameters.get(self.attribute)
+        if here is self.placed or isinstance(here, OwnedWeight):
+            return self.module._parameters.get(self.attribute)
+        return here
 
 
 class OwnedWeight(PatchedWeight):
@@ -55,7 +60,9 @@ class OwnedWeight(PatchedWeight):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        args, kwargs = tree_map(gathered, args), tree_map(gathered, kwargs or {})
+        # Questions are asked at any time: of all parameters, for the dtype of a model.
+        answer = _asked if func in _QUESTIONS else gathered
+        args, kwargs = tree_map(answer, args), tree_map(answer, kwargs or {})
         return PatchedWeight.__torch_function__(func, types, args, kwargs)
 
     @classmethod
@@ -79,7 +86,7 @@ def owned(weight: PatchedWeight, place: Place, reads: Reads) -> OwnedWeight:
             Unreadable,
             cast_like(source.rows.values, source.base),
             source.base,
-            source.rows.indices,
+            source.rows.indices.on(source.base.device).ids,
             source.rows.grown,
             reads,
         )
@@ -88,6 +95,16 @@ def owned(weight: PatchedWeight, place: Place, reads: Reads) -> OwnedWeight:
     made.source = source._replace(placeholder=nan, memory=None, defers=False, reads=reads)
     made.transposed, made.place = False, place
     return made
+
+
+def _asked(value: Any) -> Any:
+    """Of an owned weight one that knows its metadata, whatever is gathered."""
+    if not isinstance(value, OwnedWeight):
+        return value
+    source, held = value.source, value.place.held()
+    if held is None or is_dtensor(held) or held.shape != source.base.shape:
+        return value.with_source(source)
+    return value.with_source(source._replace(base=held.detach()))
 
 
 def gathered(value: Any) -> Any:
@@ -128,6 +145,8 @@ def _over_ranks(rows: RowPatch) -> ShardedRows:
 
 def _is_part(held: Any, place: Place) -> bool:
     """Whether it is this rank's part of the parameter, for a product."""
-    if held is None or not is_dtensor(place.kept) or isinstance(place.module, nn.Embedding):
+    if held is None or is_dtensor(held) or not is_dtensor(place.kept):
+        return False
+    if isinstance(place.module, nn.Embedding):  # which tokens are its own, only its tool knows
         return False
     return bool(held.shape == place.kept.to_local().shape)

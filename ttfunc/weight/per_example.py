@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttfunc.indices import TokenIndices
-from ttfunc.torch_private import outside_of_transforms, transforms_active
+from ttfunc.torch_private import is_exported, outside_of_transforms, transforms_active
 from ttfunc.weight.placeholder import NaNPlaceholder, nan_placeholder
 from ttfunc.weight.reads import (
     autocast,
@@ -43,7 +43,7 @@ class PerExampleRows(NamedTuple):
 
     def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
         """`F.embedding` of `(B, ...)` integer tokens: `(B, ..., D)`."""
-        self._check(tokens, least=2)
+        check_examples(len(self.assignment), tokens, least=2)
         if padding_idx is not None:  # the row of padding_idx gets no gradient
             padding_idx = padding_idx % len(base)
         hit, row = self.indices.find(tokens, base.device)
@@ -56,7 +56,7 @@ class PerExampleRows(NamedTuple):
 
     def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear` of `(B, ..., D)` hidden states: `(B, ..., V)`."""
-        self._check(hidden, least=3)
+        check_examples(len(self.assignment), hidden, least=3)
         fresh = lengthened(F.linear(hidden, base, bias_of_base(bias, base)), self.grown)
         ids = self.indices.on(base.device).ids
         rows = autocast(self.values)[self.assignment]
@@ -67,42 +67,51 @@ class PerExampleRows(NamedTuple):
         own = self.own[self.assignment].view(-1, *[1] * (hidden.ndim - 2), len(ids))
         columns = columns.view(*hidden.shape[:-1], len(ids))
         columns = torch.where(own, columns, fresh.index_select(-1, ids))
-        if torch.is_grad_enabled() or transforms_active():
+        if torch.is_grad_enabled() or transforms_active() or is_exported():
             return fresh.index_copy(-1, ids, columns)
         return fresh.index_copy_(-1, ids, columns)
 
     def materialise(self, base: Tensor) -> Tensor:
         """Always raises: no single matrix stands for several adapters."""
-        raise _not_mixed()
+        raise not_mixed()
 
     def piece(self, base: Tensor, start: int, stop: int) -> Tensor:
         """Always raises, as `materialise`."""
-        raise _not_mixed()
+        raise not_mixed()
 
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """One NaN, expanded to the shape of the matrix, that refuses a read and a gradient."""
-        shape = (len(base) + self.grown, base.shape[1])
-        if no_placeholder():
-            if torch.compiler.is_dynamo_compiling():
-                return self.values.new_full((), torch.nan).expand(shape)
-            with outside_of_transforms():  # so that the dispatcher finds the weight itself
-                return base.new_full((), torch.nan).expand(shape)
-        values = self.values[0]
-        return nan_placeholder(_Refusing, values, base, self.indices, self.grown, reads)
+        ids = self.indices.on(base.device).ids
+        return refusing_placeholder(self.values, base, ids, self.grown, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> PerExampleRows:
         """The rows after `func`, which acts on each row separately."""
         return self._replace(values=func(self.values))
 
-    def _check(self, given: Tensor, least: int) -> None:
-        if given.ndim < least or len(given) != len(self.assignment):
-            raise ValueError(
-                f"a mixed patch for {len(self.assignment)} examples was given a batch of shape "
-                f"{tuple(given.shape)}: its first dimension must be the examples. If generation "
-                "with a decoder repeats the examples (num_beams, num_return_sequences), repeat "
-                "the assignment too: torch.as_tensor(assignment).repeat_interleave(n). The encoder "
-                "of an encoder-decoder does not repeat them, so that model cannot be mixed there."
-            )
+
+def check_examples(count: int, given: Tensor, least: int) -> None:
+    """Raise ValueError for a batch that does not have so many examples in its first dimension."""
+    if given.ndim < least or given.shape[0] != count:  # len would be a constant in a graph
+        raise ValueError(
+            f"a mixed patch for {count} examples was given a batch of shape "
+            f"{tuple(given.shape)}: its first dimension must be the examples. If generation "
+            "with a decoder repeats the examples (num_beams, num_return_sequences), repeat "
+            "the assignment too: torch.as_tensor(assignment).repeat_interleave(n). The encoder "
+            "of an encoder-decoder does not repeat them, so that model cannot be mixed there."
+        )
+
+
+def refusing_placeholder(
+    values: Tensor, base: Tensor, ids: Tensor, grown: int, reads: Reads
+) -> Tensor:
+    """For `(n, k, D)` rows: one NaN in the shape of the matrix; a read of it raises."""
+    shape = (len(base) + grown, base.shape[1])
+    if no_placeholder():
+        if torch.compiler.is_dynamo_compiling():
+            return values.new_full((), torch.nan).expand(shape)
+        with outside_of_transforms():  # so that the dispatcher finds the weight itself
+            return base.new_full((), torch.nan).expand(shape)
+    return nan_placeholder(_Refusing, values[0], base, ids, grown, reads)
 
 
 class _Refusing(NaNPlaceholder):
@@ -110,7 +119,7 @@ class _Refusing(NaNPlaceholder):
 
     @staticmethod
     def matrix(rows: Tensor, base: Tensor, ids: Tensor, grown: int) -> Tensor:
-        raise _not_mixed()
+        raise not_mixed()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,7 +140,8 @@ def check_batch_first(model: nn.Module) -> None:
         )
 
 
-def _not_mixed() -> RuntimeError:
+def not_mixed() -> RuntimeError:
+    """What is raised where several adapters would need one matrix."""
     return RuntimeError(
         "the model reads its token matrix in a way that cannot be mixed. Only looking up tokens "
         "and multiplying hidden states by the matrix can be. Call the model separately for each "

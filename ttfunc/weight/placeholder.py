@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttfunc.indices import TokenIndices, with_rows
+from ttfunc.indices import with_rows
 from ttfunc.torch_private import (
     COMPARISONS,
     forbid_writes,
     is_wrapped,
     keeps_signature,
     outside_of_dispatch,
+    outside_of_transforms,
     plain_torch_function,
     tree_map,
+    wrapper_of,
 )
 from ttfunc.weight.overrides import refuse_layout, refuse_writes
 from ttfunc.weight.source import Reads
@@ -79,6 +81,26 @@ def _is_placeholder(value: Any) -> bool:
 
 def _made(value: Any) -> Any:
     return value.made() if isinstance(value, Placeholder) else value
+
+
+class _Wrapped(torch.autograd.Function):
+    """A wrapper of a class, whose gradient is that of the tensor."""
+
+    @staticmethod
+    @keeps_signature
+    def forward(ctx: Any, tensor: Tensor, kind: type[Tensor]) -> Tensor:
+        wrapper: Tensor = wrapper_of(tensor, kind)
+        return wrapper
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def wrapped(fake: Tensor, kind: type[Tensor]) -> Any:
+    """What `as_subclass` gives for other tensors: of this class, with the gradient of the fake."""
+    with outside_of_transforms():
+        return _Wrapped.apply(fake, kind)  # type: ignore[no-untyped-call]
 
 
 class NaNPlaceholder(torch.autograd.Function):
@@ -138,7 +160,7 @@ def nan_placeholder(
     kind: type[NaNPlaceholder],
     rows: Tensor,
     base: Tensor,
-    indices: TokenIndices,
+    ids: Tensor,
     grown: int,
     reads: Reads,
 ) -> Tensor:
@@ -146,7 +168,6 @@ def nan_placeholder(
 
     Under a transform, a read that bypasses the weight is noted in `reads`.
     """
-    ids = indices.on(base.device).ids
     transformed = is_wrapped(rows)  # only a wrapper takes the class of the weight off
     operands = (rows, base, ids, grown, transformed, reads)
     placeholder: Tensor = kind.apply(*operands)  # type: ignore[no-untyped-call]

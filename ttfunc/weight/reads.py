@@ -19,6 +19,8 @@ from ttfunc.torch_private import (
     JVP,
     at_work,
     in_dual_level,
+    is_exported,
+    is_traced,
     keeps_signature,
     transforms_active,
 )
@@ -95,7 +97,8 @@ class SharedRows(NamedTuple):
         if no_placeholder():
             return self.materialise(base)
         values = cast_like(self.values, base)
-        return nan_placeholder(NaNPlaceholder, values, base, self.indices, self.grown, reads)
+        ids = self.indices.on(base.device).ids
+        return nan_placeholder(NaNPlaceholder, values, base, ids, self.grown, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> SharedRows:
         """The rows after `func`, which acts on each row separately."""
@@ -253,22 +256,23 @@ def _has_no_rule() -> bool:
     """Whether an autograd.Function cannot be used here.
 
     functionalize has no rule for it, forward mode over forward mode loses the outer tangent, and
-    torch.compile has no rule for it under a transform.
+    torch.compile has no rule for it under a transform. A graph for another runtime would hold its
+    writes in place.
     """
     if torch.compiler.is_dynamo_compiling():
-        return transforms_active()
-    return in_dual_level() or at_work(FUNCTIONALIZE, JVP)
+        return transforms_active() or is_exported()
+    return is_exported() or in_dual_level() or at_work(FUNCTIONALIZE, JVP)
 
 
 def no_placeholder() -> bool:
     """Whether the placeholder cannot carry a gradient, and the copy itself takes its place.
 
-    torch.compile drops the copy if nothing reads it; functionalize, and forward mode without a
-    transform (`torch.autograd.forward_ad`), pay for it.
+    torch.compile drops the copy if nothing reads it, and so does make_fx of a transform;
+    functionalize, and forward mode without a transform (`torch.autograd.forward_ad`), pay for it.
     """
     if torch.compiler.is_dynamo_compiling() or at_work(FUNCTIONALIZE):
         return True
-    return in_dual_level() and not transforms_active()
+    return is_traced() if transforms_active() else in_dual_level()
 
 
 def cast_like(values: Tensor, base: Tensor) -> Tensor:

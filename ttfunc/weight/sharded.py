@@ -89,7 +89,8 @@ class ShardedRows(NamedTuple):
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """One NaN, expanded to the shape of the base, that refuses a read and a gradient."""
         values = cast_like(self.values, base)
-        return nan_placeholder(Unreadable, values, base, self.indices, self.grown, reads)
+        ids = self.indices.on(base.device).ids
+        return nan_placeholder(Unreadable, values, base, ids, self.grown, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> ShardedRows:
         """The rows after `func`, which acts on each row separately."""

@@ -1,0 +1,290 @@
+"""A model with its rows and their token ids as inputs: one exported program for any adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ttfunc.call import functional_call
+from ttfunc.deltas import TokenDeltas, check_shapes, check_type
+from ttfunc.indices import shortened
+from ttfunc.mixing import adapter_numbers
+from ttfunc.model.matrix import Matrix, matrices_of
+from ttfunc.model.targets import Targets, find_targets
+from ttfunc.torch_private import is_exported, transforms_active
+from ttfunc.weight.any_rows import AnyRows
+from ttfunc.weight.deferred import patched
+
+# One tensor where the model has one matrix of rows, and one for each name where it has several.
+Each: TypeAlias = "Tensor | Mapping[str, Tensor]"
+
+
+class Exportable(nn.Module):
+    """A model whose inputs begin with the rows and their token ids; for `torch.export`.
+
+    >>> model = torch.nn.Embedding(100, 8)
+    >>> program = ttfunc.Exportable(model)
+    >>> params = ttfunc.init_deltas(model, [3], init=torch.ones(1, 8))
+    >>> rows, ids = program.inputs(params, rows=2)
+    >>> ids
+    tensor([ 3, -1])
+    >>> exported = torch.export.export(program, (rows, ids, torch.tensor([1, 2, 3])))
+    >>> exported.module()(rows, ids, torch.tensor([3, 4, 5]))[0, 0]
+    tensor(1.)
+
+    `forward(rows, ids, *args, **kwargs)` calls the model with `(k, D)` rows in place of those of
+    `(k,)` int64 ids, and gives what it gives. k is the same in each call of an exported program. A
+    row whose id is -1 is not used, whatever it holds. Where the model has several matrices of rows
+    (an untied head of its own), rows and ids are dicts, by the first name of each matrix. The
+    gradients of the rows are right; the model is not changed.
+
+    A compiled program checks nothing. There an id past the end is not used either; of two rows with
+    one id the first counts; ids of another dtype are read as bytes, and anything may happen. Call
+    `check` before, which is also done by a call that is not traced.
+
+    Args:
+        model: any module. It is a submodule, under the name `model`.
+        targets: as for `init_deltas`; by default the input embedding, and what is tied to it.
+        kwargs: keyword arguments that the model gets in each call, such as `{"use_cache": False}`.
+
+    Raises:
+        TypeError, ValueError: a model that is no module, targets that are unknown or ambiguous, or
+        a matrix of an Embedding with `max_norm`, which rescales itself.
+    """
+
+    _each_has_own = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        targets: Targets | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        self.model, self.kwargs = model, dict(kwargs or {})
+        modules = find_targets(model, targets).values()
+        found = matrices_of(model, [module.get_parameter("weight") for module in modules])
+        self.matrices = {matrix.names[0]: matrix for matrix in found}
+        for name, matrix in self.matrices.items():
+            if matrix.has_max_norm:
+                raise ValueError(
+                    f"{name!r} rescales itself as it is read (max_norm), and cannot be in a "
+                    "program for any rows. Export the merged model."
+                )
+
+    def forward(self, rows: Each, ids: Each, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives for `args` and `kwargs` with these rows. Raises as `check`."""
+        self.check(rows, ids)
+        return self._call(self._by_name(rows), self._by_name(ids), args, kwargs)
+
+    def inputs(self, params: TokenDeltas, *, rows: int) -> tuple[Any, Any]:
+        """The rows and the ids of `params`, made up to so many: the first inputs of the program.
+
+        Returns `(rows, D)` deltas, detached, and `(rows,)` int64 ids, or a dict of each. Raises
+        ValueError where there are more rows than that, or the rows are new tokens or of a matrix
+        that is not in the program; TypeError for anything but TokenDeltas.
+        """
+        self._check_params(params, rows)
+        both = [self._padded(params, name, rows) for name in self.matrices]
+        return self._in_one([row for row, _ in both]), self._in_one([one for _, one in both])
+
+    def check(self, rows: Each, ids: Each) -> None:
+        """Whether a program takes these: what a caller asks before, as the program does not.
+
+        Raises TypeError for rows that are no floats and ids that are not int64, ValueError for
+        other shapes and a repeated id, IndexError for an id that is no token.
+        """
+        named_rows, named_ids = self._by_name(rows), self._by_name(ids)
+        for name, matrix in self.matrices.items():
+            self._check_matrix(name, matrix, named_rows[name], named_ids[name])
+
+    def _call(
+        self,
+        rows: Mapping[str, Tensor],
+        ids: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        weights: dict[str, Tensor] = {}
+        for name, matrix in self.matrices.items():
+            base = matrix.current.detach()
+            patch = AnyRows(rows[name], ids[name])
+            weight = patched(base, patch, matrix, dense=False)
+            weights.update(dict.fromkeys(matrix.distinct, weight))
+        return functional_call(self.model, weights, args, {**self.kwargs, **kwargs})
+
+    def _by_name(self, given: Each) -> Mapping[str, Tensor]:
+        if len(self.matrices) == 1 and isinstance(given, Tensor):
+            return dict.fromkeys(self.matrices, given)
+        if not isinstance(given, Mapping) or given.keys() != self.matrices.keys():
+            what = list(given) if isinstance(given, Mapping) else type(given).__name__
+            raise TypeError(
+                f"the program has rows of {list(self.matrices)}, got {what}: give a dict with a "
+                "tensor for each of these names, or one tensor where there is one name."
+            )
+        return given
+
+    def _in_one(self, each: Sequence[Tensor]) -> Any:
+        return each[0] if len(each) == 1 else dict(zip(self.matrices, each, strict=True))
+
+    def _padded(self, params: TokenDeltas, name: str, count: int) -> tuple[Tensor, Tensor]:
+        base = self.matrices[name].tensor
+        key = next((key for key in params.specs if key in self.matrices[name].names), None)
+        if key is None:
+            rows, ids = base.new_zeros(0, base.shape[1]), torch.empty(0, dtype=torch.int64)
+        else:
+            rows, ids = params.deltas[key].detach(), params.token_indices[key]
+        more = count - len(ids)
+        ids = nn.functional.pad(ids.to(rows.device), (0, more), value=-1)
+        return nn.functional.pad(rows, (0, 0, 0, more)), ids
+
+    def _check_params(self, params: TokenDeltas, count: int) -> None:
+        check_type(params)
+        check_shapes(params)
+        known = {name: matrix for matrix in self.matrices.values() for name in matrix.names}
+        for key, spec in params.specs.items():
+            if key not in known or tuple(known[key].tensor.shape) != spec.shape:
+                shapes = {name: tuple(m.tensor.shape) for name, m in self.matrices.items()}
+                raise ValueError(
+                    f"params have rows of {key!r} {spec.shape}, and the program has {shapes}. Make "
+                    "the program with these targets, of the model that the rows belong to."
+                )
+            if spec.grown:
+                raise ValueError(
+                    f"params have {spec.grown} new tokens for {key!r}, and a program has as many "
+                    "logits in each call. Give the model rows for them first: "
+                    "model.resize_token_embeddings(...), and load the rows on it."
+                )
+            if len(spec.indices) > count:
+                raise ValueError(
+                    f"params have {len(spec.indices)} rows of {key!r}, more than rows={count}. "
+                    "Make the program for as many."
+                )
+
+    def _check_matrix(self, name: str, matrix: Matrix, rows: object, ids: object) -> None:
+        if not isinstance(rows, Tensor) or not rows.is_floating_point():
+            raise TypeError(f"the rows of {name!r} must be a float tensor, got {_kind(rows)}.")
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+            raise TypeError(
+                f"the ids of {name!r} must be an int64 tensor, got {_kind(ids)}. Convert them: "
+                "ids.to(torch.int64)."
+            )
+        height, width = matrix.tensor.shape
+        ndim = 2 if self._each_has_own else 1
+        if ids.ndim != ndim or rows.shape != (*ids.shape, width) or ids.shape[-1] > height:
+            shape = "(n, k)" if self._each_has_own else "(k,)"
+            raise ValueError(
+                f"the ids of {name!r} must be {shape} and the rows {shape[:-1].rstrip(',')}, "
+                f"{width}), with k up to {height}; got {tuple(ids.shape)} and {tuple(rows.shape)}."
+            )
+        if _has_values(ids):
+            for one in ids.view(-1, ids.shape[-1]).tolist():
+                _check_ids(name, one, height)
+
+
+class ExportableMixed(Exportable):
+    """An `Exportable` for batches in which each example has its own adapter.
+
+    >>> model = torch.nn.Embedding(100, 8)
+    >>> program = ttfunc.ExportableMixed(model)
+    >>> params = ttfunc.init_deltas(model, [3], init=torch.ones(1, 8))
+    >>> rows, ids, assignment = program.inputs([params], [0, -1], rows=2, adapters=4)
+    >>> program(rows, ids, assignment, torch.tensor([[3], [4]])).shape
+    torch.Size([2, 1, 8])
+
+    `forward(rows, ids, assignment, *args, **kwargs)`: `(n, k, D)` rows, `(n, k)` ids and `(B,)`
+    int64, the adapter of each example; -1 is the plain model. As in `patch_mixed`, the examples are
+    the first dimension of the batch. In a compiled program, an adapter that is not there is the
+    plain model too.
+    """
+
+    _each_has_own = True
+
+    def forward(self, rows: Each, ids: Each, assignment: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives with these rows for each example. Raises as `check`."""
+        self.check(rows, ids, assignment)
+        named_rows, named_ids = self._by_name(rows), self._by_name(ids)
+        count = next(iter(named_ids.values())).shape[0]
+        plain = (assignment < 0) | (assignment >= count)
+        number = torch.where(plain, 0, assignment)
+        chosen = {name: one.index_select(0, number) for name, one in named_rows.items()}
+        tokens = {
+            name: torch.where(plain.unsqueeze(-1), -1, one.index_select(0, number))
+            for name, one in named_ids.items()
+        }
+        return self._call(chosen, tokens, args, kwargs)
+
+    def inputs(  # type: ignore[override]
+        self,
+        params: Sequence[TokenDeltas],
+        assignment: Iterable[int] | Tensor,
+        *,
+        rows: int,
+        adapters: int,
+    ) -> tuple[Any, Any, Tensor]:
+        """The rows and ids of up to so many adapters, and the assignment, each made up.
+
+        Returns `(adapters, rows, D)` deltas, `(adapters, rows)` ids and the `(B,)` assignment.
+        Raises as `Exportable.inputs`, and as `patch_mixed` for the assignment.
+        """
+        given = [params] if isinstance(params, TokenDeltas) else list(params)
+        if not 0 < len(given) <= adapters:
+            raise ValueError(
+                f"give 1 to {adapters} adapters (adapters={adapters}), got {len(given)}."
+            )
+        for one in given:
+            self._check_params(one, rows)
+        numbers = adapter_numbers(assignment, len(given))
+        values, ids = [], []
+        for name in self.matrices:
+            both = [self._padded(one, name, rows) for one in given]
+            more = adapters - len(given)
+            together = torch.stack([row for row, _ in both])
+            values.append(nn.functional.pad(together, (0, 0, 0, 0, 0, more)))
+            each = torch.stack([one for _, one in both])
+            ids.append(nn.functional.pad(each, (0, 0, 0, more), value=-1))
+        plain = [-1 if number == len(given) else number for number in numbers]
+        return self._in_one(values), self._in_one(ids), ids[0].new_tensor(plain)
+
+    def check(self, rows: Each, ids: Each, assignment: object) -> None:  # type: ignore[override]
+        """As `Exportable.check`; also IndexError for an adapter that is not there."""
+        super().check(rows, ids)
+        counts = {name: one.shape[0] for name, one in self._by_name(ids).items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"the ids have other numbers of adapters: {counts}. Give the same.")
+        if not isinstance(assignment, Tensor) or assignment.dtype != torch.int64:
+            raise TypeError(f"assignment must be an int64 tensor, got {_kind(assignment)}.")
+        if assignment.ndim != 1:
+            raise ValueError(f"assignment must be (B,), got {tuple(assignment.shape)}.")
+        if _has_values(assignment):
+            adapter_numbers(assignment, next(iter(counts.values())))
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _has_values(tensor: Tensor) -> bool:
+    unknown = is_exported() or transforms_active() or torch.compiler.is_dynamo_compiling()
+    return not (unknown or tensor.is_meta)
+
+
+def _check_ids(name: str, ids: list[int], height: int) -> None:
+    used = [token for token in ids if token != -1]
+    if beyond := [token for token in used if not 0 <= token < height]:
+        raise IndexError(
+            f"the ids {shortened(beyond)} are no tokens of {name!r}, which has {height} rows. Give "
+            f"0 to {height - 1}, or -1 for a row that is not used."
+        )
+    if len(set(used)) != len(used):
+        repeated = sorted({token for token in used if used.count(token) > 1})
+        raise ValueError(
+            f"the ids {shortened(repeated)} of {name!r} are given more than once: each token has "
+            "one row. Give -1 for the others."
+        )
