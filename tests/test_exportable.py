@@ -15,8 +15,8 @@ from tests.helpers.graphs import constants, copies
 from tests.helpers.llama import llama
 from tests.helpers.models import D, Language, V, loss_of, make, tokens
 from tests.helpers.oracle import edited
-from tests.helpers.rows import adapters, random_rows
-from ttfunc import Exportable, ExportableMixed, TokenDeltas, functional_call, init_deltas, patch
+from tests.helpers.rows import random_rows
+from ttfunc import Exportable, TokenDeltas, functional_call, init_deltas, patch
 
 pytestmark = [
     # torch's own, in run_decompositions, and of transformers' models under dynamo
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects"),
 ]
 
-K, N = 4, 3  # rows and adapters of the programs
+K = 4  # rows of the programs
 PLAIN = {"use_cache": False, "return_dict": False}
 BATCH = {0: Dim("batch"), 1: Dim("length")}
 MODELS = {
@@ -51,8 +51,7 @@ def spec_of(tensors) -> object:
 
 
 def exported(program: Exportable, inputs: tuple, x: Tensor, strict: bool = False):
-    batch = [{0: BATCH[0]}] if isinstance(program, ExportableMixed) else []
-    shapes = (*map(spec_of, inputs[:2]), *batch, (BATCH,))
+    shapes = (*map(spec_of, inputs), (BATCH,))
     return torch.export.export(program, (*inputs, x), dynamic_shapes=shapes, strict=strict)
 
 
@@ -112,38 +111,6 @@ def test_the_bytes_of_the_graph_are_those_of_the_logits():
         if isinstance(one := n.meta["val"], Tensor) and not one.is_floating_point()
         if not any(isinstance(size, torch.SymInt) for size in one.shape)
     )
-
-
-@BOTH
-@pytest.mark.parametrize("tie", [True, False])
-def test_one_program_serves_a_mixed_batch(tie: bool, strict: bool):
-    model = llama(tie=tie)
-    program = ExportableMixed(model, kwargs=PLAIN)
-    each = adapters(model, [7, 3], [3, 20, 5])
-    found = exported(
-        program, program.inputs(each, [1, -1, 0], rows=K, adapters=N), tokens(7, 3, batch=3), strict
-    ).module()
-
-    @settings(max_examples=10, deadline=None)
-    @given(
-        st.lists(
-            st.lists(st.integers(0, V - 1), min_size=1, max_size=K, unique=True),
-            min_size=1,
-            max_size=N,
-        ),
-        st.data(),
-    )
-    def agrees(ids: list[list[int]], data: st.DataObject) -> None:
-        numbers = st.integers(-1, len(ids) - 1)
-        assignment = data.draw(st.lists(numbers, min_size=1, max_size=5))
-        params = adapters(model, *ids)
-        x = torch.randint(0, V, (len(assignment), data.draw(st.integers(1, 6))))
-        inputs = program.inputs(params, assignment, rows=K, adapters=N)
-        models = [*(edited(model, one) for one in params), model]
-        expected = [models[a](x[i : i + 1], **PLAIN)[0] for i, a in enumerate(assignment)]
-        torch.testing.assert_close(found(*inputs, x)[0], torch.cat(expected), rtol=1e-5, atol=1e-5)
-
-    agrees()
 
 
 def test_ids_that_a_program_cannot_check_are_harmless_or_the_first_counts():
@@ -243,23 +210,6 @@ def test_bad_rows_and_ids_are_refused(name: str):
         program.check(rows, ids)
     with pytest.raises(error, match=message):
         program(rows, ids, tokens(7))
-
-
-def test_bad_assignments_are_refused():
-    model = make("tied").requires_grad_(False)
-    program = ExportableMixed(model)
-    rows, ids, assignment = program.inputs(adapters(model, [7], [3]), [0, 1], rows=2, adapters=3)
-    program.check(rows, ids, assignment)
-    with pytest.raises(IndexError, match="names adapter 3, but there are 3"):
-        program.check(rows, ids, torch.tensor([0, 3]))
-    with pytest.raises(TypeError, match=r"int64 tensor, got torch.int32"):
-        program.check(rows, ids, assignment.int())
-    with pytest.raises(ValueError, match=r"assignment must be \(B,\), got \(1, 2\)"):
-        program.check(rows, ids, assignment.unsqueeze(0))
-    with pytest.raises(ValueError, match=r"give 1 to 1 adapters .* got 2"):
-        program.inputs(adapters(model, [7], [3]), [0, 1], rows=2, adapters=1)
-    with pytest.raises(IndexError, match="names adapter 2, but there are 2"):
-        program.inputs(adapters(model, [7], [3]), [0, 2], rows=2, adapters=3)
 
 
 def test_params_that_the_program_does_not_take():

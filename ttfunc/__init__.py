@@ -5,7 +5,8 @@ from ttfunc.counts import Summary, summary
 from ttfunc.deltas import TokenDeltas, combine
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.disk.rows_file import load, save
-from ttfunc.exportable import Exportable, ExportableMixed
+from ttfunc.exportable import Exportable
+from ttfunc.exportable_mixed import ExportableMixed
 from ttfunc.init import init_deltas
 from ttfunc.merging import merge, unmerge
 from ttfunc.mixing import patch_mixed

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.merging import merge
+from ttfunc.model.owners import engines_at_work, is_sharded
 from ttfunc.module_parts import WRITERS, Bridge, is_fusing, part, stand_ins
 from ttfunc.names import innermost
 from ttfunc.weight.deferred import PatchedWeight
@@ -139,6 +140,13 @@ def _save_merged(bridge: Bridge, save: MethodType, *args: Any, **kwargs: Any) ->
             "what is saved is the model with the rows in it."
         )
     owner = bridge.base
+    if engines_at_work() and any(map(is_sharded, owner.state_dict(keep_vars=True).values())):
+        raise RuntimeError(
+            f"each rank has a part of this {type(owner).__name__}, and save_pretrained writes it "
+            "whole. Gather its state dict (get_model_state_dict of torch.distributed.checkpoint, "
+            "with full_state_dict=True), and save merge(state_dict, module.params()) on one rank; "
+            "or save the rows, and merge the folder that the model came from (merge_checkpoint)."
+        )
     instead = stand_ins(bridge)  # in a copy also for what the base trains
     with torch.no_grad():
         own = dict(owner.named_parameters(remove_duplicate=False))

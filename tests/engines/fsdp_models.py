@@ -177,3 +177,12 @@ def as_lora() -> dict[str, float]:
         files = [folder / name / "adapter_model.safetensors" for name in ("plain", "late")]
         return {"files": float(files[0].read_bytes() != files[1].read_bytes())}
     return {"files": 0.0}
+
+
+@RECIPES.recipe("save_pretrained of a TokenModule over it")
+def saved_whole() -> dict[str, float]:
+    model, params, _ = made()
+    module = TokenModule(shard(model), params)
+    folder = Path(tempfile.mkdtemp()) / "merged"
+    found = refused(RuntimeError, "merge_checkpoint", lambda: module.save_pretrained(folder))
+    return {**found, "files": float(folder.exists())}

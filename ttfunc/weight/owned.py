@@ -80,16 +80,12 @@ class OwnedWeight(PatchedWeight):
 def owned(weight: PatchedWeight, place: Place, reads: Reads) -> OwnedWeight:
     """The same weight over what a place holds when it is read; the reads are noted in `reads`."""
     source = weight.source
-    nan = source.rows.placeholder(source.base, reads)
-    if isinstance(source.rows, SharedRows):
-        nan = nan_placeholder(
-            Unreadable,
-            cast_like(source.rows.values, source.base),
-            source.base,
-            source.rows.indices.on(source.base.device).ids,
-            source.rows.grown,
-            reads,
-        )
+    rows, base = source.rows, source.base
+    if isinstance(rows, SharedRows):
+        ids, values = rows.indices.on(base.device).ids, cast_like(rows.values, base)
+        nan = nan_placeholder(Unreadable, values, base, ids, rows.grown, reads)
+    else:
+        nan = rows.placeholder(base, reads)
     made = nan.as_subclass(OwnedWeight)
     # What an engine gathers is gone after the call, when logits may still be waiting.
     made.source = source._replace(placeholder=nan, memory=None, defers=False, reads=reads)
