@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import optree
 import pytest
 import torch
@@ -197,7 +199,7 @@ def bad_inputs() -> dict[str, tuple]:
             torch.zeros(V + 1, D),
             torch.full((V + 1,), -1),
             ValueError,
-            f"k up to {V}",
+            f"k from 1 to {V}",
         ),
     }
 
@@ -215,7 +217,7 @@ def test_bad_rows_and_ids_are_refused(name: str):
 def test_params_that_the_program_does_not_take():
     model = make("untied").requires_grad_(False)
     program = Exportable(model)
-    with pytest.raises(ValueError, match=r"params have 2 rows .* more than rows=1"):
+    with pytest.raises(ValueError, match=r"params have 2 of the 23 rows .* rows=1\."):
         program.inputs(random_rows(model, [7, 3]), rows=1)
     with pytest.raises(ValueError, match=r"rows of 'lm_head.weight' .* program has .*embed_tokens"):
         program.inputs(random_rows(model, [7], targets=["lm_head"]), rows=1)
@@ -238,6 +240,37 @@ def test_a_model_that_has_changed_since_is_refused():
     model = Language().requires_grad_(False)
     program, params = Exportable(model), random_rows(model, [7])
     model.embed_tokens.weight = nn.Parameter(torch.zeros(V, D), requires_grad=False)
-    with pytest.raises(ValueError, match="stale patch"):
+    with pytest.raises(ValueError, match="tied or replaced since"):
         program(*program.inputs(params, rows=1), tokens(7))
     assert isinstance(params, TokenDeltas)
+
+
+def test_a_copy_has_matrices_of_its_own():
+    model = llama(tie=False)
+    targets = ["model.embed_tokens", "lm_head"]
+    program = Exportable(model, targets=targets, kwargs=PLAIN).eval()
+    copied = copy.deepcopy(program)
+    assert copied.model is not model
+    assert copied.kwargs == PLAIN
+    assert not copied.training
+    params = random_rows(copied.model, [7, 3], targets=targets)
+    inputs, x = copied.inputs(params, rows=K), tokens(7, 3)
+    expected = edited(copied.model, params)(x, **PLAIN)[0]
+    torch.testing.assert_close(copied(*inputs, x)[0], expected)
+    torch.testing.assert_close(exported(copied, inputs, x).module()(*inputs, x)[0], expected)
+
+
+def test_ties_that_changed_since_are_refused_before_and_in_an_export():
+    model = llama()
+    program, params = Exportable(model, kwargs=PLAIN), random_rows(model, [7])
+    inputs = program.inputs(params, rows=K)
+    model.lm_head.weight = nn.Parameter(torch.randn(V, D), requires_grad=False)
+    with pytest.raises(ValueError, match=r"tied or replaced since .*Exportable\(model\) anew"):
+        program.inputs(params, rows=K)
+    with pytest.raises(ValueError, match="stale patch"):
+        exported(program, inputs, tokens(7))
+    model = llama(tie=False)
+    program, params = Exportable(model, kwargs=PLAIN), random_rows(model, [7])
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="tied or replaced since"):
+        program.inputs(params, rows=K)

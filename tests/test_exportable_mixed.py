@@ -72,3 +72,15 @@ def test_bad_assignments_are_refused():
         program.inputs(adapters(model, [7], [3]), [0, 1], rows=2, adapters=1)
     with pytest.raises(IndexError, match="names adapter 2, but there are 2"):
         program.inputs(adapters(model, [7], [3]), [0, 2], rows=2, adapters=3)
+
+
+def test_the_number_of_adapters_may_be_dynamic():
+    model = make("tied").requires_grad_(False)
+    program = ExportableMixed(model)
+    each = adapters(model, [7, 3], [3, 20], [5])
+    inputs = (*program.inputs(each, [1, -1, 2], rows=K, adapters=N), tokens(7, 3, batch=3))
+    count = {0: Dim("adapters", min=2)}
+    shapes = (count, count, {0: BATCH}, ({0: BATCH, 1: LENGTH},))
+    found = torch.export.export(program, inputs, dynamic_shapes=shapes).module()
+    more = (*program.inputs(each, [0, 2], rows=K, adapters=N + 2), tokens(7, 3, batch=2))
+    torch.testing.assert_close(found(*more), program(*more))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ttfunc.call import functional_call
 from ttfunc.deltas import TokenDeltas, check_shapes, check_type
 from ttfunc.indices import shortened
-from ttfunc.model.matrix import Matrix, matrices_of
+from ttfunc.model.matrix import Matrix, count_slots, matrices_of
 from ttfunc.model.targets import Targets, find_targets
 from ttfunc.torch_private import is_exported, transforms_active
 from ttfunc.weight.any_rows import AnyRows
@@ -143,9 +144,22 @@ class Exportable(nn.Module):
         ids = nn.functional.pad(ids.to(rows.device), (0, more), value=-1)
         return nn.functional.pad(rows, (0, 0, 0, more)), ids
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model has matrices of its own.
+        targets = [name.rpartition(".")[0] for name in self.matrices]
+        make = functools.partial(type(self), targets=targets, kwargs=self.kwargs)
+        return make, (self.model,), {"training": self.training}
+
     def _check_params(self, params: TokenDeltas, count: int) -> None:
         check_type(params)
         check_shapes(params)
+        for name, matrix in self.matrices.items():
+            held = [tensor for _, tensor in matrix.slots]
+            if count_slots(self.model, held) != len(held):
+                raise ValueError(
+                    f"{name!r} was tied or replaced since the program was made. Make "
+                    f"{type(self).__name__}(model) anew."
+                )
         known = {name: matrix for matrix in self.matrices.values() for name in matrix.names}
         for key, spec in params.specs.items():
             if key not in known or tuple(known[key].tensor.shape) != spec.shape:
@@ -160,10 +174,10 @@ class Exportable(nn.Module):
                     "logits in each call. Give the model rows for them first: "
                     "model.resize_token_embeddings(...), and load the rows on it."
                 )
-            if len(spec.indices) > count:
+            if not len(spec.indices) <= count <= spec.shape[0]:
                 raise ValueError(
-                    f"params have {len(spec.indices)} rows of {key!r}, more than rows={count}. "
-                    "Make the program for as many."
+                    f"params have {len(spec.indices)} of the {spec.shape[0]} rows of {key!r}, and "
+                    f"rows={count}. Make the program for as many as any adapter has."
                 )
 
     def _check_matrix(self, name: str, matrix: Matrix, rows: object, ids: object) -> None:
@@ -176,11 +190,13 @@ class Exportable(nn.Module):
             )
         height, width = matrix.tensor.shape
         ndim = 2 if self._each_has_own else 1
-        if ids.ndim != ndim or rows.shape != (*ids.shape, width) or ids.shape[-1] > height:
-            shape = "(n, k)" if self._each_has_own else "(k,)"
+        empty = ids.ndim == ndim and any(size == 0 for size in ids.shape)
+        fits = ids.ndim == ndim and rows.shape == (*ids.shape, width) and ids.shape[-1] <= height
+        if empty or not fits:
+            shapes = "(n, k) and (n, k, D)" if self._each_has_own else "(k,) and (k, D)"
             raise ValueError(
-                f"the ids of {name!r} must be {shape} and the rows {shape[:-1].rstrip(',')}, "
-                f"{width}), with k up to {height}; got {tuple(ids.shape)} and {tuple(rows.shape)}."
+                f"the ids and rows of {name!r} must be {shapes}, with k from 1 to {height} and D "
+                f"{width}; got {tuple(ids.shape)} and {tuple(rows.shape)}."
             )
         if has_values(ids):
             for one in ids.view(-1, ids.shape[-1]).tolist():

@@ -81,11 +81,12 @@ class ExportableMixed(Exportable):
         """As `Exportable.check`; also IndexError for an adapter that is not there."""
         super().check(rows, ids)
         counts = {name: one.shape[0] for name, one in self._by_name(ids).items()}
-        if len(set(counts.values())) > 1:
+        first, *others = counts.values()
+        if any(count != first for count in others):  # sizes in a trace have no hash
             raise ValueError(f"the ids have other numbers of adapters: {counts}. Give the same.")
         if not isinstance(assignment, Tensor) or assignment.dtype != torch.int64:
             raise TypeError(f"assignment must be an int64 tensor, got {kind_of(assignment)}.")
         if assignment.ndim != 1:
             raise ValueError(f"assignment must be (B,), got {tuple(assignment.shape)}.")
         if has_values(assignment):
-            adapter_numbers(assignment, next(iter(counts.values())))
+            adapter_numbers(assignment, first)

@@ -29,7 +29,9 @@ def check_fresh(
         if isinstance(now, PatchedWeight) and now.source.matrix is not None:
             # This calls a copy, inside of another call: the slot holds a weight of the outer call.
             now = next((one for _, one in now.source.matrix.slots if one is tensor), now)
-        if now is not None and is_stand_in(now, tensor) and _is_traced_of(now, source, matrix):
+        # torch.export has one stand-in for a tied parameter.
+        as_tied = now is held[0] or tensor is not matrix.tensor
+        if now is not None and as_tied and _is_traced_of(now, tensor, source, matrix):
             continue
         if now is tensor and (tensor is known or _is_patched(tensor, source, matrix, memory)):
             known = tensor
@@ -41,10 +43,10 @@ def check_fresh(
         )
 
 
-def _is_traced_of(now: Tensor, source: Source, matrix: Matrix) -> bool:
+def _is_traced_of(now: Tensor, tensor: Tensor, source: Source, matrix: Matrix) -> bool:
     """Whether it stands for the matrix while the model that this belongs to is exported."""
     own = matrix if source.matrix is None else source.matrix
-    return own.holds(now)
+    return is_stand_in(now, tensor) and own.holds(now)
 
 
 def _is_patched(tensor: Tensor, source: Source, matrix: Matrix, memory: object) -> bool:

@@ -138,3 +138,27 @@ def test_several_adapters_are_no_single_matrix():
         patch.materialise(torch.randn(V, D))
     with pytest.raises(ValueError, match=r"for 2 examples was given a batch of shape \(3, 4\)"):
         patch.lookup(torch.zeros(3, 4, dtype=torch.int64), torch.randn(V, D))
+
+
+@pytest.mark.parametrize("unused", [torch.nan, torch.inf, 1e38])
+def test_what_an_unused_row_holds_reaches_no_gradient(unused: float):
+    base, hidden = normal(V, D), normal(4, D, seed=2).requires_grad_()
+    rows = normal(4, D, seed=1).requires_grad_()
+    with torch.no_grad():
+        rows[1], rows[3] = unused, unused
+    ids = torch.tensor([7, -1, 2, 7])  # the last is there twice, and past
+    logits = AnyRows(rows, ids).product(hidden, base)
+    of_hidden, of_rows = torch.autograd.grad(logits.square().sum(), (hidden, rows))
+    clean = torch.where(torch.isfinite(rows) & (rows < 1e30), rows, 0).detach().requires_grad_()
+    expected = F.linear(hidden, in_place(base, clean[[0, 2]], [7, 2]))
+    truth = torch.autograd.grad(expected.square().sum(), (hidden, clean))
+    torch.testing.assert_close(of_hidden, truth[0])
+    torch.testing.assert_close(of_rows, truth[1])
+
+
+def test_a_slice_of_the_matrix_makes_no_copy_of_all_of_it():
+    base, rows = normal(V, D), normal(2, D, seed=1)
+    patch = AnyRows(rows, torch.tensor([4, 2]))
+    assert torch.equal(patch.piece(base, 1, 5), patch.materialise(base)[1:5])
+    with pytest.raises(RuntimeError, match="cannot be mixed"):
+        AnyRows(rows[None], torch.tensor([[4, 2]])).piece(base, 1, 5)

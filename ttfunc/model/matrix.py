@@ -80,8 +80,9 @@ class Matrix:
 
 def is_stand_in(now: Tensor, tensor: Tensor) -> bool:
     """Whether `now` is what torch.export calls a model with, in place of such a tensor."""
-    like = now.shape == tensor.shape and now.dtype == tensor.dtype and now.device == tensor.device
-    return is_traced() and is_fake(now) and like
+    if not (is_traced() and is_fake(now)):
+        return False
+    return now.shape == tensor.shape and now.dtype == tensor.dtype and now.device == tensor.device
 
 
 def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:

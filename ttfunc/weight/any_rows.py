@@ -44,8 +44,9 @@ class AnyRows(NamedTuple):
 
     def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
         """`F.embedding` of `(...)` tokens, or of `(B, ...)`: `(..., D)`."""
-        used, _ = places(self.ids, len(base))
-        ids = torch.where(used, self.ids, -1)
+        given = self.ids.to(base.device)
+        used, _ = places(given, len(base))
+        ids = torch.where(used, given, -1)
         rows = cast_like(self.values, base)
         if self.by_example:
             check_examples(rows.shape[0], tokens, least=2)
@@ -63,10 +64,11 @@ class AnyRows(NamedTuple):
 
     def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear` of `(..., D)` hidden states, or of `(B, ..., D)`: `(..., V)`."""
-        hidden, rows = autocast(hidden), autocast(cast_like(self.values, base))
-        bias = None if bias is None else autocast(bias)
+        hidden, bias = autocast(hidden), None if bias is None else autocast(bias)
         fresh = F.linear(hidden, autocast(base), bias)
-        used, place = places(self.ids, len(base))
+        used, place = places(self.ids.to(base.device), len(base))
+        # Else what an unused row holds, times a gradient of 0, could be NaN.
+        rows = torch.where(used.unsqueeze(-1), autocast(cast_like(self.values, base)), 0)
         some_bias = None if bias is None else bias[place]
         if self.by_example:
             check_examples(rows.shape[0], hidden, least=3)
@@ -85,13 +87,15 @@ class AnyRows(NamedTuple):
         """The matrix itself, `(V, D)`. Raises RuntimeError where each example has its own."""
         if self.by_example:
             raise not_mixed()
-        used, place = places(self.ids, len(base))
+        used, place = places(self.ids.to(base.device), len(base))
         rows = torch.where(used.unsqueeze(-1), cast_like(self.values, base), base[place])
         return base.index_copy(0, place, rows)
 
     def piece(self, base: Tensor, start: int, stop: int) -> Tensor:
-        """The rows of the matrix from `start` to `stop`; a copy of it is made."""
-        return self.materialise(base)[start:stop]
+        """The rows of the matrix from `start` to `stop`, `(stop - start, D)`; a copy."""
+        if self.by_example:
+            raise not_mixed()
+        return self.lookup(torch.arange(start, stop, device=base.device), base)
 
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """One NaN in the shape of `base`; its gradient goes to the rows, or is refused."""
