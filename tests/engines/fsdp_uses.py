@@ -19,12 +19,15 @@ from tests.engines.work import (
     compared,
     distance,
     edited,
+    generated,
     made,
     oracle,
     refused,
     said,
     started,
+    starts_alike,
     stepped,
+    stepped_as_module,
 )
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
@@ -89,12 +92,7 @@ def forward_mode() -> dict[str, float]:
 
 @RECIPES.recipe("generate")
 def generate() -> dict[str, float]:
-    model, params, _ = made()
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    truth = edited(params, llama()).generate(TEXT, **options)
-    shard(model)
-    found = functional_call(model, patch(params), (TEXT,), options, method="generate")
-    return {"tokens": float((found != truth).sum())}
+    return generated(llama(), shard)
 
 
 @RECIPES.recipe("new tokens")
@@ -144,11 +142,7 @@ def mixed() -> dict[str, float]:
 @RECIPES.recipe("a TokenModule over it")
 def module() -> dict[str, float]:
     model, params, truth = made()
-    shard(model)
-    over = TokenModule(model, params)
-    out = over(input_ids=TEXT, labels=TEXT)
-    out.loss.backward()
-    return compared(out.logits, started(over.params()).grad, truth)
+    return stepped_as_module(shard(model), params, truth)
 
 
 @RECIPES.recipe("the TokenModule sharded too")
@@ -188,18 +182,7 @@ def merged() -> dict[str, float]:
 
 @RECIPES.recipe("where rows start")
 def starts() -> dict[str, float]:
-    plain, model = llama(), shard(llama())
-    worst = 0.0
-    for init in ("base", "mean", "normal", lambda base, idx: base[idx] * 2):
-        draw = [
-            torch.Generator().manual_seed(3 + r * (init == "normal")) for r in (0, dist.get_rank())
-        ]
-        a, b = (
-            started(init_deltas(m, IDS, init=init, generator=g))
-            for m, g in zip((plain, model), draw, strict=True)
-        )
-        worst = max(worst, distance(b, a) if init != "base" else float(not torch.equal(a, b)))
-    return {"rows": worst}
+    return starts_alike(llama(), shard(llama()))
 
 
 @RECIPES.recipe("rows of another sharded model")

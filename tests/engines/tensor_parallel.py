@@ -24,17 +24,18 @@ from tests.engines.work import (
     again,
     compared,
     distance,
-    edited,
+    generated,
     made,
     oracle,
     refused,
     said,
     started,
     stepped,
+    stepped_as_module,
 )
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
-from ttfunc import TokenModule, functional_call, merge, patch, patch_mixed, unmerge
+from ttfunc import functional_call, merge, patch, patch_mixed, unmerge
 
 RECIPES = Recipes()
 
@@ -182,19 +183,12 @@ def deferred() -> dict[str, float]:
 @RECIPES.recipe("a TokenModule over it")
 def module() -> dict[str, float]:
     model, params, truth = made()
-    over = TokenModule(split(model), params)
-    out = over(input_ids=TEXT, labels=TEXT)
-    out.loss.backward()
-    return compared(out.logits, started(over.params()).grad, truth)
+    return stepped_as_module(split(model), params, truth)
 
 
 @RECIPES.recipe("generate")
 def generate() -> dict[str, float]:
-    model, params, _ = made()
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    truth = edited(params, llama()).generate(TEXT, **options)
-    found = functional_call(split(model), patch(params), (TEXT,), options, method="generate")
-    return {"tokens": float((found != truth).sum())}
+    return generated(llama(), split)
 
 
 @RECIPES.recipe("merge and unmerge of a sharded state dict")

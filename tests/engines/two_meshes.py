@@ -10,9 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from tests.engines.work import IDS, Recipes, again, distance, made, started, stepped
+from tests.engines.work import Recipes, again, made, starts_alike, stepped
 from tests.helpers.llama import llama
-from ttfunc import init_deltas, merge
+from ttfunc import merge
 
 RECIPES = Recipes()
 
@@ -59,11 +59,7 @@ def merged() -> dict[str, float]:
 
 @RECIPES.recipe("where rows start, of a matrix split twice")
 def starts() -> dict[str, float]:
-    plain, model = llama(tie=False), both(llama(tie=False))
-    pairs = [
-        [started(init_deltas(m, IDS, init=i)) for m in (plain, model)] for i in ("base", "mean")
-    ]
-    return {"rows": max(distance(a, b) for a, b in pairs)}
+    return starts_alike(llama(tie=False), both(llama(tie=False)))
 
 
 @RECIPES.recipe("FSDP2 with replicas")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
-from ttfunc import TokenDeltas, functional_call, init_deltas, merge, patch
+from ttfunc import TokenDeltas, TokenModule, functional_call, init_deltas, merge, patch
 
 IDS = [7, 3, 20, 11]
 TEXT = torch.tensor([[3, 7, 5, 20, 11, 7], [1, 2, 3, 4, 22, 9]])
@@ -84,6 +85,42 @@ def stepped(
     out = said(model, params)
     out.loss.backward()
     return compared(out.logits, started(params).grad, truth)
+
+
+def stepped_as_module(
+    model: nn.Module, params: TokenDeltas, truth: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """The same by a TokenModule over the model."""
+    module = TokenModule(model, params)
+    out = module(input_ids=TEXT, labels=TEXT)
+    out.loss.backward()
+    return compared(out.logits, started(module.params()).grad, truth)
+
+
+def generated(model: Any, sharded: Callable[[Any], Any]) -> dict[str, float]:
+    """How many tokens are others than those of an edited model."""
+    params = random_rows(model, IDS)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    truth = edited(params, copy.deepcopy(model)).generate(TEXT, **options)
+    weights = patch(params)
+    found = functional_call(sharded(model), weights, (TEXT,), options, method="generate")
+    return {"tokens": float((found != truth).sum())}
+
+
+def starts_alike(plain: nn.Module, model: nn.Module) -> dict[str, float]:
+    """How far rows of a sharded model start from those of the plain one; at the base, not at all.
+
+    What is drawn is that of the first rank, whatever the others draw.
+    """
+    worst = 0.0
+    for init in ("base", "mean", "normal", lambda base, idx: base[idx] * 2):
+        seeds = (3, 3 + dist.get_rank() * (init == "normal"))
+        a, b = (
+            started(init_deltas(m, IDS, init=init, generator=torch.Generator().manual_seed(seed)))
+            for m, seed in zip((plain, model), seeds, strict=True)
+        )
+        worst = max(worst, float(not torch.equal(a, b)) if init == "base" else distance(b, a))
+    return {"rows": worst}
 
 
 def compared(logits: Any, gradient: Any, truth: tuple[Tensor, Tensor]) -> dict[str, float]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 
 from tests.engines.work import (
     IDS,
@@ -16,15 +15,18 @@ from tests.engines.work import (
     compared,
     distance,
     edited,
+    generated,
     made,
     refused,
     said,
     started,
+    starts_alike,
     stepped,
+    stepped_as_module,
 )
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
-from ttfunc import TokenModule, functional_call, init_deltas, patch, patch_mixed
+from ttfunc import functional_call, patch, patch_mixed
 
 RECIPES = Recipes()
 # Every parameter is partitioned, however small.
@@ -73,11 +75,7 @@ def plain(early: bool, tie: bool = True, history: str = "") -> dict[str, float]:
 
 @RECIPES.recipe("generate")
 def generate() -> dict[str, float]:
-    model, params, _ = made()
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    truth = edited(params, llama()).generate(TEXT, **options)
-    found = functional_call(partitioned(model), patch(params), (TEXT,), options, method="generate")
-    return {"tokens": float((found != truth).sum())}
+    return generated(llama(), partitioned)
 
 
 @RECIPES.recipe("torch.func.grad")
@@ -94,10 +92,7 @@ def func_grad() -> dict[str, float]:
 @RECIPES.recipe("a TokenModule over it")
 def module() -> dict[str, float]:
     model, params, truth = made()
-    over = TokenModule(partitioned(model), params)
-    out = over(input_ids=TEXT, labels=TEXT)
-    out.loss.backward()
-    return compared(out.logits, started(over.params()).grad, truth)
+    return stepped_as_module(partitioned(model), params, truth)
 
 
 @RECIPES.recipe("an adapter for each example")
@@ -129,15 +124,4 @@ def grown() -> dict[str, float]:
 
 @RECIPES.recipe("where rows start")
 def starts() -> dict[str, float]:
-    plain, model = llama(), partitioned(llama())
-    worst = 0.0
-    for init in ("base", "mean", "normal", lambda base, idx: base[idx] * 2):
-        draw = [
-            torch.Generator().manual_seed(3 + r * (init == "normal")) for r in (0, dist.get_rank())
-        ]
-        a, b = (
-            started(init_deltas(m, IDS, init=init, generator=g))
-            for m, g in zip((plain, model), draw, strict=True)
-        )
-        worst = max(worst, distance(b, a) if init != "base" else float(not torch.equal(a, b)))
-    return {"rows": worst}
+    return starts_alike(llama(), partitioned(llama()))
