@@ -32,6 +32,7 @@ from bench.report import print_table
 from bench.timing import in_turns
 from tests.engines.launch import launch, wrong
 from tests.engines.test_engines import RANKS
+from tests.helpers.ranks import leave
 
 
 def run_recipes(engines: list[str]) -> None:
@@ -98,7 +99,7 @@ def measure_on_rank(options: argparse.Namespace) -> None:
         found[engine] = in_turns(steps, options.repeats, prepare=_together)
     if dist.get_rank() == 0:
         print(json.dumps(found))
-    dist.destroy_process_group()
+    leave()
 
 
 def _together() -> None:

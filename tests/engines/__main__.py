@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.helpers.ranks import leave
+
 
 def main() -> None:
     engine, file, *names = sys.argv[1:]
@@ -25,7 +27,7 @@ def main() -> None:
             found[name] = traceback.format_exc()
         if dist.get_rank() == 0:
             Path(file).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
