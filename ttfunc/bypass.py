@@ -47,6 +47,7 @@ class RefuseOwn(TorchFunctionMode):
 
 
 def reached(name: str, uncopyable: Sequence[str], what: str) -> str:
+    """The message for a matrix that was reached, with what leads to it and the way out."""
     return (
         f"the model's own {name!r} {what} during a functional call: by a hook, or through "
         f"{list(uncopyable)}, an object or a global that leads to it and that a call cannot copy. "

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.helpers.mesh import mesh_of_one
 from tests.helpers.rows import random_rows
@@ -121,15 +121,21 @@ def test_a_split_matrix_takes_no_new_tokens_and_no_mixed_batch(mesh):
 
 def test_a_part_of_a_matrix_is_multiplied_and_not_looked_up_in(mesh):
     torch.manual_seed(0)
-    hidden = torch.randn(3, D)
+    hidden, here = torch.randn(3, D), 6  # so many rows are on this rank: of the tokens, 2
     for kind in (nn.Linear(D, V, bias=False), nn.Embedding(V, D)):
         kind.requires_grad_(False)
-        params = random_rows(kind, IDS, targets="")
-        expected = F.linear(hidden, patch(params)["weight"])
-        whole = distribute_tensor(kind.weight.data, mesh, [Shard(0)])
-        kind.weight = nn.Parameter(whole, requires_grad=False)
-        weight = owned(patch(params)["weight"], Place(kind, "weight", Kept()), Reads())
+        weights = patch(random_rows(kind, IDS, targets=""))
+        expected = F.linear(hidden, weights["weight"])[:, :here]
+        local = kind.weight.detach()[:here].clone()
+        part = DTensor.from_local(
+            local, mesh, [Shard(0)], run_check=False, shape=torch.Size((V, D)), stride=(D, 1)
+        )
+        kind.weight = nn.Parameter(part, requires_grad=False)
+        weight = owned(weights["weight"], Place(kind, "weight", Kept()), Reads())
         weight.place.copy = type(kind)(V, D)
-        weight.place.copy._parameters["weight"] = whole.to_local()[:]
+        weight.place.copy._parameters["weight"] = local  # as a tool's forward puts it there
         if isinstance(kind, nn.Linear):
             torch.testing.assert_close(F.linear(hidden, weight), expected)
+        else:
+            with pytest.raises(RuntimeError, match=r"weight of Embedding is not gathered here"):
+                F.embedding(torch.tensor([2]), weight)
