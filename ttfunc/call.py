@@ -18,6 +18,7 @@ from ttfunc.model.matrix import Matrix, way_to
 from ttfunc.model.path import ModulePath, Visit, find_path
 from ttfunc.slots import Slot, find_slots, is_patch, shown_in, sizes_of
 from ttfunc.torch_private import transforms_active
+from ttfunc.unread import check_read
 
 # Results that read the weights after the call.
 _LATER = (Iterator, Awaitable, AsyncIterator, FunctionType, MethodType)
@@ -119,7 +120,7 @@ def call_copy(
     finally:  # what a model sets before it raises is there afterwards, as after any call
         copies.carry_over([slot.held for slot in own], _own)
     if at is None and not (traced or isinstance(out, _LATER)):
-        _check_read(model, slots)
+        check_read(model, slots, kwargs)
     return out
 
 
@@ -207,32 +208,6 @@ def _warn_of_frozen_rows(model: nn.Module, slots: Sequence[Slot]) -> None:
             "take it), or call model.eval() where nothing is trained.",
             stacklevel=4,
         )
-
-
-def _check_read(model: nn.Module, slots: Sequence[Slot]) -> None:
-    """Raise RuntimeError where a call has read no patched matrix; warn where it left one unread."""
-    unread: dict[tuple[str, ...], None] = {}
-    read = False
-    for slot in {id(slot.stand_in): slot for slot in slots}.values():
-        if not (is_patch(slot.weight) and is_patch(slot.stand_in)):
-            continue
-        uses = slot.stand_in.source.uses
-        for how in uses:
-            setattr(slot.weight.source.reads, how, True)
-        read |= bool(uses)
-        if not uses:
-            unread[slot.matrix.names] = None
-    for names in unread:
-        message = (
-            f"the call did not read the patched matrix {names}: its rows had no effect. Either "
-            f"this {type(model).__name__} does not use the matrix here: choose one that it uses "
-            "with init_deltas(targets=...), or call it without this weight. Or it reaches its "
-            "modules in a way that a call cannot copy: use torch.func.functional_call, which "
-            "changes the model itself during the call."
-        )
-        if not read:
-            raise RuntimeError(message)
-        warnings.warn(message, stacklevel=4)
 
 
 def _check_arguments(

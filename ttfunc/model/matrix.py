@@ -27,12 +27,14 @@ class Matrix:
         engine with the tensor that it keeps between calls. A module reached by two paths is one.
     has_max_norm: whether an Embedding with max_norm holds it; that rescales it in place at a read.
     path: the modules that a call copies. A call that finds them changed looks for them again.
+    looked_up: whether a token was looked up with its rows since the last call that multiplied.
     """
 
     names: tuple[str, ...]
     slots: tuple[tuple[str, Tensor], ...]
     has_max_norm: bool
     path: ModulePath
+    looked_up: bool = False
 
     @property
     def tensor(self) -> Tensor:

@@ -94,6 +94,8 @@ class Source(NamedTuple):
                 "deferred patch of one adapter does not need this: it reads the current rows."
             )
         setattr(self.reads, how, True)
+        if how == "lookup" and self.matrix is not None and not traced:
+            self.matrix.looked_up = True
 
 
 def versions(*tensors: Tensor) -> tuple[tuple[Tensor, int | None], ...]:
