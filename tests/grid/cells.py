@@ -11,8 +11,8 @@ from tests.grid.subjects import FAMILIES, WRAPS
 
 # Which tokens: of the vocabulary, past its end, or of both kinds.
 ROWS = ("old", "new", "both")
-# At which end of the model. New tokens are given no end, and belong to each.
-ENDS = ("default", "input", "head", "each")
+# At which end of the model: of the same tokens at each, or of others. New ones are given no end.
+ENDS = ("default", "input", "head", "each", "apart")
 # The ways to call that cost milliseconds, those that compile, and an engine of two ranks.
 QUICK = ("patch", "dense", "deferred", "mixed", "vmap", "module", "program")
 COMPILED = ("compiled", "exported")

@@ -52,6 +52,10 @@ REASONS = {
         "Fused, but it does not have vmap support",
         lambda cell: (cell.family, cell.way) == ("function", "vmap"),
     ),
+    "FSDP2 gathers for the forward of the root alone": Reason(
+        "is not gathered here: its engine gathers it while that module runs",
+        lambda cell: (cell.way, cell.look) == ("fsdp2", "generate") and cell.wrap != "plain",
+    ),
     "a hook of PEFT's has no vmap": Reason(
         r"requires_grad_\(\).*inside of a function being transformed",
         lambda cell: (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -119,10 +119,9 @@ def filled(model: nn.Module, seed: int) -> nn.Module:
 
 
 @torch.no_grad()
-def longer(model: nn.Module, family: Family, wrap: str, size: int) -> nn.Module:
-    """The same model, built with a larger vocabulary: zeros are what the smaller one has not."""
+def longer(state: Mapping[str, Tensor], family: Family, wrap: str, size: int) -> nn.Module:
+    """The model of this state, built with a larger vocabulary: zeros are what that one has not."""
     made = built(family, wrap, size)
-    state = model.state_dict()
     for name, tensor in made.state_dict().items():
         tensor.zero_()[tuple(map(slice, state[name].shape))] = state[name]
     return made

@@ -11,7 +11,7 @@ from tests.grid.cells import COMPILED, Cell, drawn, kinds
 from tests.grid.outcomes import outcome
 
 
-@hypothesis.settings(max_examples=600)
+@hypothesis.settings(max_examples=1200)
 @hypothesis.given(st.sampled_from(kinds()), st.integers(0, 2**16 - 1))
 def test_a_cell_is_right_or_refused_for_a_known_reason(kind: Cell, seed: int):
     cell = Cell(**{**vars(kind), "seed": seed})

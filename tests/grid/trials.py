@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tests.grid.cells import Cell
 from tests.grid.subjects import FAMILIES, built, filled, inputs_of, longer, results_of
@@ -31,6 +33,8 @@ class Trial:
         self.cell, self.family = cell, FAMILIES[cell.family]
         self.rng = random.Random(str(cell))  # noqa: S311
         self.model = filled(built(self.family, cell.wrap, self.family.size), cell.seed)
+        # Kept from before the model is called, or sharded.
+        self.state = {name: one.clone() for name, one in self.model.state_dict().items()}
         self.grown = 0 if cell.rows == "old" else self.rng.randint(1, 2)
         self.several = cell.way in ("mixed", "vmap")
         self.assignment: list[int] = []
@@ -67,7 +71,10 @@ class Trial:
             self.assignment = [rng.choice(choices) for _ in range(BATCH)]
 
     def make_rows(self) -> None:
-        """The rows of each adapter, as a user makes them."""
+        """The rows of each adapter, as a user makes them: before the model is sharded, or after."""
+        late = self.rng.random() < 0.5
+        if self.cell.way == "fsdp2" and late:
+            shard(self.model)
         generator = torch.Generator().manual_seed(self.cell.seed)
 
         def values(base: Tensor, ids: Tensor) -> Tensor:
@@ -78,16 +85,21 @@ class Trial:
             after = self.adapters[0] if self.adapters and not self.several and self.grown else None
             options: dict[str, Any] = {"grow": True} if self.grown else {}
             options = {"after": after} if after is not None else options
-            self.adapters.append(
-                init_deltas(
-                    self.model,
-                    ids,
-                    targets=self.targets(),
-                    init=values,
-                    requires_grad=True,
-                    **options,
-                )
+            idx, targets = self.asked(ids)
+            rows = init_deltas(
+                self.model, idx, targets=targets, init=values, requires_grad=True, **options
             )
+            self.adapters.append(rows)
+        if self.cell.way == "fsdp2" and not late:
+            shard(self.model)
+
+    def asked(self, ids: list[int]) -> tuple[list[int] | dict[str, list[int]], list[str] | None]:
+        """The ids and the targets, as `init_deltas` takes them."""
+        targets = self.targets()
+        if self.cell.ends != "apart":
+            return ids, targets
+        others = [1 + token % (self.family.size - 1) for token in ids]
+        return dict(zip(targets, (ids, others), strict=True)), None
 
     def targets(self) -> list[str] | None:
         """The modules whose rows are trained, by the names that they have within the adapter."""
@@ -126,7 +138,7 @@ class Trial:
     @torch.no_grad()
     def oracle(self, adapters: tuple[int, ...]) -> nn.Module:
         """A model that was built with the new size, with the rows written into it."""
-        model = longer(self.model, self.family, self.cell.wrap, self.size)
+        model = longer(self.state, self.family, self.cell.wrap, self.size)
         for number in adapters:
             if number >= 0:
                 write(model, self.adapters[number])
@@ -163,6 +175,11 @@ class Trial:
     def generation(self, ids: Tensor | None = None) -> dict[str, Any]:
         options = {"max_new_tokens": GENERATED, "do_sample": False, "pad_token_id": 0}
         return {"input_ids": self.text if ids is None else ids, **options}
+
+
+def shard(model: nn.Module) -> None:
+    """By FSDP2, as one group, over ranks that read the same text."""
+    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from tests.grid.subjects import built, results_of
 from tests.grid.trials import Gradient, Trial
+from tests.helpers.checkpoints import contents
 from tests.helpers.oracle import same_bits
 from ttfunc import (
     Exportable,
@@ -25,12 +25,13 @@ from ttfunc import (
     merge_checkpoint,
     patch,
     patch_mixed,
+    save,
     stack,
     unmerge,
+    unmerge_checkpoint,
 )
 
 Inputs = Mapping[str, Any]
-Call = Callable[[Inputs], tuple[Tensor, Tensor]]
 ROWS = 12  # of an exported program
 
 
@@ -111,7 +112,9 @@ class Program(Way):
     def __init__(self, trial: Trial) -> None:
         super().__init__(trial)
         rows = combine(*trial.adapters)
-        self.program = Exportable(trial.model, targets=trial.targets())
+        # A cache is no output of a program.
+        options = {"use_cache": False} if trial.family.generates else {}
+        self.program = Exportable(trial.model, targets=trial.targets(), kwargs=options)
         values, ids = self.program.inputs(rows, rows=ROWS)
         names = list(self.program.matrices)
         each = values if isinstance(values, Mapping) else {names[0]: values}
@@ -151,16 +154,7 @@ class Compiled(Way):
         return run(self.trial.adapters, inputs)
 
 
-class Sharded(Way):
-    """FSDP2, by two ranks that read the same text."""
-
-    def __init__(self, trial: Trial) -> None:
-        super().__init__(trial)
-        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-        fully_shard(trial.model, mesh=mesh)
-
-
-WAYS: dict[str, type[Way]] = {
+WAYS: dict[str, Callable[[Trial], Way]] = {
     "patch": Way,
     "dense": Dense,
     "deferred": Deferred,
@@ -170,8 +164,13 @@ WAYS: dict[str, type[Way]] = {
     "program": Program,
     "exported": Exported,
     "compiled": Compiled,
-    "fsdp2": Sharded,
+    "fsdp2": lambda trial: trial.rng.choice([Way, Deferred, Module])(trial),
 }
+
+
+def called(trial: Trial) -> Way:
+    """The way of the cell."""
+    return WAYS[trial.cell.way](trial)
 
 
 def compare(trial: Trial) -> None:
@@ -181,19 +180,19 @@ def compare(trial: Trial) -> None:
 
 def _logits(trial: Trial) -> None:
     expected, _, _ = trial.expected()
-    found, _ = WAYS[trial.cell.way](trial).results()
+    found, _ = called(trial).results()
     _close(found * 1, expected)  # which are made here where they wait
 
 
 def _loss(trial: Trial) -> None:
     _, expected, _ = trial.expected()
-    _, found = WAYS[trial.cell.way](trial).results()
+    _, found = called(trial).results()
     _close(found, expected)
 
 
 def _gradient(trial: Trial) -> None:
     _, _, expected = trial.expected()
-    way = WAYS[trial.cell.way](trial)
+    way = called(trial)
     _, loss = way.results()
     found = way.gradient(loss)
     assert found.keys() >= expected.keys()
@@ -204,7 +203,7 @@ def _gradient(trial: Trial) -> None:
 
 def _generate(trial: Trial) -> None:
     expected = trial.generated()
-    found = WAYS[trial.cell.way](trial).call(trial.generation(), "generate")
+    found = called(trial).call(trial.generation(), "generate")
     assert torch.equal(found, expected), f"{found.tolist()} for {expected.tolist()}"
 
 
@@ -213,8 +212,8 @@ def _state_dict(trial: Trial) -> None:
     expected = trial.oracle(tuple(range(len(trial.adapters)))).state_dict()
     state = trial.model.state_dict()
     if trial.cell.way == "fsdp2":
-        WAYS["fsdp2"](trial)
-        state = {name: one.full_tensor() for name, one in trial.model.state_dict().items()}
+        options = StateDictOptions(full_state_dict=True)
+        state = get_model_state_dict(trial.model, options=options)
     merged = merge(state, *trial.adapters)
     assert merged.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -226,27 +225,35 @@ def _state_dict(trial: Trial) -> None:
 
 def _folder(trial: Trial) -> None:
     """The folder of the model without an adapter, with the rows in it."""
-    source = _base(trial, trial.model, trial.family.size)
+    source = _base(trial, trial.model.state_dict(), trial.family.size)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source.save_pretrained(folder / "source")
+        rows: Any = combine(*trial.adapters)
+        if trial.rng.random() < 0.5:
+            save(rows, folder / "rows.safetensors")
+            rows = folder / "rows.safetensors"
         if trial.cell.way == "module":
             Module(trial).module.save_pretrained(folder / "merged")
         else:
-            merge_checkpoint(folder / "source", combine(*trial.adapters), folder / "merged")
+            merge_checkpoint(folder / "source", rows, folder / "merged")
+            unmerge_checkpoint(folder / "merged", rows, folder / "back")
+            assert contents(folder / "back") == contents(folder / "source")
         loaded = type(source).from_pretrained(folder / "merged", attn_implementation="eager")
     assert loaded.config.get_text_config().vocab_size == trial.size
-    expected = _base(trial, trial.oracle(tuple(range(len(trial.adapters)))), trial.size)
+    expected = _base(
+        trial, trial.oracle(tuple(range(len(trial.adapters)))).state_dict(), trial.size
+    )
     with torch.no_grad():
         _close(loaded.eval()(**trial.inputs()).logits, expected(**trial.inputs()).logits)
 
 
-def _base(trial: Trial, model: nn.Module, size: int) -> Any:
+def _base(trial: Trial, wrapped: Mapping[str, Tensor], size: int) -> Any:
     """The model outside of its adapter."""
     plain = built(trial.family, "plain", size)
     state = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in wrapped.items()
         if "lora_" not in name
     }
     plain.load_state_dict(state)
