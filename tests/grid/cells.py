@@ -14,8 +14,8 @@ ROWS = ("old", "new", "both")
 # At which end of the model: of the same tokens at each, or of others. New ones are given no end.
 ENDS = ("default", "input", "head", "each", "apart")
 # The ways to call that cost milliseconds, those that compile, and an engine of two ranks.
-QUICK = ("patch", "dense", "deferred", "mixed", "vmap", "module", "program")
-COMPILED = ("compiled", "exported")
+QUICK = ("patch", "dense", "deferred", "mixed", "vmap", "module", "program", "program_mixed")
+COMPILED = ("compiled", "exported", "exported_mixed")
 WAYS = (*QUICK, *COMPILED, "fsdp2")
 LOOKS = ("logits", "loss", "gradient", "state_dict", "folder", "generate")
 
@@ -50,7 +50,8 @@ class Cell:
         if self.family == "max_norm" and self.ends == "head" and untied:
             return False  # the embedding, with no row of it trained, rescales the model's own
         looks = {
-            "generate": family.generates and self.way not in ("vmap", "program", *COMPILED),
+            "generate": family.generates
+            and self.way not in ("vmap", "program", "program_mixed", *COMPILED),
             "state_dict": self.way in ("patch", "fsdp2"),
             # A folder has the base alone, and so no head that was trained whole.
             "folder": family.generates

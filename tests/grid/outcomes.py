@@ -27,17 +27,21 @@ def _grows(cell: Cell) -> bool:
     return cell.rows != "old"
 
 
+def _is_program(cell: Cell) -> bool:
+    return cell.way.startswith(("program", "exported"))
+
+
 REASONS = {
     "max_norm is not mixed": Reason(
         "max_norm.*cannot be mixed", lambda cell: (cell.family, cell.way) == ("max_norm", "mixed")
     ),
     "max_norm is in no program": Reason(
         "max_norm.*cannot be in a program",
-        lambda cell: cell.family == "max_norm" and cell.way in ("program", "exported"),
+        lambda cell: cell.family == "max_norm" and _is_program(cell),
     ),
     "a program has no new tokens": Reason(
         "a program has as many logits in each call",
-        lambda cell: _grows(cell) and cell.way in ("program", "exported"),
+        lambda cell: _grows(cell) and _is_program(cell),
     ),
     "the embedding is trained whole": Reason(
         "among modules_to_save|modules_to_save.default",
@@ -45,7 +49,9 @@ REASONS = {
     ),
     "only a lookup and a product are mixed": Reason(
         "reads its token matrix in a way that cannot be mixed",
-        lambda cell: cell.family in ("reading", "function") and cell.way == "mixed",
+        lambda cell: (
+            cell.family in ("reading", "function", "by_frequency") and cell.way.endswith("mixed")
+        ),
     ),
     # The same without a patch:
     "the model's own operation has no vmap": Reason(

@@ -36,7 +36,8 @@ class Trial:
         # Kept from before the model is called, or sharded.
         self.state = {name: one.clone() for name, one in self.model.state_dict().items()}
         self.grown = 0 if cell.rows == "old" else self.rng.randint(1, 2)
-        self.several = cell.way in ("mixed", "vmap")
+        self.mixed = cell.way.endswith("mixed")  # an adapter for each example
+        self.several = self.mixed or cell.way == "vmap"
         self.assignment: list[int] = []
         self._draw_ids()
         self._draw_text()
@@ -65,7 +66,7 @@ class Trial:
             tokens[place] = rng.choice(used)
         self.text, self.labels = torch.tensor(tokens).view(2, BATCH, LENGTH)
         self.labels[:, 1:3] = -100
-        if self.cell.way == "mixed":
+        if self.mixed:
             plain = [] if self.grown else [-1]
             choices = [*range(len(self.ids)), *plain]
             self.assignment = [rng.choice(choices) for _ in range(BATCH)]
@@ -125,7 +126,7 @@ class Trial:
 
     def parts(self) -> list[Part]:
         """The batch, apart for each set of adapters that a part of it is called with."""
-        if self.cell.way == "mixed":
+        if self.mixed:
             return [
                 Part((number,), self.text[b : b + 1], self.labels[b : b + 1])
                 for b, number in enumerate(self.assignment)

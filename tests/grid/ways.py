@@ -111,28 +111,36 @@ class Program(Way):
 
     def __init__(self, trial: Trial) -> None:
         super().__init__(trial)
-        rows = combine(*trial.adapters)
         # A cache is no output of a program.
         options = {"use_cache": False} if trial.family.generates else {}
-        self.program = Exportable(trial.model, targets=trial.targets(), kwargs=options)
-        values, ids = self.program.inputs(rows, rows=ROWS)
-        names = list(self.program.matrices)
+        targets, self.mixed = trial.targets(), trial.mixed
+        self.program = Exportable(
+            trial.model, targets=targets, kwargs=options, assignment=self.mixed
+        )
+        if self.mixed:
+            self.rows = trial.adapters
+            more: dict[str, Any] = {"assignment": trial.assignment, "adapters": 4}
+            self.inputs = self.program.inputs(self.rows, rows=ROWS, **more)
+        else:
+            self.rows = [combine(*trial.adapters)]
+            self.inputs = self.program.inputs(self.rows[0], rows=ROWS)
+        values, names = self.inputs[0], list(self.program.matrices)
         each = values if isinstance(values, Mapping) else {names[0]: values}
-        self.inputs = values, ids
         self.padded = {name: one.requires_grad_() for name, one in each.items()}
-        self.rows = rows
 
     def call(self, inputs: Inputs, method: str = "forward") -> Any:
         return self.program(*self.inputs, **inputs)
 
     def gradient(self, loss: Tensor) -> Gradient:
-        rows = torch.autograd.grad(
+        padded = torch.autograd.grad(
             loss, list(self.padded.values()), allow_unused=True, materialize_grads=True
         )
         return {
-            (0, name, token): row[i]
-            for name, row in zip(self.padded, rows, strict=True)
-            for i, token in enumerate(self.rows.token_indices[name].tolist())
+            (number, name, token): (rows[number] if self.mixed else rows)[i]
+            for name, rows in zip(self.padded, padded, strict=True)
+            for number, params in enumerate(self.rows)
+            if name in params.specs
+            for i, token in enumerate(params.token_indices[name].tolist())
         }
 
 
@@ -162,7 +170,9 @@ WAYS: dict[str, Callable[[Trial], Way]] = {
     "vmap": Vmap,
     "module": Module,
     "program": Program,
+    "program_mixed": Program,
     "exported": Exported,
+    "exported_mixed": Exported,
     "compiled": Compiled,
     "fsdp2": lambda trial: trial.rng.choice([Way, Deferred, Module])(trial),
 }
