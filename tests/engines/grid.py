@@ -21,5 +21,5 @@ def _tried(cell: Cell) -> dict[str, float]:
     """What comes of a cell, the same on each rank, and 0 unless it is wrong."""
     found: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(found, outcome(cell))
-    worst = max(found, key=lambda one: (one.startswith("wrong"), one))
-    return {worst: float("inf") if worst.startswith("wrong") or len(set(found)) > 1 else 0.0}
+    apart = f"wrong: the ranks differ: {found}" if len(set(found)) > 1 else found[0]
+    return {apart: float("inf") if apart.startswith("wrong") else 0.0}

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
+from tests.engines.launch import launch
 from tests.grid.cells import QUICK, WAYS, Cell, drawn
 from tests.grid.outcomes import outcome
 
@@ -19,24 +25,39 @@ def main() -> int:
     options = _options()
     cells = [Cell.parse(text) for text in options.cell]
     cells = cells or drawn(options.cells, options.seed, options.ways.split(","))
-    found: dict[str, str] = {}
-    start = time.perf_counter()
-    for cell in cells:
-        found[str(cell)] = outcome(cell)
-        if found[str(cell)].startswith("wrong"):
-            print(f"{found[str(cell)]}\n    python -m tests.grid --cell {cell}", flush=True)
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=1))
+    start, found = time.perf_counter(), {}
+    try:
+        for name, one in _outcomes(cells, options.jobs):
+            found[name] = one
+            if one.startswith("wrong"):
+                print(f"{one}\n    python -m tests.grid --cell {name}", flush=True)
+    finally:
+        if options.output:
+            options.output.write_text(json.dumps(found, indent=1))
     lost = _lost(json.loads(options.compare.read_text()), found) if options.compare else []
-    for text in lost:
-        print(f"right before, and not now: {text}: {found[text]}")
+    for name in lost:
+        print(f"right before, and not now: {name}: {found[name]}")
+    print(f"{len(found)} cells in {time.perf_counter() - start:.0f} s")
     counts = Counter(
         one if one.startswith("refused") else one.split(":")[0] for one in found.values()
     )
-    print(f"{len(found)} cells in {time.perf_counter() - start:.0f} s")
-    for name, count in counts.most_common():
-        print(f"{count:7} {name}")
+    for kind, count in counts.most_common():
+        print(f"{count:7} {kind}")
     return int(bool(lost) or "wrong" in counts)
+
+
+def _outcomes(cells: list[Cell], jobs: int) -> Iterator[tuple[str, str]]:
+    """What comes of each cell: of those on an engine in one launch of its ranks."""
+    here = [cell for cell in cells if cell.way != "fsdp2"]
+    ranks = [str(cell) for cell in cells if cell.way == "fsdp2"]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
+        outcomes = pool.map(outcome, here, chunksize=10)
+        yield from zip(map(str, here), outcomes, strict=True)
+    if ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            found = launch("grid", 2, Path(folder), *ranks)
+        yield from ((name, ", ".join(one)) for name, one in found.items())
 
 
 def _options() -> argparse.Namespace:
@@ -45,6 +66,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", default=",".join(QUICK), help=f"of {','.join(WAYS)}")
     parser.add_argument("--cell", action="append", default=[], help="this one alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--output", type=Path, help="what came of each cell, as JSON")
     parser.add_argument("--compare", type=Path, help="such a file: what was right must be right")
     return parser.parse_args()
@@ -55,5 +77,4 @@ def _lost(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     sys.exit(main())
