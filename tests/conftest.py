@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-# A test never reaches for a hub.
-os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when torch and transformers are imported, here and in the processes that tests start: a test
+# never reaches for a hub, and each of the processes, one for a core, computes in one thread.
+os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
 
 import hypothesis
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 pytest.register_assert_rewrite("tests.helpers")  # their failures show values, too
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # also where a plugin of pytest has imported it before
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")

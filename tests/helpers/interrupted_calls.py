@@ -28,7 +28,6 @@ def interrupted(count: int) -> Counter[str]:
 
     The model is its own after each of them, by identity and by bits, and so is what it gives.
     """
-    torch.set_num_threads(1)
     rng, outcomes = random.Random(0), Counter()  # noqa: S311
     model = make("tied").requires_grad_(False)
     params = init_deltas(model, [7, 3], init="mean")
@@ -71,7 +70,8 @@ def fork() -> None:
     model = make("tied").requires_grad_(False)
     inside, leave = threading.Event(), threading.Event()
     params = init_deltas(model, [7, 3], init="mean")
-    expected = functional_call(model, patch(params), (X,))
+    x = tokens(7, 3, batch=64, length=512)  # enough for torch to share the work among threads
+    expected = functional_call(model, patch(params), (x,))
 
     def wait(*_: object) -> None:
         if threading.current_thread() is thread:
@@ -79,7 +79,7 @@ def fork() -> None:
             leave.wait(60)
 
     model.body.register_forward_hook(wait)
-    thread = threading.Thread(target=lambda: functional_call(model, patch(params), (X,)))
+    thread = threading.Thread(target=lambda: functional_call(model, patch(params), (x,)))
     thread.start()
     inside.wait(60)
     child = os.fork()
@@ -87,7 +87,7 @@ def fork() -> None:
         signal.alarm(30)
         code = 1
         try:
-            code = int(not torch.equal(functional_call(model, patch(params), (X,)), expected))
+            code = int(not torch.equal(functional_call(model, patch(params), (x,)), expected))
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
@@ -97,6 +97,8 @@ def fork() -> None:
 
 
 if __name__ == "__main__":
+    # A forked child has none of the threads of torch's pool, and would wait for them.
+    torch.set_num_threads(1)
     if sys.argv[1] == "fork":
         fork()
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,11 +14,13 @@ V, D = 23, 8
 class Language(nn.Module):
     """Embedding, a mixing body, head; `(B, L)` tokens to `(B, L, V)` logits."""
 
-    def __init__(self, *, tie: bool = True, bias: bool = False, **embedding) -> None:
+    def __init__(
+        self, *, tie: bool = True, bias: bool = False, vocabulary: int = V, **embedding
+    ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(V, D, **embedding)
+        self.embed_tokens = nn.Embedding(vocabulary, D, **embedding)
         self.body = nn.Linear(D, D)
-        self.lm_head = nn.Linear(D, V, bias=bias)
+        self.lm_head = nn.Linear(D, vocabulary, bias=bias)
         if tie:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -43,25 +47,25 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class Scaled(Language):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = ScaledEmbedding(V, D)
+    def __init__(self, *, vocabulary: int = V) -> None:
+        super().__init__(vocabulary=vocabulary)
+        self.embed_tokens = ScaledEmbedding(vocabulary, D)
         self.lm_head.weight = self.embed_tokens.weight
 
 
 class StorageTied(Language):
     """Two Parameter objects over one memory, as some loaders and `nn.Parameter(w.data)` make."""
 
-    def __init__(self) -> None:
-        super().__init__(tie=False)
+    def __init__(self, **sizes) -> None:
+        super().__init__(tie=False, **sizes)
         self.lm_head.weight = nn.Parameter(self.embed_tokens.weight.data)
 
 
 class EncoderDecoder(Language):
     """T5's: one Embedding module by three paths, and a head tied to it."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **sizes) -> None:
+        super().__init__(**sizes)
         self.shared = self.embed_tokens
         self.encoder = nn.ModuleDict({"embed_tokens": self.shared, "mix": nn.Linear(D, D)})
 
@@ -76,8 +80,8 @@ class EncoderDecoder(Language):
 class MaskedLanguage(Language):
     """BERT's head: a transform, a decoder with a bias, and a norm of its own."""
 
-    def __init__(self) -> None:
-        super().__init__(bias=True, padding_idx=0)
+    def __init__(self, **sizes) -> None:
+        super().__init__(bias=True, padding_idx=0, **sizes)
         self.transform = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D))
 
     def head(self, h: Tensor) -> Tensor:
@@ -125,12 +129,12 @@ class ByReading(Language):
 
 CORPUS = {
     "tied": Language,
-    "untied": lambda: Language(tie=False),
-    "biased": lambda: Language(bias=True),
+    "untied": partial(Language, tie=False),
+    "biased": partial(Language, bias=True),
     "scaled": Scaled,
-    "padding": lambda: Language(padding_idx=3),
-    "max_norm": lambda: Language(max_norm=1.5),
-    "by_frequency": lambda: Language(scale_grad_by_freq=True),
+    "padding": partial(Language, padding_idx=3),
+    "max_norm": partial(Language, max_norm=1.5),
+    "by_frequency": partial(Language, scale_grad_by_freq=True),
     "storage_tied": StorageTied,
     "encoder_decoder": EncoderDecoder,
     "masked": MaskedLanguage,
