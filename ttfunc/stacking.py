@@ -62,22 +62,30 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
     return TokenDeltas(deltas, specs)
 
 
-def aligned(params_list: Iterable[TokenDeltas]) -> list[TokenDeltas]:
-    """The adapters as a list. Raises unless each is well formed and all are of one model."""
+def aligned(params_list: Iterable[TokenDeltas], least: int = 1) -> list[TokenDeltas]:
+    """The adapters as a list, `least` of them or more.
+
+    Raises unless each is well formed, all are of one model, and all have the same new tokens.
+    """
     if isinstance(params_list, TokenDeltas) or not isinstance(params_list, Iterable):
         raise TypeError(
             f"a list of TokenDeltas is needed, got {type(params_list).__name__}. For one adapter "
             "give [params]."
         )
     adapters = list(params_list)
-    if not adapters:
-        raise ValueError("no adapters: give at least one TokenDeltas.")
+    if len(adapters) < least:
+        raise no_adapters()
     for adapter in adapters:
         check_type(adapter)
         check_shapes(adapter)
     check_one_model(adapters)
     check_same_new(adapters)
     return adapters
+
+
+def no_adapters() -> ValueError:
+    """What is raised where an adapter is needed and none was given."""
+    return ValueError("no adapters: give at least one TokenDeltas.")
 
 
 def scattered(delta: Tensor, indices: TokenIndices, into: Tensor, among: TokenIndices) -> Tensor:
