@@ -7,6 +7,7 @@ import numpy as np
 import optree
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from torch import Tensor, nn
@@ -250,13 +251,52 @@ def test_numbers_without_values_are_refused():
         patch_mixed(adapters(make("tied"), *IDS), torch.zeros(3, dtype=torch.int64, device="meta"))
 
 
-def test_rows_that_were_written_to_since_are_stale():
-    model = make("tied").requires_grad_(False)
-    each = adapters(model, *IDS)
-    weights = patch_mixed(each, ASSIGNMENT)
-    functional_call(model, weights, (X,))
+def add_counted(rows: Tensor) -> None:
     with torch.no_grad():
-        optree.tree_leaves(each[1])[0].add_(1)
+        rows.add_(1)
+
+
+def add_past_the_version(rows: Tensor) -> None:
+    rows.data.add_(1)
+
+
+def add_by_numpy(rows: Tensor) -> None:
+    rows.numpy()[0] += 1
+
+
+WRITES = [add_counted, add_past_the_version, add_by_numpy]
+COPIES = {
+    "mixed": lambda each: patch_mixed(each, ASSIGNMENT),
+    "two at once": lambda each: patch(each[0], each[1]),
+    "two, dense": lambda each: patch(each[0], each[1], dense=True),
+    "dense": lambda each: patch(each[1], dense=True),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("kind", COPIES)
+def test_rows_that_were_written_to_since_are_stale(kind: str, write):
+    model = make("tied").requires_grad_(False)
+    each = adapters(model, [7, 3], [20, 5], [5])
+    each[2].deltas[NAME].fill_(torch.nan)  # which differs from itself, and is as it was
+    weights = COPIES[kind](each)
+    functional_call(model, weights, (X,))
+    write(each[1].deltas[NAME])
     with pytest.raises(ValueError, match="stale patch: its rows.*again for each step"):
         functional_call(model, weights, (X,))
-    functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
+    functional_call(model, COPIES[kind](each), (X,))
+
+
+@pytest.mark.parametrize(("count", "ids", "width"), [(65, 1, D), (1, 33, 8192)])
+def test_many_rows_are_not_kept_twice(count: int, ids: int, width: int):
+    model = nn.Embedding(ids, width).requires_grad_(False)
+    few = init_deltas(model, [0])
+    (made_from,) = patch_mixed([few], [0])["weight"].source.made_from
+    assert torch.equal(made_from.values, few.deltas["weight"])
+    each = [init_deltas(model, range(ids)) for _ in range(count)]
+    weight = patch_mixed(each, [0])["weight"]
+    assert [one.values for one in weight.source.made_from] == [None]
+    with torch.no_grad():
+        each[-1].deltas["weight"].add_(1)
+    with pytest.raises(ValueError, match="stale patch"):
+        F.embedding(torch.tensor([[0]]), weight)

@@ -33,7 +33,8 @@ def patch_mixed(
     tensor([2., 1.])
 
     Give the result to `functional_call`, like the result of `patch`. It is differentiable with
-    respect to the deltas of all adapters. Neither the model nor an adapter is changed. The model
+    respect to the deltas of all adapters. It copies their rows, and is refused as stale once these
+    were written to, as a dense patch is. Neither the model nor an adapter is changed. The model
     must keep the examples in the first dimension of its tokens and hidden states, as the models of
     transformers do (except XLNet, which is refused).
 

@@ -130,9 +130,10 @@ def rows_of_each(
     ids = pad_sequence([one.id_at for one in tables], True, padding_value=-1)[:, :k]
     at = [one.row_at + starts[number] for one, number in zip(tables, chosen, strict=True)]
     rows = torch.where(ids < 0, len(values) - 1, pad_sequence(at, True)[:, :k])  # the last is 0
-    each = torch.tensor([chosen.index(number) for number in assignment], device=base.device)
-    ordered, places = _with_places(ids, len(base) + grown)
-    return PerExampleRows(F.embedding(rows[each], values), ordered[each], places[each], grown)
+    place_of = {number: place for place, number in enumerate(chosen)}
+    each = torch.tensor([place_of[number] for number in assignment], device=base.device)
+    ordered, columns = _with_places(ids, len(base) + grown)
+    return PerExampleRows(F.embedding(rows[each], values), ordered[each], columns[each], grown)
 
 
 def _with_places(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
