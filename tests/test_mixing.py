@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import numpy as np
 import optree
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from torch import nn
+from hypothesis import given, settings
+from torch import Tensor, nn
 
 from tests.helpers.models import D, V, loss_of, make, tokens
 from tests.helpers.oracle import edited, snapshot
-from tests.helpers.rows import adapters
+from tests.helpers.rows import adapters, random_rows
 from ttfunc import TokenDeltas, functional_call, init_deltas, patch, patch_mixed
 
 NAME = "embed_tokens.weight"
@@ -65,6 +68,59 @@ def test_the_gradient_of_each_adapter_is_that_of_its_examples(case: str):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("case", CASES)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_a_mixed_batch_is_a_call_of_each_with_new_tokens_and_other_ids(case: str, data):
+    model = make(case).requires_grad_(False)
+    new = [V + i for i in range(data.draw(st.integers(0, 2), label="new tokens"))]
+    some = st.lists(st.integers(0, V - 1), min_size=not new, max_size=6, unique=True)
+    ids = data.draw(st.lists(some, min_size=1, max_size=4), label="old tokens")
+    each = [
+        random_rows(model, data.draw(st.permutations(old + new)), i, grow=True, requires_grad=True)
+        for i, old in enumerate(ids)
+    ]
+    numbers = st.integers(0 if new else -1, len(each) - 1)  # the plain model has no new tokens
+    assignment = data.draw(st.lists(numbers, min_size=1, max_size=5), label="assignment")
+    tokens_of = st.lists(st.integers(0, V + len(new) - 1), min_size=4, max_size=4)
+    x = torch.tensor([data.draw(tokens_of, label="text") for _ in assignment])
+
+    def found(logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss, leaves = (logits * weights).sum(), optree.tree_leaves(each)
+        given = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return logits, given
+
+    weights = torch.randn(len(assignment), 4, V + len(new))
+    alone = [
+        functional_call(model, patch(each[a]) if a >= 0 else {}, (x[i : i + 1],))
+        for i, a in enumerate(assignment)
+    ]
+    together = functional_call(model, patch_mixed(each, assignment), (x,))
+    if all(a < 0 for a in assignment):
+        assert torch.equal(together, model(x))
+    else:
+        torch.testing.assert_close(found(together), found(torch.cat(alone)), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        again = functional_call(model, patch_mixed(each, assignment), (x,))
+    torch.testing.assert_close(again, together)
+
+
+@pytest.mark.parametrize("token", [V + 2, 2**31, -1])
+def test_a_token_that_no_adapter_has_is_refused(token: int):
+    model = make("tied").requires_grad_(False)
+    each = [random_rows(model, [old, V, V + 1], grow=True) for old in (3, 17)]
+    with pytest.raises(IndexError, match="index out of range"):
+        functional_call(model, patch_mixed(each, [0, 1]), (torch.tensor([[3], [token]]),))
+
+
+def test_what_an_adapter_holds_does_not_grow_with_the_other_adapters():
+    model = make("tied").requires_grad_(False)
+    one = random_rows(model, [1])
+    each = [one, *(random_rows(model, [2 * i, 2 * i + 1], i) for i in range(1, 10))]
+    weight = patch_mixed(each, [0, 0, 0])[NAME]
+    assert weight.source.rows.values.shape == (3, 1, D)
+
+
 def test_adapters_of_different_matrices_mix():
     model = make("untied").requires_grad_(False)
     each = [
@@ -105,10 +161,18 @@ def test_a_wrong_assignment_is_refused(assignment, error, match: str):
         patch_mixed(adapters(make("tied"), *IDS), assignment)
 
 
+def test_a_batch_of_the_plain_model_needs_no_adapter():
+    model = make("tied")
+    assert patch_mixed([], [-1, -1]) == {}
+    assert torch.equal(functional_call(model, patch_mixed([], [-1] * len(X)), (X,)), model(X))
+
+
 def test_wrong_adapters_are_refused():
     model = make("tied")
     with pytest.raises(ValueError, match="no adapters"):
         patch_mixed([], [0])
+    with pytest.raises(ValueError, match="assignment is empty"):
+        patch_mixed([], [])
     with pytest.raises(ValueError, match="were made from different models"):
         patch_mixed([*adapters(model, *IDS), *adapters(make("tied"), *IDS)], [0])
     with pytest.raises(TypeError, match="got str where the parameters"):
@@ -187,13 +251,52 @@ def test_numbers_without_values_are_refused():
         patch_mixed(adapters(make("tied"), *IDS), torch.zeros(3, dtype=torch.int64, device="meta"))
 
 
-def test_rows_that_were_written_to_since_are_stale():
-    model = make("tied").requires_grad_(False)
-    each = adapters(model, *IDS)
-    weights = patch_mixed(each, ASSIGNMENT)
-    functional_call(model, weights, (X,))
+def add_counted(rows: Tensor) -> None:
     with torch.no_grad():
-        optree.tree_leaves(each[1])[0].add_(1)
+        rows.add_(1)
+
+
+def add_past_the_version(rows: Tensor) -> None:
+    rows.data.add_(1)
+
+
+def add_by_numpy(rows: Tensor) -> None:
+    rows.numpy()[0] += 1
+
+
+WRITES = [add_counted, add_past_the_version, add_by_numpy]
+COPIES = {
+    "mixed": lambda each: patch_mixed(each, ASSIGNMENT),
+    "two at once": lambda each: patch(each[0], each[1]),
+    "two, dense": lambda each: patch(each[0], each[1], dense=True),
+    "dense": lambda each: patch(each[1], dense=True),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("kind", COPIES)
+def test_rows_that_were_written_to_since_are_stale(kind: str, write):
+    model = make("tied").requires_grad_(False)
+    each = adapters(model, [7, 3], [20, 5], [5])
+    each[2].deltas[NAME].fill_(torch.nan)  # which differs from itself, and is as it was
+    weights = COPIES[kind](each)
+    functional_call(model, weights, (X,))
+    write(each[1].deltas[NAME])
     with pytest.raises(ValueError, match="stale patch: its rows.*again for each step"):
         functional_call(model, weights, (X,))
-    functional_call(model, patch_mixed(each, ASSIGNMENT), (X,))
+    functional_call(model, COPIES[kind](each), (X,))
+
+
+@pytest.mark.parametrize(("count", "ids", "width"), [(65, 1, D), (1, 33, 8192)])
+def test_many_rows_are_not_kept_twice(count: int, ids: int, width: int):
+    model = nn.Embedding(ids, width).requires_grad_(False)
+    few = init_deltas(model, [0])
+    (made_from,) = patch_mixed([few], [0])["weight"].source.made_from
+    assert torch.equal(made_from.values, few.deltas["weight"])
+    each = [init_deltas(model, range(ids)) for _ in range(count)]
+    weight = patch_mixed(each, [0])["weight"]
+    assert [one.values for one in weight.source.made_from] == [None]
+    with torch.no_grad():
+        each[-1].deltas["weight"].add_(1)
+    with pytest.raises(ValueError, match="stale patch"):
+        F.embedding(torch.tensor([[0]]), weight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import optree
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_gradients_are_those_of_each():
         torch.testing.assert_close(found[row, places], own)
 
 
-def test_an_adapter_comes_out_as_it_went_in_with_originals_for_the_rest():
+def test_an_adapter_comes_out_as_it_went_in_with_the_rows_of_the_model_for_the_rest():
     model = make("untied")
     a = init_deltas(model, {"embed_tokens": [5, 1], "lm_head": [2]}, init="mean")
     b = init_deltas(model, [3], dtype=torch.float64, init="mean")
@@ -66,6 +68,44 @@ def test_an_adapter_comes_out_as_it_went_in_with_originals_for_the_rest():
     state = model.state_dict()
     for name, tensor in merge(state, first).items():
         assert torch.equal(tensor, merge(state, a)[name])
+
+
+def test_the_model_was_trained_since_the_adapters_were_made():
+    model = make("untied").requires_grad_(False)
+    each = [
+        random_rows(model, {"embed_tokens": [7, 3], "lm_head": [2]}),
+        random_rows(model, {"embed_tokens": [3, 20, 5]}),
+        random_rows(model, {"embed_tokens": [5], "lm_head": [9, 2]}),
+    ]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    found = vmap(lambda p: functional_call(model, patch(p), (X,)))(stack(each))
+    for one, params in zip(found, each, strict=True):
+        torch.testing.assert_close(one, edited(model, params)(X))
+    # Without the model, what is known of its rows are the originals.
+    loaded = pickle.loads(pickle.dumps(each))  # noqa: S301
+    assert torch.equal(stack(loaded).deltas[NAME][1, 0], each[0].originals[NAME][0])
+
+
+def test_new_tokens_side_by_side_with_other_old_ones():
+    model = make("biased").requires_grad_(False)
+    each = adapters(model, [V + 1, 7, V, 3], [3, V, V + 1, 20, 5], [V, V + 1], grow=True)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(3)
+    x = torch.cat([X, torch.tensor([[V, 7, V + 1, 20, 3, 5]])])
+    found = vmap(lambda p: functional_call(model, patch(p), (x,)))(stack(each))
+    for one, params in zip(found, each, strict=True):
+        torch.testing.assert_close(one, functional_call(model, patch(params), (x,)))
+
+
+def test_narrow_adapters_do_not_round_the_rows_of_the_model():
+    model = make("tied").requires_grad_(False)
+    each = adapters(model, [7], [3], dtype=torch.bfloat16)
+    found = vmap(lambda p: functional_call(model, patch(p), (X,)))(stack(each))
+    for one, params in zip(found, each, strict=True):
+        torch.testing.assert_close(one, edited(model, params)(X))
+    assert stack([each[0], each[0]]).deltas[NAME].dtype == torch.bfloat16
 
 
 def test_members_share_the_base_product_where_their_hidden_states_are_one():

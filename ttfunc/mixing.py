@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ttfunc.deltas import TokenDeltas
 from ttfunc.growth import check_complete
-from ttfunc.indices import outside_of_autocast, union
+from ttfunc.indices import TokenIndices, outside_of_autocast
 from ttfunc.model.owners import unreadable
 from ttfunc.patching import matrix_of_rows
-from ttfunc.stacking import aligned, scattered
+from ttfunc.stacking import aligned, no_adapters
 from ttfunc.weight.deferred import patched
-from ttfunc.weight.per_example import PerExampleRows
+from ttfunc.weight.per_example import rows_of_each
 
 
 def patch_mixed(
@@ -33,12 +33,14 @@ def patch_mixed(
     tensor([2., 1.])
 
     Give the result to `functional_call`, like the result of `patch`. It is differentiable with
-    respect to the deltas of all adapters. Neither the model nor an adapter is changed. The model
+    respect to the deltas of all adapters. It copies their rows, and is refused as stale once these
+    were written to, as a dense patch is. Neither the model nor an adapter is changed. The model
     must keep the examples in the first dimension of its tokens and hidden states, as the models of
     transformers do (except XLNet, which is refused).
 
     Args:
-        adapters: n TokenDeltas of one model, each over any tokens.
+        adapters: n TokenDeltas of one model, each over any tokens; none, if all of the batch is
+            the plain model's. New tokens must be the same in each.
         assignment: B integers, the adapter of each example; -1 is the plain model.
 
     Returns:
@@ -46,11 +48,13 @@ def patch_mixed(
         raises if its batch does not have B examples, or if it is neither a lookup nor a product.
 
     Raises:
-        ValueError: no adapters, an empty assignment, adapters of different models, or as `patch`.
+        ValueError: no adapters for an assignment to one, an empty assignment, adapters of different
+            models or with other new tokens, an example of the plain model beside new tokens, or as
+            `patch`.
         IndexError: an assignment to an adapter that is not there.
         TypeError: adapters or an assignment of another type.
     """
-    adapters = aligned(adapters)
+    adapters = aligned(adapters, least=0)
     for adapter in adapters:
         check_complete(adapter)
     numbers = adapter_numbers(assignment, len(adapters))
@@ -71,29 +75,17 @@ def patch_mixed(
                 "(-1) does not have. Call its examples on their own."
             )
         with outside_of_autocast(base.device):
-            rows = _mixed(name, adapters, base, torch.tensor(numbers, device=base.device))
-            rows = rows._replace(grown=spec.grown)
+            each = [_rows_of(adapter, name) for adapter in adapters]
+            rows = rows_of_each(each, numbers, base, spec.grown)
         deltas = [adapter.deltas[name] for adapter in adapters if name in adapter.deltas]
         weight = patched(base, rows, matrix, dense=False, copied_from=deltas)
         weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights
 
 
-def _mixed(
-    name: str, adapters: Sequence[TokenDeltas], base: Tensor, assignment: Tensor
-) -> PerExampleRows:
-    held = [(a.deltas[name], a.specs[name].indices) if name in a.specs else None for a in adapters]
-    indices = union(tuple(ids for _, ids in filter(None, held)))
-    nothing = base.new_zeros(len(indices), base.shape[1])
-    none = torch.zeros(len(indices), dtype=torch.bool, device=base.device)
-    values = [scattered(*one, nothing, indices) if one else nothing for one in held]
-    own = [
-        scattered(torch.ones_like(none[: len(one[1])]), one[1], none, indices) if one else none
-        for one in held
-    ]
-    return PerExampleRows(
-        torch.stack([*values, nothing]), torch.stack([*own, none]), indices, assignment
-    )
+def _rows_of(adapter: TokenDeltas, name: str) -> tuple[Tensor, TokenIndices] | None:
+    has = name in adapter.specs
+    return (adapter.deltas[name], adapter.specs[name].indices) if has else None
 
 
 def adapter_numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]:
@@ -115,6 +107,8 @@ def adapter_numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]
                 f"assignment must hold integers, the number of an adapter or -1 for the plain "
                 f"model, got {type(number).__name__}: {number!r}."
             )
+        if not count and number != -1:
+            raise no_adapters()
         if not -1 <= number < count:
             raise IndexError(
                 f"assignment names adapter {number}, but there are {count}. Give 0 to {count - 1}, "

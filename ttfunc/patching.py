@@ -32,6 +32,11 @@ def patch(
     differentiable with respect to the deltas alone. `patch(a, b)` is `patch(combine(a, b))`.
     Neither the model nor `params` is changed.
 
+    The weights of one TokenDeltas read its current rows. Those that copy (`patch(a, b)` of one
+    matrix, `dense`) are refused as stale once the rows, or a matrix that was copied, were written
+    to. Writes that no version counts (to `row.data`, through numpy) are noticed for up to 64
+    tensors of 1 MiB in all, whose values are compared at each read; beyond that, they are not.
+
     Args:
         params: with `(k, D)` deltas; they are cast to the dtype and moved to the device that the
             model has now.
@@ -43,7 +48,9 @@ def patch(
         deferred_logits: let the logits wait until something reads them. A cross-entropy of theirs
             then needs none: it is made by chunks of a constant size, from the labelled positions
             alone, and so are its gradients. Where something reads the logits as well, they are made
-            again. Under no_grad, torch.compile and forward mode, this changes nothing.
+            again, of the rows as they were at the product, also after the optimizer's step; a
+            gradient is refused then. Under no_grad, torch.compile and forward mode, this changes
+            nothing.
 
     Returns:
         A `(V, D)` weight for each distinct matrix, under one name of each Parameter that holds it;
@@ -68,7 +75,11 @@ def patch(
         if copied and is_sharded(matrix.tensor):
             raise _no_copy(name, dense)
         rows = SharedRows(delta, spec.indices, spec.grown)
-        weight = patched(base, rows, matrix, dense=copied, defers=deferred_logits)
+        each = [one.deltas[name] for one in (params, *more) if name in one.deltas]
+        weight = patched(
+            base, rows, matrix, dense=copied, defers=deferred_logits,
+            copied_from=each if len(each) > 1 else (),
+        )  # fmt: skip
         weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights
 

@@ -19,6 +19,7 @@ from ttfunc.deltas import (
 )
 from ttfunc.growth import check_same_new
 from ttfunc.indices import TokenIndices, outside_of_autocast, union, with_rows
+from ttfunc.model.owners import is_sharded, unreadable
 from ttfunc.torch_private import outside_of_modes
 
 
@@ -35,15 +36,17 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
 
     `torch.vmap` over it calls the model with each adapter: `vmap(lambda p: functional_call(model,
     patch(p), x))(stack(adapters))`. Adapter i is `optree.tree_map(lambda t: t[i], stacked)`, with
-    the originals for tokens (or matrices) that only other adapters have. The adapters are not
-    changed.
+    the model's rows, as they are now, for tokens (or matrices) that only other adapters have. (The
+    originals, if the parameters belong to no model, or if an engine has the matrix.) The adapters
+    are not changed.
 
     Args:
         params_list: n TokenDeltas of one model, over the same or different tokens.
 
     Returns:
         TokenDeltas over the k tokens of all, in the order in which they first come. The leaves have
-        the widest dtype of the adapters' leaves, and are differentiable with respect to these.
+        the widest dtype of the adapters' leaves, and of the matrix where they hold its rows; they
+        are differentiable with respect to the adapters'.
 
     Raises:
         ValueError: none given, a delta that is not `(k, D)`, adapters of different models, or
@@ -56,28 +59,38 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
     for name in names:
         spec = _common([adapter.specs[name] for adapter in adapters if name in adapter.specs])
         specs[name] = spec
-        filled = [_filled(adapter, name, spec) for adapter in adapters]
-        with outside_of_autocast(filled[0].device):
+        device = next(one.deltas[name].device for one in adapters if name in one.deltas)
+        now = _rows_now(spec).to(device)
+        filled = [_filled(adapter, name, spec, now) for adapter in adapters]
+        with outside_of_autocast(device):
             deltas[name] = torch.stack(filled)
     return TokenDeltas(deltas, specs)
 
 
-def aligned(params_list: Iterable[TokenDeltas]) -> list[TokenDeltas]:
-    """The adapters as a list. Raises unless each is well formed and all are of one model."""
+def aligned(params_list: Iterable[TokenDeltas], least: int = 1) -> list[TokenDeltas]:
+    """The adapters as a list, `least` of them or more.
+
+    Raises unless each is well formed, all are of one model, and all have the same new tokens.
+    """
     if isinstance(params_list, TokenDeltas) or not isinstance(params_list, Iterable):
         raise TypeError(
             f"a list of TokenDeltas is needed, got {type(params_list).__name__}. For one adapter "
             "give [params]."
         )
     adapters = list(params_list)
-    if not adapters:
-        raise ValueError("no adapters: give at least one TokenDeltas.")
+    if len(adapters) < least:
+        raise no_adapters()
     for adapter in adapters:
         check_type(adapter)
         check_shapes(adapter)
     check_one_model(adapters)
     check_same_new(adapters)
     return adapters
+
+
+def no_adapters() -> ValueError:
+    """What is raised where an adapter is needed and none was given."""
+    return ValueError("no adapters: give at least one TokenDeltas.")
 
 
 def scattered(delta: Tensor, indices: TokenIndices, into: Tensor, among: TokenIndices) -> Tensor:
@@ -107,9 +120,23 @@ def _common(specs: list[RowSpec]) -> RowSpec:
     return replace(specs[0], indices=indices, originals=originals, matrix=matrix)
 
 
-def _filled(adapter: TokenDeltas, name: str, spec: RowSpec) -> Tensor:
-    if name not in adapter.specs:
+def _rows_now(spec: RowSpec) -> Tensor:
+    """The rows that the model itself has for these tokens."""
+    matrix = spec.matrix
+    if matrix is None or matrix.shape != spec.shape or is_sharded(matrix.tensor):
         return spec.originals
-    delta = adapter.deltas[name]
-    into = spec.originals.to(delta.device, delta.dtype)
-    return scattered(delta, adapter.specs[name].indices, into, spec.indices)
+    ids, base = spec.indices.on(matrix.tensor.device).ids, unreadable(matrix.current)
+    if not spec.grown:
+        return base.index_select(0, ids)
+    # All adapters have the new tokens: what is here for these is not used.
+    return base.index_select(0, ids.clamp(max=len(base) - 1))
+
+
+def _filled(adapter: TokenDeltas, name: str, spec: RowSpec, now: Tensor) -> Tensor:
+    if name not in adapter.specs:
+        return now
+    delta, indices = adapter.deltas[name], adapter.specs[name].indices
+    into = now.to(delta.device, delta.dtype)
+    if len(indices) < len(spec.indices):
+        into = now.to(delta.device, torch.promote_types(delta.dtype, now.dtype))
+    return scattered(delta, indices, into, spec.indices)

@@ -60,6 +60,21 @@ def test_the_gradients_are_those_of_the_whole_matrix(chunk, softcap, grown):
     assert gradients[1].abs().max() > 1e-3
 
 
+def test_rows_that_are_written_to_before_the_backward_change_no_gradient():
+    weight, rows = made()
+    hidden = torch.randn(T, D, requires_grad=True)
+
+    def loss() -> Tensor:
+        return loss_of(longer_states(hidden, weight), LongerWeight.of(weight), 7, None)
+
+    truth = torch.autograd.grad(loss(), (hidden, rows))
+    late = loss()
+    with torch.no_grad():
+        rows.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(late, (hidden, rows)), truth)
+    assert not torch.equal(torch.autograd.grad(loss(), hidden)[0], truth[0])
+
+
 def test_nothing_as_large_as_the_matrix_is_made():
     weight, _ = made()
     hidden = torch.randn(2, D, requires_grad=True)

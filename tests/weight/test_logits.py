@@ -8,12 +8,12 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from tests.helpers.llama import llama
 from tests.helpers.logits import LABELS, Head, X, both, deferred, loss_of
-from tests.helpers.models import V
+from tests.helpers.models import D, V
 from tests.helpers.rows import random_rows
 from tests.helpers.sizes import Sizes
 from tests.helpers.transforms import TRANSFORMS
@@ -61,21 +61,89 @@ def test_copies_and_files_hold_the_logits():
     assert repr(waits.detach()) == repr(plain.detach())
 
 
-def test_after_a_step_of_the_optimizer_they_are_those_from_before():
-    for read in (
+def add_counted(rows: Tensor) -> None:
+    with torch.no_grad():
+        rows.add_(1)
+
+
+def add_past_the_version(rows: Tensor) -> None:
+    rows.data.add_(1)
+
+
+def add_by_numpy(rows: Tensor) -> None:
+    rows.detach().numpy()[:] += 1
+
+
+WRITES = [add_counted, add_past_the_version, add_by_numpy]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize(
+    "read",
+    [
         lambda y: y.argmax(-1),
         lambda y: y[:, -1].softmax(-1),
         lambda y: loss_of(y),
         lambda y: y.view(-1, V)[3] * 2,
         lambda y: F.cross_entropy(y.transpose(1, 2), X),
-    ):
-        waits, plain = deferred()
-        view = waits.view(-1, V)
-        with torch.no_grad():
-            waits.undone.rows.values.add_(1)
-        torch.testing.assert_close(read(waits) * 1, read(plain).detach())
-        torch.testing.assert_close(view * 1, plain.detach().view(-1, V))
-        assert not read(waits).requires_grad  # plain torch refuses a backward from here
+    ],
+)
+def test_after_a_step_of_the_optimizer_they_are_those_from_before(read, write):
+    model = Head(lambda y: y)
+    params = random_rows(model, [7, 3], requires_grad=True)
+    waits = functional_call(model, patch(params, deferred_logits=True), X)
+    plain = functional_call(model, patch(params), X).detach()
+    view = waits.view(-1, V)
+    write(params.deltas["embed_tokens.weight"])
+    assert waits.waits
+    torch.testing.assert_close(read(waits).detach() * 1, read(plain))
+    torch.testing.assert_close(view.detach() * 1, plain.view(-1, V))
+
+
+@pytest.mark.parametrize("made", ["before the write", "after it"])
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", ["rows", "body", "both"])
+def test_a_gradient_after_a_write_to_the_rows_is_right_or_refused(trained, dtype, write, made):
+    model = Head(lambda y: y).to(dtype).eval()  # which does not warn of frozen rows
+    params = random_rows(model, [7, 3], requires_grad=trained != "body")
+    rows = params.deltas["embed_tokens.weight"]
+    body = model.mix.weight.requires_grad_(trained != "rows")
+    leaves = [one for one in (rows, body) if one.requires_grad]
+
+    def logits() -> Tensor:
+        return functional_call(model, patch(params, deferred_logits=True), X)
+
+    truth = torch.autograd.grad(loss_of(logits()), leaves)
+    waits = logits()
+    loss = loss_of(waits) if made == "before the write" else None
+    write(rows)
+    # Rows that are cast to the matrix's dtype are a copy, for torch too.
+    refused = write is add_counted and rows.requires_grad and rows.dtype == dtype
+    loss = loss_of(waits) if loss is None else loss
+    if refused:
+        with pytest.raises(
+            RuntimeError, match="rows .* have been modified by an inplace operation"
+        ):
+            loss.backward()
+        assert rows.grad is None
+        assert body.grad is None
+    else:
+        torch.testing.assert_close(torch.autograd.grad(loss, leaves), truth)
+
+
+def test_two_losses_of_the_same_logits_have_each_its_gradient():
+    model = Head(lambda y: y)
+    model.head.weight = nn.Parameter(torch.randn(V, D), requires_grad=False)
+    params = random_rows(model, [7, 3], targets="head", requires_grad=True)
+    (rows,) = params.deltas.values()
+    waits = functional_call(model, patch(params, deferred_logits=True), X)
+    first, second = loss_of(waits), F.cross_entropy(waits.view(-1, V), LABELS.view(-1))
+    first.backward()
+    second.backward()
+    plain = functional_call(model, patch(params), X)
+    total = loss_of(plain) + F.cross_entropy(plain.view(-1, V), LABELS.view(-1))
+    torch.testing.assert_close(rows.grad, *torch.autograd.grad(total, rows))
 
 
 def test_hidden_states_that_were_written_to_since_are_refused():

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from ttfunc.indices import found_among
 from ttfunc.torch_private import is_wrapped
-from ttfunc.weight.per_example import check_examples, not_mixed, refusing_placeholder
+from ttfunc.weight.per_example import (
+    check_examples,
+    not_mixed,
+    places,
+    refusing_placeholder,
+)
 from ttfunc.weight.placeholder import NaNPlaceholder
 from ttfunc.weight.reads import autocast, cast_like, no_placeholder
 from ttfunc.weight.source import Reads
@@ -123,25 +128,6 @@ class _Placeholder(NaNPlaceholder):
         used, place = places(ctx.ids, ctx.shape[0])
         rows = torch.where(used.unsqueeze(-1), grad.index_select(-2, place), 0)
         return rows, None, None, None, None, None
-
-
-def places(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Which of `(..., k)` ids are used, and a place among `size` for each, no two alike.
-
-    The place of a used id is the id itself. The others get the first places that are no id, so
-    that what is there can be written back: an index that is there twice has no right gradient.
-    """
-    k = ids.shape[-1]
-    same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
-    is_first = same.to(torch.int64).argmax(-1) == torch.arange(k, device=ids.device)
-    used = (ids >= 0) & (ids < size) & is_first
-    # Of 2k places, k at least are no id. (k <= size.)
-    candidates = torch.arange(min(2 * k, size), device=ids.device)
-    free = (candidates.unsqueeze(-1) != ids.unsqueeze(-2)).all(-1)
-    free_until, unused_until = free.to(torch.int64).cumsum(-1), (~used).to(torch.int64).cumsum(-1)
-    # The n-th that is not used gets the n-th free place, before which fewer than n are free.
-    spare = (free_until.unsqueeze(-2) < unused_until.unsqueeze(-1)).to(torch.int64).sum(-1)
-    return used, torch.where(used, ids, spare)
 
 
 def _beside(each: Tensor, ndim: int) -> Tensor:

@@ -27,7 +27,7 @@ from ttfunc.weight.overrides import (
     registry,
 )
 from ttfunc.weight.placeholder import wrapped
-from ttfunc.weight.source import Reads, RowPatch, Source, versions
+from ttfunc.weight.source import Reads, RowPatch, Source, copied
 
 # For each torch function that needs no copy, its handler (see handlers.py).
 _HANDLERS, implements = registry()
@@ -194,7 +194,9 @@ def patched(
     # torch.compile cannot read data pointers: the place in memory is left out there.
     if matrix is not None and not torch.compiler.is_dynamo_compiling():
         memory = memory_of(matrix.tensor)
-    made_from = versions(*copied_from) if copy is None else versions(base, rows.values)
+    made_from = copied(*copied_from)
+    if copy is not None:
+        made_from = (*copied(base), *(made_from or copied(rows.values)))
     source = Source(base, rows, matrix, placeholder, copy, memory, made_from, defers, reads)
     return _wrap(source, transposed=False)
 

@@ -72,7 +72,9 @@ class LongerWeight(Tensor):
         source = weight.source
         shape = (len(weight), source.base.shape[1] + len(source.rows.values))
         longer = source.base.new_full((), torch.nan).expand(shape).as_subclass(cls)
-        longer.weight = weight
+        # The loss reads it again in its backward, when the rows may have been written to.
+        rows = source.rows.map(lambda values: values.detach().clone())
+        longer.weight = weight.with_source(source._replace(rows=rows))
         return longer
 
     def part(self, start: int, stop: int) -> Tensor:

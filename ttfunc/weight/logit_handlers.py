@@ -178,7 +178,7 @@ def _cross_entropy(
         return NotImplemented
     if weight is not None and (label_smoothing or weight.shape != input.shape[-1:]):
         return NotImplemented
-    undone = input.undone.as_it_was()
+    undone = input.undone.checked()
     if not can_defer(undone.hidden, undone.rows, undone.bias):
         return NotImplemented  # within another transform than the one that they were made in
     hidden, base, rows, bias, ids = undone.operands()

@@ -19,9 +19,11 @@ from ttfunc.torch_private import (
     first_order,
     is_traced,
     is_wrapped,
+    keeps_signature,
     no_torch_function,
     outside_of_modes,
     transform_depth,
+    transforms_active,
     tree_leaves,
     tree_map,
     version_of,
@@ -45,9 +47,10 @@ _METADATA = (ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER) - {
 class Undone(NamedTuple):
     """The operands of a product, and what the model does to it.
 
-    hidden: `(..., D)`. base, bias: as the product takes them, cast by autocast. steps: from the
+    hidden: `(..., D)`. rows: with values of their own, so that a step of an optimizer leaves these
+    logits as they are. base, bias: as the product takes them, cast by autocast. steps: from the
     product to these logits, one position at a time. versions: of the tensors that the product
-    would have read. rows_then: the rows, with values of their own and the version of the others.
+    would have read.
     """
 
     hidden: Tensor
@@ -56,23 +59,16 @@ class Undone(NamedTuple):
     bias: Tensor | None
     steps: Steps
     versions: tuple[tuple[Tensor, int | None], ...]
-    rows_then: tuple[SharedRows, int | None]
 
-    def as_it_was(self) -> Undone:
-        """The same, if nothing was written to since; constants, if the rows were.
-
-        Raises RuntimeError where the hidden states or the matrix were.
-        """
+    def checked(self) -> Undone:
+        """The same. Raises RuntimeError where the hidden states or the matrix were written to."""
         if any(version_of(tensor) != known for tensor, known in self.versions):
             raise RuntimeError(
                 "these logits were deferred, and are read only now that the hidden states or the "
                 "matrix that they are made of were written to. Read them before that, or leave "
                 "deferred_logits=True out of patch."
             )
-        rows, known = self.rows_then
-        return (
-            self if version_of(self.rows.values) == known else self.constant()._replace(rows=rows)
-        )
+        return self
 
     def constant(self) -> Undone:
         """The same without a gradient."""
@@ -85,8 +81,8 @@ class Undone(NamedTuple):
         return self.hidden, self.base, cast_like(self.rows.values, self.base), self.bias, ids
 
     def done(self) -> Tensor:
-        """The logits themselves. Raises as `as_it_was`."""
-        then = self.as_it_was()
+        """The logits themselves. Raises as `checked`."""
+        then = self.checked()
         # They were cast as autocast was when the model multiplied.
         with outside_of_autocast(then.hidden.device):
             return in_steps(self.steps, then.rows.product(then.hidden, then.base, then.bias))
@@ -229,9 +225,44 @@ def defer(hidden: Tensor, rows: SharedRows, base: Tensor, bias: Tensor | None) -
     bias = None if bias is None else autocast(bias)
     hidden, base = autocast(hidden), autocast(base)
     versions = tuple((one, version_of(one)) for one in (hidden, base, bias) if one is not None)
-    # A step of an optimizer writes to the rows, and the logits of the step are those from before.
-    then = rows.map(lambda values: values.detach().clone()), version_of(rows.values)
-    return _wrap(Undone(hidden, rows, base, bias, (), versions, then), constant=False)
+    rows = rows.map(lambda values: _kept(values, base))
+    return _wrap(Undone(hidden, rows, base, bias, (), versions), constant=False)
+
+
+def _kept(values: Tensor, base: Tensor) -> Tensor:
+    """Rows as the product takes them, in a memory of their own.
+
+    A step of an optimizer writes to the rows, often past their version, and the logits of the step
+    are those from before.
+    """
+    cast = cast_like(values, base)
+    if cast is not values:
+        return cast
+    return values.clone() if transforms_active() else _Kept.apply(values)  # type: ignore[no-untyped-call]
+
+
+class _Kept(torch.autograd.Function):
+    """A copy of the rows. It gives no gradient to rows that were written to since.
+
+    torch says the same of an operand that a product has kept for its backward.
+    """
+
+    @staticmethod
+    @keeps_signature
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        # Not by save_for_backward: several losses may be made of the same logits.
+        ctx.values, ctx.version = values, version_of(values)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if version_of(ctx.values) != ctx.version:
+            raise RuntimeError(
+                "the gradient of deferred logits is asked for only now that the rows that they are "
+                "made of have been modified by an inplace operation (a step of an optimizer, a "
+                "clamp). Call backward before that, or make the logits anew."
+            )
+        return grad
 
 
 def can_defer(hidden: Tensor, rows: RowPatch, bias: Tensor | None) -> bool:
@@ -256,8 +287,7 @@ def _wrap(
     blank: Tensor | None = None,
 ) -> DeferredLogits:
     constant = constant or not torch.is_grad_enabled()
-    undone = undone.as_it_was()
-    undone = undone.constant() if constant else undone
+    undone = undone.checked().constant() if constant else undone.checked()
     operands = undone.operands()
     dtype = in_steps(undone.steps, undone.hidden.new_empty(0)).dtype
     transformed = is_wrapped(operands[0]) or is_wrapped(operands[2])

@@ -1,14 +1,21 @@
-"""What a patched weight is made of, and how it was read."""
+"""What a patched weight is made of, how it was read, and whether that was written to since."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ttfunc.deltas import same_bits
+from ttfunc.indices import outside_of_autocast
 from ttfunc.model.matrix import Matrix
-from ttfunc.torch_private import version_of
+from ttfunc.torch_private import is_traced, transforms_active, version_of
+
+# So many tensors, and so many bytes of them in all, are compared at each read to what they were.
+MOST_TENSORS, MOST_BYTES = 64, 1 << 20
 
 
 class Reads:
@@ -59,12 +66,37 @@ class RowPatch(Protocol):
         """The rows after `func`, which acts on each row separately."""
 
 
+class Copied(NamedTuple):
+    """Tensors that were copied to make a weight, and what they were then.
+
+    values: all of them, one after the other; None where they are too many to compare at each read.
+    """
+
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int | None, ...]
+    values: Tensor | None
+
+    @property
+    def written(self) -> bool:
+        """Whether one was written to since, as far as its version or its values tell.
+
+        No version counts a write to `tensor.data` or through numpy, as some optimizers write.
+        """
+        if any(map(operator.ne, map(version_of, self.tensors), self.versions)):
+            return True
+        if self.values is None or not _can_compare(*self.tensors):
+            return False
+        now = _in_one(self.tensors, self.values.device)
+        alike = now.dtype == self.values.dtype and torch.equal(now, self.values)
+        return not (alike or same_bits(now, self.values))  # a NaN equals itself
+
+
 class Source(NamedTuple):
     """What a patched weight is made of: a `(V, D)` base, and rows, cast to it when they are read.
 
     placeholder: the `(V, D)` tensor that code gets if it bypasses `__torch_function__`. copy: the
     patched matrix, if the weight is dense. memory: where the model's own matrix lay. made_from: the
-    tensors that were copied to make the weight, each with its version then. defers: whether its
+    tensors that were copied to make the weight. defers: whether its
     products may wait, as deferred logits. reads: how the weight was read.
     """
 
@@ -74,7 +106,7 @@ class Source(NamedTuple):
     placeholder: Tensor
     copy: Tensor | None
     memory: tuple[object, ...] | None
-    made_from: tuple[tuple[Tensor, int | None], ...]
+    made_from: tuple[Copied, ...]
     defers: bool
     reads: Reads
 
@@ -86,7 +118,7 @@ class Source(NamedTuple):
     def check_and_note(self, how: str) -> None:
         """Note a read. Raises ValueError where what was copied has been written to since."""
         traced = torch.compiler.is_dynamo_compiling()  # Dynamo does not trace versions
-        if not traced and any(version_of(tensor) != known for tensor, known in self.made_from):
+        if self.made_from and not traced and any(one.written for one in self.made_from):
             raise ValueError(
                 "stale patch: its rows, or the matrix, were written to since it was made (by a "
                 "step of an optimizer, load_state_dict, or an embedding with max_norm), but it "
@@ -98,8 +130,27 @@ class Source(NamedTuple):
             self.matrix.looked_up = True
 
 
-def versions(*tensors: Tensor) -> tuple[tuple[Tensor, int | None], ...]:
-    """Each with its version; none under torch.compile."""
-    if torch.compiler.is_dynamo_compiling():
+def copied(*tensors: Tensor) -> tuple[Copied, ...]:
+    """These as they are now; nothing for none, and under torch.compile.
+
+    Their values are kept where they are few: `MOST_TENSORS` and `MOST_BYTES` in all.
+    """
+    if not tensors or torch.compiler.is_dynamo_compiling():
         return ()
-    return tuple((tensor, version_of(tensor)) for tensor in tensors)
+    few = len(tensors) <= MOST_TENSORS and sum(one.nbytes for one in tensors) <= MOST_BYTES
+    values = _in_one(tensors, tensors[0].device) if few and _can_compare(*tensors) else None
+    return (Copied(tensors, tuple(map(version_of, tensors)), values),)
+
+
+def _in_one(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    with torch.no_grad(), outside_of_autocast(device):
+        return torch.cat([one.to(device) for one in tensors])
+
+
+def _can_compare(*tensors: Tensor) -> bool:
+    """Whether values can be read here, without a trace of it in a graph."""
+    if is_traced() or transforms_active():
+        return False
+    if any(type(one) not in (Tensor, nn.Parameter) or one.is_meta for one in tensors):
+        return False
+    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
