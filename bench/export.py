@@ -144,7 +144,7 @@ def compare(model: Any, options: argparse.Namespace, folder: Path) -> None:
     """Make each runtime, compare its logits with those of an edited model, and time it."""
     program = ttfunc.Exportable(model, kwargs=KWARGS)
     params, text = draw(model, options.rows, options.batch, options.tokens, 0)
-    inputs = program.inputs(params, rows=options.rows)
+    rows, ids = program.inputs(params, rows=options.rows)
     merged = copy.deepcopy(model)
     merged.load_state_dict(ttfunc.merge(model.state_dict(), params))
     weights = ttfunc.patch(params)
@@ -155,19 +155,20 @@ def compare(model: Any, options: argparse.Namespace, folder: Path) -> None:
         )[0],
     }
     notes: dict[str, list[str]] = {name: ["", "", ""] for name in calls}
-    for name, make in runtimes(program, (*inputs, text), folder).items():
+    for name, make in runtimes(program, (rows, ids, text), folder).items():
         calls[name], seconds, size = make()
         worst = 0.0
         for seed in range(1, options.draws + 1):
             batch, length = 1 + seed % 4, 8 + 13 * seed
             other, x = draw(model, options.rows, batch, length, seed)
             expected = ttfunc.functional_call(model, ttfunc.patch(other), (x,), KWARGS)[0]
-            found = calls[name](*program.inputs(other, rows=options.rows), x)
+            other_rows, other_ids = program.inputs(other, rows=options.rows)
+            found = calls[name](other_rows, other_ids, x)
             worst = max(worst, (found - expected).abs().max().item())
         notes[name] = [f"{worst:.0e}", f"{seconds:.0f}", f"{size / 2**20:,.1f}" if size else ""]
     plain = torch.export.export(Plain(model), (text,), dynamic_shapes=({0: BATCH, 1: LENGTH},))
     compiled(plain, folder / "plain.pt2")
-    timed = {name: functools.partial(call, *inputs, text) for name, call in calls.items()}
+    timed = {name: functools.partial(call, rows, ids, text) for name, call in calls.items()}
     times = agreeing(timed, options.repeats)
     count = text.numel()
     print_table(
@@ -181,7 +182,7 @@ def compare(model: Any, options: argparse.Namespace, folder: Path) -> None:
         f"the model {own:,.1f} MiB, of which the tied matrix "
         f"{matrix.numel() * matrix.element_size() / 2**20:,.1f}; AOTInductor's package of the "
         f"plain model {(folder / 'plain.pt2').stat().st_size / 2**20:,.1f}; the inputs of an "
-        f"adapter {sum(one.nbytes for one in inputs) / 2**10:,.0f} KiB"
+        f"adapter {sum(one.nbytes for one in (rows, ids)) / 2**10:,.0f} KiB"
     )
 
 

@@ -12,7 +12,7 @@ from tests.helpers.llama import llama
 from tests.helpers.models import V, make, tokens
 from tests.helpers.oracle import edited
 from tests.helpers.rows import adapters
-from ttfunc import ExportableMixed
+from ttfunc import Exportable
 
 pytestmark = [
     # torch's own, in run_decompositions, and of transformers' models under dynamo
@@ -29,10 +29,13 @@ BATCH, LENGTH = Dim("batch"), Dim("length")
 @pytest.mark.parametrize("tie", [True, False])
 def test_one_program_serves_a_mixed_batch(tie: bool, strict: bool):
     model = llama(tie=tie)
-    program = ExportableMixed(model, kwargs=PLAIN)
+    program = Exportable(model, kwargs=PLAIN, assignment=True)
     each = adapters(model, [7, 3], [3, 20, 5])
-    inputs = (*program.inputs(each, [1, -1, 0], rows=K, adapters=N), tokens(7, 3, batch=3))
-    shapes = (None, None, {0: BATCH}, ({0: BATCH, 1: LENGTH},))
+    inputs = (
+        *program.inputs(each, assignment=[1, -1, 0], rows=K, adapters=N),
+        tokens(7, 3, batch=3),
+    )
+    shapes = (None, None, ({0: BATCH}, {0: BATCH, 1: LENGTH}))
     found = torch.export.export(program, inputs, dynamic_shapes=shapes, strict=strict).module()
 
     @settings(max_examples=10, deadline=None)
@@ -49,7 +52,7 @@ def test_one_program_serves_a_mixed_batch(tie: bool, strict: bool):
         assignment = data.draw(st.lists(numbers, min_size=1, max_size=5))
         params = adapters(model, *ids)
         x = torch.randint(0, V, (len(assignment), data.draw(st.integers(1, 6))))
-        inputs = program.inputs(params, assignment, rows=K, adapters=N)
+        inputs = program.inputs(params, assignment=assignment, rows=K, adapters=N)
         models = [*(edited(model, one) for one in params), model]
         expected = [models[a](x[i : i + 1], **PLAIN)[0] for i, a in enumerate(assignment)]
         torch.testing.assert_close(found(*inputs, x)[0], torch.cat(expected), rtol=1e-5, atol=1e-5)
@@ -59,8 +62,10 @@ def test_one_program_serves_a_mixed_batch(tie: bool, strict: bool):
 
 def test_bad_assignments_are_refused():
     model = make("tied").requires_grad_(False)
-    program = ExportableMixed(model)
-    rows, ids, assignment = program.inputs(adapters(model, [7], [3]), [0, 1], rows=2, adapters=3)
+    program = Exportable(model, assignment=True)
+    rows, ids, assignment = program.inputs(
+        adapters(model, [7], [3]), assignment=[0, 1], rows=2, adapters=3
+    )
     program.check(rows, ids, assignment)
     with pytest.raises(IndexError, match="names adapter 3, but there are 3"):
         program.check(rows, ids, torch.tensor([0, 3]))
@@ -69,18 +74,21 @@ def test_bad_assignments_are_refused():
     with pytest.raises(ValueError, match=r"assignment must be \(B,\), got \(1, 2\)"):
         program.check(rows, ids, assignment.unsqueeze(0))
     with pytest.raises(ValueError, match=r"give 1 to 1 adapters .* got 2"):
-        program.inputs(adapters(model, [7], [3]), [0, 1], rows=2, adapters=1)
+        program.inputs(adapters(model, [7], [3]), assignment=[0, 1], rows=2, adapters=1)
     with pytest.raises(IndexError, match="names adapter 2, but there are 2"):
-        program.inputs(adapters(model, [7], [3]), [0, 2], rows=2, adapters=3)
+        program.inputs(adapters(model, [7], [3]), assignment=[0, 2], rows=2, adapters=3)
 
 
 def test_the_number_of_adapters_may_be_dynamic():
     model = make("tied").requires_grad_(False)
-    program = ExportableMixed(model)
+    program = Exportable(model, assignment=True)
     each = adapters(model, [7, 3], [3, 20], [5])
-    inputs = (*program.inputs(each, [1, -1, 2], rows=K, adapters=N), tokens(7, 3, batch=3))
+    inputs = (
+        *program.inputs(each, assignment=[1, -1, 2], rows=K, adapters=N),
+        tokens(7, 3, batch=3),
+    )
     count = {0: Dim("adapters", min=2)}
-    shapes = (count, count, {0: BATCH}, ({0: BATCH, 1: LENGTH},))
+    shapes = (count, count, ({0: BATCH}, {0: BATCH, 1: LENGTH}))
     found = torch.export.export(program, inputs, dynamic_shapes=shapes).module()
-    more = (*program.inputs(each, [0, 2], rows=K, adapters=N + 2), tokens(7, 3, batch=2))
+    more = (*program.inputs(each, assignment=[0, 2], rows=K, adapters=N + 2), tokens(7, 3, batch=2))
     torch.testing.assert_close(found(*more), program(*more))

@@ -246,7 +246,7 @@ def test_new_ids_that_cannot_be():
 def test_new_tokens_that_follow_on_earlier_ones(case, tmp_path):
     model = make(case)
     first, state = grown(model), model.state_dict()
-    then = random_rows(model, [V + 3, 5, V + 2], 1, grow=first)
+    then = random_rows(model, [V + 3, 5, V + 2], 1, after=first)
     both, x = combine(first, then), tokens(7, V, V + 3, V + 1, 5, V + 2)
     expected = functional_call(lengthened(lengthened(model, first), then, V + 2), {}, x)
     for weights in (patch(first, then), patch(then, first), patch(both), patch(both, dense=True)):
@@ -270,7 +270,7 @@ def test_new_tokens_that_follow_on_earlier_ones(case, tmp_path):
 def test_new_tokens_that_follow_on_earlier_ones_are_nothing_without_them():
     model = make("tied")
     first = grown(model)
-    then = random_rows(model, [V + 2], grow=first)
+    then = random_rows(model, [V + 2], after=first)
     match = r"leave out token 23.*combine\(first, these\), or patch\(first, these\)"
     for use in (
         lambda: patch(then),
@@ -282,16 +282,16 @@ def test_new_tokens_that_follow_on_earlier_ones_are_nothing_without_them():
             use()
     with pytest.raises(ValueError, match=r"shape \(23, 8\), and the parameters were made for \(25"):
         merge(model.state_dict(), then)
-    between = random_rows(model, [V + 3], grow=combine(first, then))
-    apart = combine(then, random_rows(model, [V + 4], grow=between))
+    between = random_rows(model, [V + 3], after=combine(first, then))
+    apart = combine(then, random_rows(model, [V + 4], after=between))
     with pytest.raises(ValueError, match="leave out token 26"):
         merge(merge(model.state_dict(), first), apart)
     with pytest.raises(ValueError, match=r"have \['1 after 2', 2\] new tokens"):
         stack([then, first])
     with pytest.raises(IndexError, match=r"\[24\] .* are of the parameters .* from 25"):
-        init_deltas(model, [V + 1, V + 2], grow=first)
+        init_deltas(model, [V + 1, V + 2], after=first)
     with pytest.raises(IndexError, match=r"\[26\].* leave out 25"):
-        init_deltas(model, [V + 3], grow=first)
+        init_deltas(model, [V + 3], after=first)
     with pytest.raises(TypeError, match="grow is a list: give True"):
         init_deltas(model, [V], grow=[V])  # type: ignore[arg-type]
 

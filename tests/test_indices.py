@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers.models import loss_of, make, tokens
 from ttfunc import functional_call, init_deltas, patch, patch_mixed, stack
-from ttfunc.indices import TokenIndices, gaps, token_indices, union
+from ttfunc.indices import TokenIndices, check_apart, gaps, token_indices, union
 
 CPU = torch.device("cpu")
 distinct = st.lists(st.integers(0, 99), min_size=1, unique=True)
@@ -119,13 +119,15 @@ def test_indices_compare_by_content(a: list[int], b: list[int]):
 
 
 @given(a=distinct, b=distinct)
-def test_joining_keeps_the_order_or_refuses(a: list[int], b: list[int]):
+def test_an_id_in_both_is_refused_and_new_ids_are_told_to_follow_on(a: list[int], b: list[int]):
     one, other = TokenIndices(tuple(a)), TokenIndices(tuple(b))
-    if set(a) & set(b):
-        with pytest.raises(ValueError, match="in more than one of the parameters"):
-            one.joined(other)
-    else:
-        assert one.joined(other).ids == tuple(a + b)
+    both = sorted(set(a) & set(b))
+    if not both:
+        check_apart(one, other, "w", 0)
+        return
+    for height, way in ((both[0], "after=first"), (both[0] + 1, "drop the overlap")):
+        with pytest.raises(ValueError, match=f"are in more than one of .* for 'w': .*{way}"):
+            check_apart(one, other, "w", height)
 
 
 def test_a_table_made_in_another_mode_serves_every_call():

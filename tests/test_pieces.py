@@ -134,3 +134,35 @@ def test_what_is_refused_and_the_way_out():
     has_it.add_tokens([NEW])
     with pytest.raises(ValueError, match=rf"into \[{new}\], and the matrix has no row for \[{new}"):
         start(copy.deepcopy(has_it), using=has_it)
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "Metaspace", "WordPiece"])
+def test_a_forgotten_token_is_told_of(kind):
+    before = tokenizer(kind)
+    after = copy.deepcopy(before)
+    model = nn.Embedding(len(before), 4)
+    idx = after.convert_tokens_to_ids(["<a>"])  # which was not added
+    assert idx == [before.unk_token_id]
+    match = "'<unk>', which the tokenizer after gives .* no token that before .*add_tokens"
+    with pytest.raises(ValueError, match=match):
+        init_deltas(model, idx, grow=True, init=mean_of_pieces(before, after))
+    with pytest.raises(ValueError, match=r"more than once.*unknown token: add the tokens first"):
+        init_deltas(model, after.convert_tokens_to_ids(["<a>", "<b>"]), grow=True)
+    after.add_tokens(["<a>"])
+    idx = after.convert_tokens_to_ids(["<a>", "<b>"])  # one of the two
+    with pytest.warns(UserWarning, match="was one of these not added") as caught:
+        init_deltas(model, idx, grow=True, init=mean_of_pieces(before, after))
+    assert caught[0].filename == __file__
+    init_deltas(model, idx[:1], grow=True, init=mean_of_pieces(before, after))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_swapped_tokenizers_and_tokens_of_neither_are_told_of(kind):
+    before = tokenizer(kind)
+    after = copy.deepcopy(before)
+    after.add_tokens([NEW])
+    with pytest.raises(ValueError, match=rf"are swapped: before has \['{NEW}'\], which after"):
+        mean_of_pieces(after, before)
+    model, idx = nn.Embedding(len(before), 4), [len(before), len(before) + 1]
+    with pytest.raises(ValueError, match=rf"after has no token {len(before) + 1}\. Add it first"):
+        init_deltas(model, idx, grow=True, init=mean_of_pieces(before, after))

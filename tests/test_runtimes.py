@@ -16,7 +16,7 @@ from torch.export import Dim
 from tests.helpers.llama import llama
 from tests.helpers.models import D, V, make
 from tests.helpers.rows import adapters, random_rows
-from ttfunc import Exportable, ExportableMixed, functional_call, patch, patch_mixed
+from ttfunc import Exportable, functional_call, patch, patch_mixed
 
 K = 4
 BATCH = {0: Dim("batch", max=64), 1: Dim("length", max=64)}
@@ -98,14 +98,17 @@ def test_onnx_runtime_serves_any_rows_with_the_matrix_once(tmp_path: Path):
 
 def test_onnx_runtime_serves_a_mixed_batch(tmp_path: Path):
     model = make("tied").requires_grad_(False)
-    program = ExportableMixed(model)
-    example = (*program.inputs(adapters(model, [7]), [0, -1], rows=K, adapters=3), text([7], 2, 5))
-    shapes = (None, None, {0: BATCH[0]}, (BATCH,))
+    program = Exportable(model, assignment=True)
+    example = (
+        *program.inputs(adapters(model, [7]), assignment=[0, -1], rows=K, adapters=3),
+        text([7], 2, 5),
+    )
+    shapes = (None, None, ({0: BATCH[0]}, BATCH))
     call, _ = in_onnx(program, example, shapes, tmp_path / "mixed.onnx")
     for ids, assignment in (([[7, 3], [3, 20, 5]], [1, -1, 0, 1]), ([[0], [1], [2]], [2])):
         each, x = adapters(model, *ids), text(ids[0], len(assignment), 6)
         expected = functional_call(model, patch_mixed(each, assignment), (x,))
-        found = call(*program.inputs(each, assignment, rows=K, adapters=3), x)
+        found = call(*program.inputs(each, assignment=assignment, rows=K, adapters=3), x)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -1,24 +1,26 @@
 """Train a few token rows of a frozen model, functionally."""
 
+import sys
+from typing import NoReturn
+
 from ttfunc.call import functional_call
 from ttfunc.counts import Summary, summary
 from ttfunc.deltas import TokenDeltas, combine
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.disk.rows_file import load, save
 from ttfunc.exportable import Exportable
-from ttfunc.exportable_mixed import ExportableMixed
 from ttfunc.init import init_deltas
 from ttfunc.merging import merge, unmerge
 from ttfunc.mixing import patch_mixed
 from ttfunc.module import TokenModule
 from ttfunc.patching import patch
-from ttfunc.peft.as_lora import lora_bytes, save_as_lora
+from ttfunc.peft.as_lora import save_as_lora
 from ttfunc.peft.convert import load_peft, save_peft
 from ttfunc.pieces import mean_of_pieces
 from ttfunc.stacking import stack
 from ttfunc.weight.deferred import PatchedWeight
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     # the rows, and where they come from
@@ -35,7 +37,6 @@ __all__ = [
     # for tools that want a module
     "TokenModule",
     "Exportable",
-    "ExportableMixed",
     # state dicts
     "merge",
     "unmerge",
@@ -45,10 +46,24 @@ __all__ = [
     "save_peft",
     "load_peft",
     "save_as_lora",
-    "lora_bytes",
     "merge_checkpoint",
     "unmerge_checkpoint",
     # what is trained
     "Summary",
     "summary",
 ]
+
+# Names of version 0.1.0, and what to write in their place.
+_REPLACED = {
+    "ExportableMixed": "Exportable(model, assignment=True)",
+    "lora_bytes": "save_as_lora(params, directory), which returns the bytes of tensors written",
+}
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name not in _REPLACED:
+        raise AttributeError(f"module 'ttfunc' has no attribute {name!r}")
+    told = f"ttfunc.{name} is no longer there. Its place has {_REPLACED[name]}."
+    # `from ttfunc import ...` first looks an attribute up, and drops what an AttributeError says.
+    imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"
+    raise ImportError(told) if imported else AttributeError(told)

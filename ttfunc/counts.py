@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ttfunc.deltas import TokenDeltas, check_type
+from ttfunc.ends import told_half
 from ttfunc.model.memory import memory_of
 from ttfunc.model.owners import is_zero3, shape_of
 from ttfunc.torch_private import is_traceable_wrapper_subclass
@@ -63,10 +64,11 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
                 "parameters were made for. Give the model that they were made from."
             )
         tied = f", tied with {', '.join(spec.names[1:])}" if len(spec.names) > 1 else ""
+        told = told_half(spec, params.specs.values())
         delta = params.deltas[name]
         matrices[name] = (
             f"{spec.counted} rows × {spec.shape[1]:,}, "
-            f"{str(delta.dtype).removeprefix('torch.')}{tied}"
+            f"{str(delta.dtype).removeprefix('torch.')}{tied}{told}"
         )
     # Parameters over the same memory (a tie that torch does not know of) are one.
     distinct = {memory_of(p): p for p in model.parameters()}.values()

@@ -11,7 +11,8 @@ import optree
 import torch
 from torch import Tensor
 
-from ttfunc.indices import TokenIndices
+from ttfunc.ends import told_half
+from ttfunc.indices import TokenIndices, check_apart, union
 from ttfunc.model.matrix import Matrix
 from ttfunc.torch_private import OPTREE_GLOBAL, is_dtensor, outside_of_modes, torch_pytree
 
@@ -98,11 +99,6 @@ class TokenDeltas:
             )
 
     @property
-    def rows(self) -> dict[str, RowSpec]:
-        """The specs, under their former name."""
-        return self.specs
-
-    @property
     def token_indices(self) -> dict[str, Tensor]:
         """The token ids, `(k,)` int64 on the CPU: row i of every array belongs to id i."""
         cpu = torch.device("cpu")
@@ -133,7 +129,9 @@ class TokenDeltas:
 
     def __getattr__(self, name: str) -> NoReturn:  # only for what is not there
         hint = ""
-        if not name.startswith("_") and callable(getattr(Tensor, name, None)):
+        if name == "rows":
+            hint = " The values are params.deltas, and what is fixed about them is params.specs."
+        elif not name.startswith("_") and callable(getattr(Tensor, name, None)):
             hint = (
                 " It is a pytree. To do this to each of its tensors, use optree: "
                 f"params = optree.tree_map(lambda t: t.{name}(...), params)."
@@ -141,7 +139,8 @@ class TokenDeltas:
         raise AttributeError(f"TokenDeltas has no attribute {name!r}.{hint}")
 
     def __repr__(self) -> str:
-        parts = [f"{' = '.join(spec.names)}: {spec.counted} rows" for spec in self.specs.values()]
+        each = self.specs.values()
+        parts = [f"{' = '.join(s.names)}: {s.counted} rows{told_half(s, each)}" for s in each]
         return f"TokenDeltas({'; '.join(parts)})"
 
 
@@ -228,11 +227,12 @@ def check_shapes(params: TokenDeltas) -> None:
 
 
 def _joined_rows(a: RowSpec, b: RowSpec) -> RowSpec:
+    check_apart(a.indices, b.indices, a.names[0], a.shape[0])
     with outside_of_modes():
         originals = torch.cat([a.originals, b.originals.to(a.originals.device)])
     return replace(
         a,
-        indices=a.indices.joined(b.indices),
+        indices=union((a.indices, b.indices)),
         originals=originals,
         matrix=a.matrix or b.matrix,
     )

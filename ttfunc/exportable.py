@@ -1,9 +1,9 @@
-"""A model with its rows and their token ids as inputs: one exported program for any adapter."""
+"""A model with its rows and their token ids as inputs: one exported program for any adapters."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ttfunc.call import functional_call
 from ttfunc.deltas import TokenDeltas, check_shapes, check_type
-from ttfunc.indices import shortened
-from ttfunc.model.matrix import Matrix, count_slots, matrices_of
+from ttfunc.exportable_checks import check_assignment, check_rows_and_ids
+from ttfunc.mixing import adapter_numbers
+from ttfunc.model.matrix import count_slots, matrices_of
 from ttfunc.model.targets import Targets, find_targets
-from ttfunc.torch_private import is_exported, transforms_active
 from ttfunc.weight.any_rows import AnyRows
 from ttfunc.weight.deferred import patched
 
@@ -41,21 +41,31 @@ class Exportable(nn.Module):
     (an untied head of its own), rows and ids are dicts, by the first name of each matrix. The
     gradients of the rows are right; the model is not changed.
 
+    With `assignment=True` each example of a batch has its own adapter: `forward(rows, ids,
+    assignment, *args, **kwargs)` takes `(n, k, D)` rows, `(n, k)` ids and `(B,)` int64, the adapter
+    of each example; -1 is the plain model. As in `patch_mixed`, the examples are the first
+    dimension of the batch.
+
+    >>> program = ttfunc.Exportable(model, assignment=True)
+    >>> inputs = program.inputs([params], assignment=[0, -1], rows=2, adapters=4)
+    >>> program(*inputs, torch.tensor([[3], [4]])).shape
+    torch.Size([2, 1, 8])
+
     A compiled program checks nothing. There an id past the end is not used either; of two rows with
-    one id the first counts; ids of another dtype are read as bytes, and anything may happen. Call
-    `check` before, which is also done by a call that is not traced.
+    one id the first counts; an adapter that is not there is the plain model; ids of another dtype
+    are read as bytes, and anything may happen. Call `check` before, which is also done by a call
+    that is not traced.
 
     Args:
         model: any module. It is a submodule, under the name `model`.
         targets: as for `init_deltas`; by default the input embedding, and what is tied to it.
         kwargs: keyword arguments that the model gets in each call, such as `{"use_cache": False}`.
+        assignment: whether a call takes an adapter for each example.
 
     Raises:
         TypeError, ValueError: a model that is no module, targets that are unknown or ambiguous, or
         a matrix of an Embedding with `max_norm`, which rescales itself.
     """
-
-    _each_has_own = False
 
     def __init__(
         self,
@@ -63,11 +73,17 @@ class Exportable(nn.Module):
         *,
         targets: Targets | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        assignment: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        self.model, self.kwargs = model, dict(kwargs or {})
+        if not isinstance(assignment, bool):
+            raise TypeError(
+                f"assignment={assignment!r}: give True for a program that takes an adapter for "
+                "each example. Which ones is for each batch to say, in inputs(..., assignment=)."
+            )
+        self.model, self.kwargs, self.assignment = model, dict(kwargs or {}), assignment
         modules = find_targets(model, targets).values()
         found = matrices_of(model, [module.get_parameter("weight") for module in modules])
         self.matrices = {matrix.names[0]: matrix for matrix in found}
@@ -80,29 +96,72 @@ class Exportable(nn.Module):
 
     def forward(self, rows: Each, ids: Each, *args: Any, **kwargs: Any) -> Any:
         """What the model gives for `args` and `kwargs` with these rows. Raises as `check`."""
-        self.check(rows, ids)
-        return self._call(self._by_name(rows), self._by_name(ids), args, kwargs)
+        own = args[: self.assignment]
+        self.check(rows, ids, *own)
+        named_rows, named_ids = self._by_name(rows), self._by_name(ids)
+        if self.assignment:
+            named_rows, named_ids = _of_each_example(named_rows, named_ids, *own)
+        return self._call(named_rows, named_ids, args[len(own) :], kwargs)
 
-    def inputs(self, params: TokenDeltas, *, rows: int) -> tuple[Any, Any]:
+    def inputs(
+        self,
+        params: TokenDeltas | Sequence[TokenDeltas],
+        *,
+        rows: int,
+        assignment: Iterable[int] | Tensor | None = None,
+        adapters: int | None = None,
+    ) -> Any:
         """The rows and the ids of `params`, made up to so many: the first inputs of the program.
 
-        Returns `(rows, D)` deltas, detached, and `(rows,)` int64 ids, or a dict of each. Raises
-        ValueError where there are more rows than that, or the rows are new tokens or of a matrix
-        that is not in the program; TypeError for anything but TokenDeltas.
-        """
-        self._check_params(params, rows)
-        both = [self._padded(params, name, rows) for name in self.matrices]
-        return self._in_one([row for row, _ in both]), self._in_one([one for _, one in both])
+        With `assignment`, B integers, `params` are up to so many `adapters` (by default as many as
+        are given), and -1 is the plain model.
 
-    def check(self, rows: Each, ids: Each) -> None:
+        Returns `(rows, D)` deltas, detached, and `(rows,)` int64 ids, or a dict of each. With
+        `assignment`: `(adapters, rows, D)`, `(adapters, rows)` and the `(B,)` int64 assignment.
+        Raises ValueError where there are more rows or adapters than that, or the rows are new
+        tokens or of a matrix that is not in the program; TypeError for anything but TokenDeltas;
+        for the assignment as `patch_mixed`.
+        """
+        mixed = assignment is not None
+        if mixed is not self.assignment or (adapters is not None and not mixed):
+            raise TypeError(_OF_MIXED if self.assignment else _OF_ONE)
+        several = mixed and not isinstance(params, TokenDeltas)
+        given: list[Any] = list(params) if several else [params]
+        count = len(given) if adapters is None else adapters
+        if not 0 < len(given) <= count:
+            raise ValueError(f"give 1 to {count} adapters (adapters={count}), got {len(given)}.")
+        for one in given:
+            self._check_params(one, rows)
+        values, ids = [], []
+        for name in self.matrices:
+            both = [self._padded(one, name, rows) for one in given]
+            more = count - len(given)
+            together, each = (torch.stack(parts) for parts in zip(*both, strict=True))
+            values.append(nn.functional.pad(together, (0, 0, 0, 0, 0, more)))
+            ids.append(nn.functional.pad(each, (0, 0, 0, more), value=-1))
+        if assignment is None:
+            values, ids = [one[0] for one in values], [one[0] for one in ids]
+            return self._in_one(values), self._in_one(ids)
+        numbers = adapter_numbers(assignment, len(given))
+        plain = [-1 if number == len(given) else number for number in numbers]
+        return self._in_one(values), self._in_one(ids), ids[0].new_tensor(plain)
+
+    def check(self, rows: Each, ids: Each, assignment: object = None) -> None:
         """Whether a program takes these: what a caller asks before, as the program does not.
 
-        Raises TypeError for rows that are no floats and ids that are not int64, ValueError for
-        other shapes and a repeated id, IndexError for an id that is no token.
+        Raises TypeError for rows that are no floats, and ids and assignment that are not int64,
+        ValueError for other shapes and a repeated id, IndexError for an id that is no token, and an
+        adapter that is not there.
         """
         named_rows, named_ids = self._by_name(rows), self._by_name(ids)
         for name, matrix in self.matrices.items():
-            self._check_matrix(name, matrix, named_rows[name], named_ids[name])
+            check_rows_and_ids(
+                name, matrix.tensor.shape, named_rows[name], named_ids[name], self.assignment
+            )
+        if self.assignment:
+            check_assignment(assignment, {name: one.shape[0] for name, one in named_ids.items()})
+        elif assignment is not None:
+            raise TypeError(_OF_ONE)
 
     def _call(
         self,
@@ -147,7 +206,9 @@ class Exportable(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model has matrices of its own.
         targets = [name.rpartition(".")[0] for name in self.matrices]
-        make = functools.partial(type(self), targets=targets, kwargs=self.kwargs)
+        make = functools.partial(
+            type(self), targets=targets, kwargs=self.kwargs, assignment=self.assignment
+        )
         return make, (self.model,), {"training": self.training}
 
     def _check_params(self, params: TokenDeltas, count: int) -> None:
@@ -180,50 +241,26 @@ class Exportable(nn.Module):
                     f"rows={count}. Make the program for as many as any adapter has."
                 )
 
-    def _check_matrix(self, name: str, matrix: Matrix, rows: object, ids: object) -> None:
-        if not isinstance(rows, Tensor) or not rows.is_floating_point():
-            raise TypeError(f"the rows of {name!r} must be a float tensor, got {kind_of(rows)}.")
-        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-            raise TypeError(
-                f"the ids of {name!r} must be an int64 tensor, got {kind_of(ids)}. Convert them: "
-                "ids.to(torch.int64)."
-            )
-        height, width = matrix.tensor.shape
-        ndim = 2 if self._each_has_own else 1
-        empty = ids.ndim == ndim and any(size == 0 for size in ids.shape)
-        fits = ids.ndim == ndim and rows.shape == (*ids.shape, width) and ids.shape[-1] <= height
-        if empty or not fits:
-            shapes = "(n, k) and (n, k, D)" if self._each_has_own else "(k,) and (k, D)"
-            raise ValueError(
-                f"the ids and rows of {name!r} must be {shapes}, with k from 1 to {height} and D "
-                f"{width}; got {tuple(ids.shape)} and {tuple(rows.shape)}."
-            )
-        if has_values(ids):
-            for one in ids.view(-1, ids.shape[-1]).tolist():
-                _check_ids(name, one, height)
+
+_OF_ONE = (
+    "the program has one adapter in each call. For one for each example make Exportable(model, "
+    "assignment=True)."
+)
+_OF_MIXED = (
+    "the program has an adapter for each example: inputs([a, b], assignment=[0, 1, -1], rows=...)."
+)
 
 
-def kind_of(value: object) -> str:
-    """What was given in place of a tensor, for a message."""
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether its values can be read here: it is not traced, nor on meta."""
-    unknown = is_exported() or transforms_active() or torch.compiler.is_dynamo_compiling()
-    return not (unknown or tensor.is_meta)
-
-
-def _check_ids(name: str, ids: list[int], height: int) -> None:
-    used = [token for token in ids if token != -1]
-    if beyond := [token for token in used if not 0 <= token < height]:
-        raise IndexError(
-            f"the ids {shortened(beyond)} are no tokens of {name!r}, which has {height} rows. Give "
-            f"0 to {height - 1}, or -1 for a row that is not used."
-        )
-    if len(set(used)) != len(used):
-        repeated = sorted({token for token in used if used.count(token) > 1})
-        raise ValueError(
-            f"the ids {shortened(repeated)} of {name!r} are given more than once: each token has "
-            "one row. Give -1 for the others."
-        )
+def _of_each_example(
+    rows: Mapping[str, Tensor], ids: Mapping[str, Tensor], assignment: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The `(B, k, D)` rows and `(B, k)` ids of a batch; those of the plain model are not used."""
+    count = next(iter(ids.values())).shape[0]
+    plain = (assignment < 0) | (assignment >= count)
+    number = torch.where(plain, 0, assignment)
+    chosen = {name: one.index_select(0, number) for name, one in rows.items()}
+    tokens = {
+        name: torch.where(plain.unsqueeze(-1), -1, one.index_select(0, number))
+        for name, one in ids.items()
+    }
+    return chosen, tokens

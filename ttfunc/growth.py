@@ -4,8 +4,60 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
+from ttfunc.indices import TokenIndices
+from ttfunc.model.matrix import Matrix
+from ttfunc.names import names_of
+
+
+def check_after(model: nn.Module, after: object) -> None:
+    """Raise unless new tokens of the model can follow on those of `after`; None is no others.
+
+    TypeError for anything but TokenDeltas, ValueError for those of another model.
+    """
+    if after is None:
+        return
+    if not isinstance(after, TokenDeltas):
+        raise TypeError(
+            f"after is a {type(after).__name__}: give the TokenDeltas whose new tokens these are "
+            "to follow on."
+        )
+    held = names_of(model)
+    if foreign := [
+        name for name, spec in after.specs.items() if not any(one in held for one in spec.names)
+    ]:
+        raise ValueError(
+            f"after has rows of {foreign}, and {type(model).__name__} has no such parameter: give "
+            "rows of this model."
+        )
+
+
+def next_token(after: TokenDeltas, matrix: Matrix) -> int:
+    """The id that follows on the last row of a matrix with the rows of `after`.
+
+    Raises ValueError where these were made for a matrix of another shape.
+    """
+    for spec in after.specs.values():
+        if not set(spec.names).isdisjoint(matrix.names):
+            if spec.shape != matrix.shape:
+                raise ValueError(
+                    f"after has rows of {spec.names[0]!r} of shape {spec.shape}, and its shape is "
+                    f"{matrix.shape} now. Make or load them anew on the model as it is."
+                )
+            return spec.height
+    return matrix.shape[0]
+
+
+def numbered_on(spec: RowSpec, after: TokenDeltas, matrix: Matrix) -> RowSpec:
+    """The rows with their new tokens numbered on from those of `after`; the others as they are."""
+    height, start = spec.shape[0], next_token(after, matrix)
+    on = start - height - spec.follows
+    ids = tuple(token + on if token >= height else token for token in spec.indices.ids)
+    return replace(spec, indices=TokenIndices(ids))
 
 
 def check_complete(params: TokenDeltas) -> None:

@@ -89,15 +89,6 @@ class TokenIndices:
         place = torch.searchsorted(table.sorted, tokens.to(table.sorted.dtype).contiguous())
         return table.id_at[place] == tokens, table.row_at[place]
 
-    def joined(self, other: TokenIndices) -> TokenIndices:
-        """These ids, then `other`'s. Raises ValueError when an id is in both."""
-        if both := sorted(self._rows.keys() & other._rows.keys()):
-            raise ValueError(
-                f"token indices {shortened(both)} are in more than one of the parameters: each "
-                "token has one row. Train or merge the adapters one at a time, or drop the overlap."
-            )
-        return union((self, other))
-
 
 def found_among(ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """`TokenIndices.find` by comparing each of `(...)` tokens to `(..., k)` ids.
@@ -169,6 +160,21 @@ def outside_of_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
+def check_apart(a: TokenIndices, b: TokenIndices, name: str, height: int) -> None:
+    """Raise ValueError where an id is in both, for a matrix of so many rows."""
+    if both := sorted(a._rows.keys() & b._rows.keys()):
+        way = "Train or merge the adapters one at a time, or drop the overlap."
+        if both[0] >= height:
+            way = (
+                "If these are other new tokens, number them on from those of the first: "
+                "load(path, model, after=first), or init_deltas(model, idx, after=first)."
+            )
+        raise ValueError(
+            f"token indices {shortened(both)} are in more than one of the parameters for {name!r}: "
+            f"each token has one row. {way}"
+        )
+
+
 def token_indices(
     idx: Iterable[Any], vocabulary: int, name: str, first_new: int | None = None
 ) -> TokenIndices:
@@ -200,7 +206,9 @@ def token_indices(
         repeated = sorted(token for token, times in Counter(ids).items() if times > 1)
         raise ValueError(
             f"token indices {shortened(repeated)} for {name!r} are given more than once: each "
-            "token has one row. Remove the copies: list(dict.fromkeys(idx)) keeps the order."
+            "token has one row. One that a tokenizer gives for several tokens is that of its "
+            "unknown token: add the tokens first, tokenizer.add_tokens([...]). Else remove the "
+            "copies: list(dict.fromkeys(idx)) keeps the order."
         )
     return TokenIndices(tuple(ids))
 
@@ -217,7 +225,8 @@ def _check_new(new: list[int], first_new: int, name: str) -> None:
     if max(new) > first:
         raise IndexError(
             f"the new tokens {shortened(new)} for {name!r}, which has {first_new} rows, leave "
-            f"out {first}: new rows follow on the last one. Give all ids from {first_new} on."
+            f"out {first}: new rows follow on the last one. Give all ids from {first_new} on, or "
+            "the TokenDeltas whose new tokens they follow on: init_deltas(..., after=first)."
         )
 
 

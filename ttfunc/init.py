@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeAlias
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
+from ttfunc.ends import half
+from ttfunc.growth import check_after, next_token
 from ttfunc.indices import TokenIndices, token_indices
 from ttfunc.model.matrix import Matrix, matrix_of
 from ttfunc.model.owners import check_engine, shape_of
-from ttfunc.model.shards import mean_of, of_first_rank, rows_at, spread_of, whole_of
+from ttfunc.model.shards import rows_at
 from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
-from ttfunc.torch_private import version_of, warn_of_untested
+from ttfunc.starts import Init, delta_dtype, start_of_each, start_rows
+from ttfunc.torch_private import warn_of_untested
 
-Init: TypeAlias = "str | Tensor | Callable[[Tensor, Tensor], Tensor]"
+# Models that were told of a head whose rows are not trained.
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def init_deltas(
@@ -26,10 +30,11 @@ def init_deltas(
     *,
     targets: Targets | None = None,
     init: Init = "base",
+    grow: bool = False,
+    after: TokenDeltas | None = None,
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     requires_grad: bool = False,
-    grow: bool | TokenDeltas = False,
 ) -> TokenDeltas:
     """The rows `idx` of the model's token matrices, as a pytree of their own.
 
@@ -46,51 +51,68 @@ def init_deltas(
         model: any module. It is not changed.
         idx: k token ids, or a mapping from target to its own ids (then without `targets`).
         targets: Embedding and Linear modules: a module name or the end of one, a compiled pattern,
-            or a list of them. By default the input embedding. A matrix that is tied to a target, by
-            identity or memory, is trained with it.
+            or a list of them. By default the input embedding, and for new tokens the head too. A
+            matrix that is tied to a target, by identity or memory, is trained with it.
         init: where the rows start. `"base"`: as they are, and new ones at the mean. `"mean"`: the
             mean of the matrix. `"normal"`: drawn with the mean and the standard deviation of each
-            of its columns. A
-            `(k, D)` tensor. Or a function of the `(V, D)` matrix and the `(k,)` ids that returns
-            `(k, D)` rows.
+            of its columns. A `(k, D)` tensor, for one matrix. A function of the `(V, D)` matrix and
+            the `(k,)` ids that returns `(k, D)` rows. Or a mapping from target to one of these, for
+            each matrix its own.
         dtype: of the deltas; by default the matrix's own, but float32 for a half-precision one.
         generator: for `"normal"`.
         requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
         grow: allows new tokens. Their ids follow on the last one of the matrix: V, V+1, … without a
             gap. The patched matrix has one row more for each, and the model stays as it is. An
-            untied head grows with the input embedding. Or TokenDeltas that have new tokens
-            already: these ids follow on theirs, and `patch(first, these)` is the model with both.
+            untied head grows with the input embedding.
+        after: TokenDeltas that have new tokens already. New ids follow on theirs, as with `grow`,
+            and `patch(after, these)` is the model with both.
 
     Returns:
         TokenDeltas with a `(k, D)` delta on the device of each distinct matrix.
 
     Raises:
         TypeError, ValueError, IndexError: for ids that are not token ids, targets that are unknown
-        or ambiguous, tied targets with different ids, an `init` of another shape, a `dtype` that
-        is not a float.
+        or ambiguous, tied targets with different ids, an `init` of another shape, or one tensor for
+        several matrices, `after` of another model, a `dtype` that is not a float.
+
+    Warns:
+        UserWarning: once for a model whose head is a matrix of its own, where the default target
+        trains rows of the input embedding alone; and for the row of a `padding_idx`.
     """
     warn_of_untested()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}.")
     check_engine(model)
-    if not isinstance(grow, (bool, TokenDeltas)):
-        raise TypeError(
-            f"grow is a {type(grow).__name__}: give True for new tokens, or the TokenDeltas that "
-            "they follow on."
-        )
+    _check_growth(model, grow, after)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(
             f"dtype={dtype!r} cannot be trained: give a floating-point dtype such as torch.float32."
         )
     deltas, specs = {}, {}
-    for matrix, indices in _requests(model, idx, targets, grow):
+    requests = _requests(model, idx, targets, grow, after)
+    starts = start_of_each(model, init, [matrix for matrix, _ in requests])
+    for matrix, indices in requests:
         weight, name = matrix.tensor, matrix.names[0]
         originals = _originals(weight, indices)
-        start = _start(init, weight, indices, originals, name, generator)
-        delta = start.to(weight.device, dtype or _delta_dtype(weight.dtype), copy=True)
+        start = start_rows(starts[name], weight, indices, originals, name, generator)
+        delta = start.to(weight.device, dtype or delta_dtype(weight.dtype), copy=True)
         deltas[name] = delta.requires_grad_(requires_grad)
         specs[name] = RowSpec(matrix.names, matrix.shape, indices, originals, matrix)
-    return TokenDeltas(deltas, specs)
+    params = TokenDeltas(deltas, specs)
+    if targets is None and not isinstance(idx, Mapping):
+        _warn_of_half(model, params)
+    return params
+
+
+def _check_growth(model: nn.Module, grow: object, after: object) -> None:
+    if isinstance(grow, TokenDeltas):
+        raise TypeError(
+            "grow is a TokenDeltas: give after=first for new tokens that follow on those of first. "
+            "It implies grow=True."
+        )
+    if not isinstance(grow, bool):
+        raise TypeError(f"grow is a {type(grow).__name__}: give True for new tokens.")
+    check_after(model, after)
 
 
 def _originals(weight: Tensor, indices: TokenIndices) -> Tensor:
@@ -106,16 +128,17 @@ def _requests(
     model: nn.Module,
     idx: Iterable[int] | Mapping[str, Iterable[int]],
     targets: Targets | None,
-    grow: bool | TokenDeltas,
+    grow: bool,
+    after: TokenDeltas | None,
 ) -> list[tuple[Matrix, TokenIndices]]:
     """Each distinct matrix that is asked for, with its indices."""
-    wanted = _wanted(model, idx, targets, grow)
+    wanted = _wanted(model, idx, targets, grow, after)
     requests: dict[str, tuple[str, Matrix, TokenIndices]] = {}
     for target, module, ids in _each_module(wanted):
         weight = module.get_parameter("weight")
         check_ties_kept(model, target, module)
         matrix = matrix_of(model, weight)
-        indices = token_indices(ids, matrix.shape[0], target, _first_new(grow, matrix))
+        indices = token_indices(ids, matrix.shape[0], target, _first_new(grow, after, matrix))
         first, _, other = requests.setdefault(matrix.names[0], (target, matrix, indices))
         if other != indices:
             raise ValueError(
@@ -134,13 +157,15 @@ def _wanted(
     model: nn.Module,
     idx: Iterable[int] | Mapping[str, Iterable[int]],
     targets: Targets | None,
-    grow: bool | TokenDeltas,
+    grow: bool,
+    after: TokenDeltas | None,
 ) -> list[tuple[dict[str, nn.Module], Iterable[int]]]:
     """Groups of modules, each with its ids."""
     if not isinstance(idx, Mapping):
         idx = list(idx) if isinstance(idx, Iterator) else idx  # it may be read twice
         named = find_targets(model, targets)
-        if grow is not False and targets is None and _has_new(model, named, idx, grow):
+        grows = grow or after is not None
+        if grows and targets is None and _has_new(model, named, idx, grow, after):
             named = both_ends(model, likely=True)
         return [(named, idx)]
     if targets is not None:
@@ -157,20 +182,20 @@ def _has_new(
     model: nn.Module,
     named: Mapping[str, nn.Module],
     idx: Iterable[int],
-    grow: bool | TokenDeltas,
+    grow: bool,
+    after: TokenDeltas | None,
 ) -> bool:
     """Whether one of the ids is past the end of the one matrix."""
     ((name, module),) = named.items()
     matrix = matrix_of(model, module.get_parameter("weight"))
-    indices = token_indices(idx, matrix.shape[0], name, _first_new(grow, matrix))
+    indices = token_indices(idx, matrix.shape[0], name, _first_new(grow, after, matrix))
     return max(indices.ids) >= matrix.shape[0]
 
 
-def _first_new(grow: bool | TokenDeltas, matrix: Matrix) -> int | None:
+def _first_new(grow: bool, after: TokenDeltas | None, matrix: Matrix) -> int | None:
     """The first id that a new token of the matrix may have, if it may have one."""
-    if isinstance(grow, TokenDeltas):
-        spec = grow.specs.get(matrix.names[0])
-        return matrix.shape[0] if spec is None else spec.height
+    if after is not None:
+        return next_token(after, matrix)
     return matrix.shape[0] if grow else None
 
 
@@ -211,73 +236,22 @@ def _warn_of_padding(target: str, module: nn.Module, indices: TokenIndices) -> N
         )
 
 
-def _start(
-    init: Init,
-    weight: Tensor,
-    indices: TokenIndices,
-    originals: Tensor,
-    name: str,
-    generator: torch.Generator | None,
-) -> Tensor:
-    if isinstance(init, str):
-        if init not in _STARTS:
-            raise ValueError(f"init={init!r} is unknown. {_INITS}")
-        return _STARTS[init](weight, indices, originals, generator)
-    if not (isinstance(init, Tensor) or callable(init)):
-        raise TypeError(f"init is a {type(init).__name__}. {_INITS}")
-    start = init if isinstance(init, Tensor) else _called(init, weight, indices, name)
-    if not isinstance(start, Tensor) or start.shape != originals.shape:
-        got = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
-        raise ValueError(
-            f"init gives {got} for {name!r}, and {tuple(originals.shape)} is needed: a row for "
-            "each token index, in their order."
-        )
-    if start.is_complex():
-        raise TypeError(f"init gives {start.dtype} for {name!r}: give real numbers.")
-    return start.detach()
-
-
-def _base(weight: Tensor, indices: TokenIndices, originals: Tensor, _: object) -> Tensor:
-    height = shape_of(weight)[0]
-    if max(indices.ids) < height:  # the mean reads the whole matrix
-        return originals
-    new = (indices.on(weight.device).ids >= height).unsqueeze(-1)
-    mean = _mean(weight, indices)
-    return torch.where(new, mean, originals.to(mean.dtype))
-
-
-def _mean(weight: Tensor, indices: TokenIndices, *_: object) -> Tensor:
-    return mean_of(weight, _delta_dtype(weight.dtype)).expand(len(indices), -1)
-
-
-def _normal(
-    weight: Tensor, indices: TokenIndices, _: object, generator: torch.Generator | None
-) -> Tensor:
-    mean = _mean(weight, indices)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return mean + of_first_rank(noise, weight) * spread_of(weight, mean.dtype)
-
-
-_STARTS: dict[str, Callable[..., Tensor]] = {"base": _base, "mean": _mean, "normal": _normal}
-
-
-def _called(
-    init: Callable[[Tensor, Tensor], Tensor], weight: Tensor, indices: TokenIndices, name: str
-) -> Tensor:
-    base = whole_of(weight)
-    version = version_of(base)
-    start = init(base, indices.on(base.device).ids.clone())
-    if version_of(base) != version:
-        raise RuntimeError(
-            f"the function init wrote to the matrix {name!r}, which is the model's own. Load the "
-            "model again, and let init return new rows, for example base[idx].clone()."
-        )
-    return start
-
-
-_INITS = 'Give "base", "mean", "normal", a (k, D) tensor or a function of (base, idx).'
-
-
-def _delta_dtype(dtype: torch.dtype) -> torch.dtype:
-    """As PEFT's autocast_adapter_dtype: small updates vanish in half precision."""
-    return torch.float32 if dtype.itemsize < 4 else dtype
+def _warn_of_half(model: nn.Module, params: TokenDeltas) -> None:
+    """Warn, once for a model, where its head is not trained with the input embedding."""
+    specs = params.specs.values()
+    found = next(filter(None, (half(spec, specs) for spec in specs)), None)
+    if found is None or model in _told:
+        return
+    _told.add(model)
+    embedding, head, target = found
+    way = (
+        "The head has no rows that can be trained"
+        if target is None
+        else (f"For both give targets={[embedding, target]}")
+    )
+    warnings.warn(
+        f"rows of {embedding!r} alone are trained: the head {head!r} of {type(model).__name__} is "
+        f"not tied to it, so the model learns to read these tokens and not to say them. {way}; "
+        f"where the input alone is meant, targets={embedding!r} says so.",
+        stacklevel=3,
+    )

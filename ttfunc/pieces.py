@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -48,8 +50,13 @@ def mean_of_pieces(before: Any, after: Any, *, left_space: bool | None = None) -
         for a half-precision matrix. It changes nothing.
 
     Raises:
-        TypeError, ValueError: here, for one that is no tokenizer, or one tokenizer as both; and in
-        `init_deltas`, for a token without text, or whose pieces are past the end of the matrix.
+        TypeError, ValueError: here, for one that is no tokenizer, one tokenizer as both, or the two
+        swapped; and in `init_deltas`, for a token that `after` does not have, one without text, or
+        whose pieces are past the end of the matrix. And for the unknown token where `after` has no
+        token that `before` has not.
+
+    Warns:
+        UserWarning: in `init_deltas`, for the unknown token among others.
     """
     if not callable(getattr(before, "encode", None)):
         raise TypeError(
@@ -66,8 +73,12 @@ def mean_of_pieces(before: Any, after: Any, *, left_space: bool | None = None) -
             f"after is a {type(after).__name__} without decode: give the tokenizer that has the "
             "new tokens, or a mapping from token id to text."
         )
+    if not isinstance(after, Mapping):
+        _check_order(before, after)
 
     def start(base: Tensor, idx: Tensor) -> Tensor:
+        if not isinstance(after, Mapping):
+            _check_known(before, after, idx.tolist())
         rows = []
         for token in idx.tolist():
             text = _text(after, token, left_space)
@@ -78,6 +89,53 @@ def mean_of_pieces(before: Any, after: Any, *, left_space: bool | None = None) -
         return torch.stack(rows)
 
     return start
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int] | None:
+    get_vocab: Any = getattr(tokenizer, "get_vocab", None)
+    return get_vocab() if callable(get_vocab) else None
+
+
+def _check_order(before: Any, after: Any) -> None:
+    """Raise ValueError where it is the first tokenizer that has more tokens."""
+    old, new = _vocabulary(before), _vocabulary(after)
+    if old is not None and new is not None and new.keys() < old.keys():
+        raise ValueError(
+            f"before and after are swapped: before has {reprlib.repr(sorted(old.keys() - new))}, "
+            "which after does not have. The order is mean_of_pieces(before, after), and after is "
+            "the tokenizer with the new tokens."
+        )
+
+
+def _check_known(before: Any, after: Any, ids: list[int]) -> None:
+    """Raise ValueError for tokens that a tokenizer was not given; warn where that may be so."""
+    convert: Any = getattr(after, "convert_ids_to_tokens", None)
+    for token in ids if callable(convert) else ():
+        try:
+            known = convert(token) is not None
+        except IndexError:  # of SentencePiece
+            known = False
+        if not known:
+            raise ValueError(
+                f"after has no token {token}. Add it first, after.add_tokens([...]), or give a "
+                f"text for it: after={{{token}: '...'}}."
+            )
+    unknown = getattr(after, "unk_token_id", None)
+    if unknown is None or unknown not in ids:
+        return
+    told = (
+        f"token {unknown} is {after.unk_token!r}, which the tokenizer after gives for every token "
+        "that it does not know"
+    )
+    old, new = _vocabulary(before), _vocabulary(after)
+    if old is not None and new is not None and not new.keys() - old.keys():
+        raise ValueError(
+            f"{told}, and it has no token that before does not have. Add the new tokens to it "
+            "first: after.add_tokens([...])."
+        )
+    warnings.warn(
+        f"{told}: was one of these not added? Its row is trained like the others.", stacklevel=6
+    )
 
 
 def _text(after: Any, token: int, left_space: bool | None) -> str:

@@ -101,6 +101,11 @@ def is_exported() -> bool:
     return torch.compiler.is_exporting() or is_traced()
 
 
+def in_strict_export() -> bool:
+    """Whether it is dynamo that writes an exported program down."""
+    return torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Whether it has no values, or is torch.export's wrapper of such a one.
 

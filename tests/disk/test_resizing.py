@@ -93,7 +93,7 @@ def test_one_merge_after_another(tmp_path):
     model = phi()
     model.save_pretrained(tmp_path / "model")
     first = random_rows(model, NEW, grow=True)
-    then = random_rows(model, [V + 2, 5, V + 3], 1, grow=first)
+    then = random_rows(model, [V + 2, 5, V + 3], 1, after=first)
     merge_checkpoint(tmp_path / "model", first, tmp_path / "first")
     merge_checkpoint(tmp_path / "first", then, tmp_path / "then")
     merge_checkpoint(tmp_path / "model", combine(first, then), tmp_path / "both")

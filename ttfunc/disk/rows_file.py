@@ -33,6 +33,7 @@ from ttfunc.disk.tensors import (
     rows_device,
     tensor_of,
 )
+from ttfunc.growth import check_after, next_token, numbered_on
 from ttfunc.indices import token_indices
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.shards import rows_at
@@ -96,6 +97,7 @@ def load(
     model: nn.Module,
     *,
     names: Mapping[str, str] | None = None,
+    after: TokenDeltas | None = None,
     requires_grad: bool = False,
 ) -> TokenDeltas:
     """The parameters that `save` wrote, put on `model`, which is not changed.
@@ -105,6 +107,9 @@ def load(
         model: with the matrices that they were trained on.
         names: a mapping from the name of a matrix in the file to its name in `model`, where the two
             differ (as with a wrapper around the model).
+        after: TokenDeltas of the model with new tokens of others. The new tokens of the file get
+            the ids that follow on theirs, in the same order, so that `patch(after, these)` is the
+            model with both. `token_indices` tells the ids.
         requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
 
     Returns:
@@ -116,17 +121,21 @@ def load(
 
     Raises:
         KeyError: the model has no parameter with a name in the file, or in `names`.
+        TypeError, ValueError: `after` is not TokenDeltas, or of another model.
         ValueError: the model has the matrix in another width, without room for the ids, or tied to
             other names than in the file; or the file cannot be `read`.
         FileNotFoundError: there is no file.
     """
     path = path_of(path, "load(path, model)")
     check_model(model, "load(path, model)")
+    check_after(model, after)
     params = _called(read(path), model, names, path)
     deltas, specs = {}, {}
     for name, spec in params.specs.items():
         matrix = _same_matrix(model, spec, path)
-        spec = _at_height_of(matrix, spec, path)
+        if after is not None:
+            spec = numbered_on(spec, after, matrix)
+        spec = _at_height_of(matrix, spec, path, after)
         weight, first = matrix.tensor, matrix.names[0]
         with outside_of_modes():
             originals = spec.originals.to(rows_device(weight))
@@ -261,13 +270,14 @@ def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:
     return matrix
 
 
-def _at_height_of(matrix: Matrix, spec: RowSpec, path: Path) -> RowSpec:
+def _at_height_of(matrix: Matrix, spec: RowSpec, path: Path, after: TokenDeltas | None) -> RowSpec:
     """The rows on a matrix that has more rows by now, or fewer: what was new may be there."""
     weight, height = matrix.tensor, matrix.shape[0]
     if height == spec.shape[0]:
         return spec
     with prefix_errors(f"{str(path)!r} was trained on a matrix of {spec.shape[0]} rows"):
-        token_indices(spec.indices.ids, height, matrix.names[0], height)
+        first_new = height if after is None else next_token(after, matrix)
+        token_indices(spec.indices.ids, height, matrix.names[0], first_new)
     shape = (height, spec.shape[1])
     there = [i for i, token in enumerate(spec.indices.ids) if spec.shape[0] <= token < shape[0]]
     if not there:

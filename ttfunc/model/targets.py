@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
@@ -105,7 +106,7 @@ def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
         )
 
 
-def _named_by_model(model: nn.Module, end: str = "input") -> object:
+def _named_by_model(model: nn.Module, end: str = "input") -> Any:
     """The embedding of that end that the model itself names; None where it names none."""
     try:
         return getattr(model, f"get_{end}_embeddings")()
@@ -158,6 +159,33 @@ def both_ends(model: nn.Module, likely: bool = False) -> dict[str, nn.Module]:
     if named is not None or not likely or len(heads) > 1:
         heads = {name: module for name, module in heads.items() if module is named}
     return {**found, **heads}
+
+
+def head_apart(
+    model: nn.Module, names: Sequence[str], token: int
+) -> tuple[str, str, str | None] | None:
+    """The input embedding that has the parameter `names`, and the head of the model, by name.
+
+    And the module of the head that can be a target, and has a row of the token; None if there is
+    none. None in place of all where the parameter is the head's too, where the model names no head,
+    and where PEFT trains a copy of the head as a whole.
+    """
+    modules = list(named_modules(model))
+    ends = [_named_by_model(model), _named_by_model(model, "output")]
+    embeddings, heads = ([f"{name}." for name, one in modules if one is end] for end in ends)
+    found = [name for name in names if name.startswith(tuple(embeddings))]
+    tied = any(name.startswith(tuple(heads)) for name in names)
+    if not (found and heads) or tied or "modules_to_save" in ends[1]._modules:
+        return None
+    embedding, head, target = found[0].rpartition(".")[0], heads[0], None
+    for name, module in modules:
+        weight = module._parameters.get("weight")
+        if f"{name}.".startswith(head) and weight is not None and shape_of(weight)[0] > token:
+            with contextlib.suppress(TypeError):
+                _check_module(model, name, module)
+                target = name
+                break
+    return embedding, head.removesuffix("."), target
 
 
 def check_ties_kept(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -35,14 +35,15 @@ def save_as_lora(
     *,
     rank: int | None = None,
     base_model: str | os.PathLike[str] | None = None,
-) -> None:
+) -> int:
     """Write the rows as a PEFT LoRA of the embedding and the head, with the same logits.
 
     New rows R in place of the rows W[S] are W + E (R − W[S]), where the V×k matrix E has a 1 for
     each token: a product of two factors, as in a LoRA of rank k. It is for servers that load a LoRA
     and know no token rows, and gives the logits of the rows to rounding, on a model that reads the
     matrix by its Embedding and Linear modules alone, with the rows W[S] that it has now. The
-    factors with V entries make it far larger than the rows: see `lora_bytes`.
+    factors with V entries make it far larger than the rows: 4 · rank · (V + D) bytes for each
+    module.
 
     Args:
         params: made from a model, which tells embeddings from heads. They are not changed.
@@ -50,6 +51,9 @@ def save_as_lora(
         rank: at least k; what it has more is filled with zeros, for servers that take certain ranks
             only.
         base_model: the folder or hub name of the model, for the config.
+
+    Returns:
+        The bytes of tensors written.
 
     Raises:
         ValueError: new tokens, which no LoRA can add; a rank below the number of rows; a matrix
@@ -74,13 +78,7 @@ def save_as_lora(
     }
     text = json.dumps(config, indent=2, sort_keys=True)
     write_adapter(path, serialized(tensors, {"format": "pt"}), text.encode())
-
-
-def lora_bytes(params: TokenDeltas, *, rank: int | None = None) -> int:
-    """The bytes of tensors that `save_as_lora` would write: 4 · rank · (V + D) for each module."""
-    check_type(params)
-    width = _rank(params, rank)
-    return sum(4 * width * sum(spec.shape) * len(spec.names) for spec in params.specs.values())
+    return sum(one.nbytes for one in tensors.values())
 
 
 def _rank(params: TokenDeltas, rank: int | None) -> int:

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttfunc.indices import found_among
-from ttfunc.torch_private import is_wrapped
+from ttfunc.torch_private import in_strict_export, is_wrapped
 from ttfunc.weight.per_example import (
     check_examples,
     not_mixed,
     places,
     refusing_placeholder,
 )
-from ttfunc.weight.placeholder import NaNPlaceholder
+from ttfunc.weight.placeholder import NaNPlaceholder, strict_placeholder
 from ttfunc.weight.reads import autocast, cast_like, no_placeholder
 from ttfunc.weight.source import Reads
 
@@ -106,6 +106,8 @@ class AnyRows(NamedTuple):
         """One NaN in the shape of `base`; its gradient goes to the rows, or is refused."""
         if self.by_example:
             return refusing_placeholder(self.values, base, self.ids, 0, reads)
+        if in_strict_export():
+            return strict_placeholder(base)
         if no_placeholder():
             return self.materialise(base)
         values = cast_like(self.values, base)

@@ -156,6 +156,14 @@ class NaNPlaceholder(torch.autograd.Function):
         return carried, 0
 
 
+def strict_placeholder(base: Tensor, grown: int = 0) -> Tensor:
+    """One NaN, expanded to the shape of the matrix, for `torch.export` with `strict=True`.
+
+    Its graph keeps what nothing reads, such as a copy. Dynamo takes every read to the handlers.
+    """
+    return base.new_full((), torch.nan).expand(len(base) + grown, base.shape[1])
+
+
 def nan_placeholder(
     kind: type[NaNPlaceholder],
     rows: Tensor,

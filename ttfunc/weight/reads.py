@@ -19,12 +19,13 @@ from ttfunc.torch_private import (
     JVP,
     at_work,
     in_dual_level,
+    in_strict_export,
     is_exported,
     is_traced,
     keeps_signature,
     transforms_active,
 )
-from ttfunc.weight.placeholder import NaNPlaceholder, nan_placeholder
+from ttfunc.weight.placeholder import NaNPlaceholder, nan_placeholder, strict_placeholder
 from ttfunc.weight.source import Reads
 
 
@@ -94,6 +95,8 @@ class SharedRows(NamedTuple):
 
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """One NaN, expanded to the shape of `base`; its `(V, D)` gradient goes to the rows."""
+        if in_strict_export():
+            return strict_placeholder(base, self.grown)
         if no_placeholder():
             return self.materialise(base)
         values = cast_like(self.values, base)
