@@ -95,7 +95,8 @@ def biases_of(state_dict: Mapping[str, Tensor], aliases: list[str], height: int)
 
 def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> None:
     if not isinstance(matrix, Tensor) or not holds_floats(matrix):
-        what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        codes = isinstance(matrix, Tensor) and not matrix.is_floating_point()
+        what = matrix.dtype if codes else type(matrix).__name__
         raise TypeError(
             f"{alias!r} in the state dict is {what}, which holds no rows to replace: a "
             "floating-point tensor is needed. Merge before quantising."
