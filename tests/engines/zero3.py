@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from tests.engines.fsdp_models import LONGER, with_new_tokens
 from tests.engines.work import (
     IDS,
     TEXT,
@@ -120,6 +121,13 @@ def grown() -> dict[str, float]:
     found = said(partitioned(model), params, x)
     found.loss.backward()
     return compared(found.logits, started(params).grad, truth)
+
+
+for name, make in LONGER.items():
+
+    @RECIPES.recipe(f"new tokens, {name}", make=make)
+    def new_tokens(make: Any) -> dict[str, float]:
+        return with_new_tokens(make, partitioned)  # type: ignore[no-any-return]
 
 
 @RECIPES.recipe("where rows start")
