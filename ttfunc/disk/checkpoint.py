@@ -16,7 +16,7 @@ from ttfunc.disk.folder import INDEX, Checkpoint, open_checkpoint, warn_of_copie
 from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
 from ttfunc.disk.resizing import resizing
 from ttfunc.disk.tensors import path_of
-from ttfunc.disk.tokenizer import check_tokenizer, save_tokenizer
+from ttfunc.disk.tokenizer import check_tokenizer, save_tokenizer, warn_of_unknown
 from ttfunc.merging import check_originals
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
@@ -56,7 +56,8 @@ def merge_checkpoint(
 
     Warns:
         UserWarning: the rows in the checkpoint are not the originals, so `unmerge_checkpoint` will
-            not give them back; or other files seem to hold the same weights.
+            not give them back; the tokenizer does not have the new tokens; or other files seem to
+            hold the same weights.
 
     Raises:
         KeyError: the checkpoint has none of the names of a matrix, or lacks the one in `names`.
@@ -80,6 +81,8 @@ def merge_checkpoint(
                 "this checkpoint.",
                 stacklevel=2,
             )
+    new = [token for s in matrices for token in s.spec.indices.ids if token >= s.spec.shape[0]]
+    warn_of_unknown(tokenizer, checkpoint.root, new)
     heights = {s.name: max(s.entry.shape[0], max(s.spec.indices.ids) + 1) for s in matrices}
     _write_copy(checkpoint, matrices, heights, Path(destination), tokenizer, progress)
 
