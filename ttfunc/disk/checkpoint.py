@@ -48,8 +48,8 @@ def merge_checkpoint(
             path of a file that `ttfunc.save` wrote. (A PEFT adapter does not say what is tied: give
             what `load_peft` returns for the model.)
         destination: the path of the copy; nothing may have this name yet.
-        names: a mapping from the model's name of a matrix to the checkpoint's, where the two differ
-            (as for some models of transformers).
+        names: a mapping from the model's name of a matrix to the checkpoint's, where it is neither
+            the same nor the one under which transformers saves the model.
         tokenizer: that knows the new tokens, saved into the copy by its `save_pretrained`; or the
             folder where it is saved already. By default the copy has the files of the source.
         progress: called with the bytes copied so far, and the bytes of the whole checkpoint.

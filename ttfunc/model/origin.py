@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ttfunc.model.matrix import Matrix, way_to
 from ttfunc.model.owners import is_sharded
+from ttfunc.model.saved import saved_names
 from ttfunc.model.sizes import biases
 from ttfunc.torch_private import outside_of_modes
 
@@ -62,6 +63,7 @@ def origin_of(model: nn.Module, matrix: Matrix, trained: Sequence[int]) -> Origi
     return Origin(
         model=_name(model),
         biases=tuple(dict.fromkeys(named)),
+        saved_as=saved_names(model, (*matrix.names, *named)),
         sample=_sample(matrix, trained),
     )
 
