@@ -16,6 +16,8 @@ def as_json(origin: Origin) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if origin.model:
         found["model"] = origin.model
+    if origin.kind:
+        found["kind"] = origin.kind
     if origin.sizes is not None:
         found |= {"sizes": dict(origin.sizes), "shared": list(origin.shared)}
     if origin.biases is not None:
@@ -43,6 +45,7 @@ def _origin(entry: dict[str, Any]) -> Origin:
     biases = entry.get("biases")
     return Origin(
         entry.get("model", ""),
+        entry.get("kind", ""),
         entry.get("sizes"),
         tuple(entry.get("shared", ())),
         None if biases is None else tuple(biases),
@@ -61,6 +64,10 @@ def _is_origin(entry: Any) -> bool:
     return isinstance(entry, dict) and all(
         fits(entry[key]) for key, fits in _FITS.items() if key in entry
     )
+
+
+def _is_string(found: Any) -> bool:
+    return isinstance(found, str)
 
 
 def _are_strings(found: Any) -> bool:
@@ -86,7 +93,8 @@ def _is_sample(found: Any) -> bool:
 
 
 _FITS = {
-    "model": lambda found: isinstance(found, str),
+    "model": _is_string,
+    "kind": _is_string,
     "sizes": _are_sizes,
     "shared": _are_strings,
     "biases": _are_strings,
