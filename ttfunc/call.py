@@ -16,6 +16,7 @@ from ttfunc.bypass import RefuseOwn, reached
 from ttfunc.model.copies import Copies
 from ttfunc.model.matrix import Matrix, way_to
 from ttfunc.model.path import ModulePath, Visit, find_path
+from ttfunc.said import check_said
 from ttfunc.slots import Slot, find_slots, is_patch, shown_in, sizes_of
 from ttfunc.torch_private import transforms_active
 
@@ -112,7 +113,7 @@ def call_copy(
     try:
         with RefuseOwn(uncopyable, slots) if uncopyable else contextlib.nullcontext():
             out = called(*args, **kwargs)
-    except Exception as error:
+    except (IndexError, RuntimeError, ValueError, AssertionError) as error:
         if sizes and not traced:
             error.add_note(_bounded(model, sizes))
         raise
@@ -120,6 +121,8 @@ def call_copy(
         copies.carry_over([slot.held for slot in own], _own)
     if at is None and not (traced or isinstance(out, _LATER)):
         _check_read(model, slots)
+        if sizes:
+            check_said(model, slots, sizes, out, method)
     return out
 
 
@@ -158,10 +161,11 @@ def _visits(
         return list(_now(path).values()), path.uncopyable
     on: dict[int, Visit] = {}
     uncopyable: tuple[str, ...] = ()
-    ways = {slot.name: slot.way for slot in slots}
+    ways = {slot.name for slot in slots}
     for path, matrices in _by_path(slots):
         names = [name for matrix in matrices for name in matrix.names]
-        through = [one for name in names for one in ways.get(name) or way_to(model, name)]
+        through = [one for slot in slots if slot.matrix in matrices for one in slot.way]
+        through += [one for name in names if name not in ways for one in way_to(model, name)]
         visits = path.visits()
         if visits is None or not all(id(module) in visits for module in through):
             path = find_path(model, [slot.held for slot in slots if slot.matrix in matrices])

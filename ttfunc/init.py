@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.indices import TokenIndices, token_indices
+from ttfunc.model.beside import check_beside
 from ttfunc.model.matrix import Matrix, matrix_of
 from ttfunc.model.origin import origin_of
 from ttfunc.model.owners import check_engine, shape_of
@@ -127,8 +128,10 @@ def _requests(
             )
         _warn_of_padding(target, module, indices)
     found = [(matrix, indices) for _, matrix, indices in requests.values()]
-    if any(max(indices.ids) >= matrix.shape[0] for matrix, indices in found):
+    if longer := [matrix for matrix, indices in found if max(indices.ids) >= matrix.shape[0]]:
         _check_ends(model, found)
+        for matrix in longer:
+            check_beside(model, matrix)
     return found
 
 
@@ -181,10 +184,10 @@ def _check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) -
     sizes: dict[str, int] = {}
     for name, module in both_ends(model).items():
         weight = module.get_parameter("weight")
-        sizes[name] = len(weight)
+        sizes[name] = shape_of(weight)[0]
         for matrix, indices in requests:
             if any(weight is one for _, one in matrix.slots):
-                sizes[name] = max(len(weight), *(token + 1 for token in indices.ids))
+                sizes[name] = max(sizes[name], *(token + 1 for token in indices.ids))
     if len(set(sizes.values())) > 1:
         raise ValueError(
             f"with these rows the matrices of {type(model).__name__} would have {sizes} rows: a "

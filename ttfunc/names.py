@@ -14,7 +14,7 @@ from reprlib import repr as shown
 from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
-from ttfunc.model.matrix import Matrix, matrix_of
+from ttfunc.model.matrix import Matrix, holds_floats, matrix_of
 
 # The parts that wrappers put into the names of a model, and the wrapper of each.
 _WRAPPERS = {
@@ -29,6 +29,7 @@ _ANYWHERE = re.compile(
     r"(?<![^.])"
     r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|token_adapter)\."
 )
+_IN_PEFT = re.compile(r"(?<![^.])(?:base_layer|token_adapter)\.")
 _FIRST = re.compile(r"^(?:(?:module|base_model\.model)\.)+")
 _NONE: Mapping[str, str] = {}
 PEFT = "base_model.model."  # before each name of the model in a PeftModel
@@ -85,15 +86,21 @@ def _called(spec: RowSpec, held: Collection[str], names: Mapping[str, str] = _NO
 
 
 def _beside_peft(spec: RowSpec, held: Collection[str]) -> RowSpec:
-    if any(name in held for name in spec.names):
-        return spec
-    others = tuple(map(peft_twin, spec.names))
-    return replace(spec, names=others) if any(name in held for name in others) else spec
+    for other in (str, peft_twin, _without_peft):
+        names = tuple(map(other, spec.names))
+        if any(name in held for name in names):
+            return replace(spec, names=names)
+    return spec
 
 
 def peft_twin(name: str) -> str:
     """The name of the same parameter without the PeftModel around the model, or with one."""
     return name.removeprefix(PEFT) if name.startswith(PEFT) else f"{PEFT}{name}"
+
+
+def _without_peft(name: str) -> str:
+    """The name of the same parameter in the model itself, also of a layer in a LoRA's."""
+    return _IN_PEFT.sub("", name.removeprefix(PEFT))
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -167,8 +174,7 @@ def names_of(model: nn.Module) -> dict[str, Tensor]:
 def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
     """The matrix that `model` has under `name`. Raises KeyError, with similar names, for none."""
     held = names_of(model)
-    if name not in held and peft_twin(name) in held:
-        name = peft_twin(name)
+    name = next((one for one in (name, peft_twin(name), _without_peft(name)) if one in held), name)
     if name not in held:
         hint = did_you_mean(name, held)
         if found := through_wrappers([name], held):
@@ -177,7 +183,7 @@ def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
             f"{type(model).__name__} has no parameter {name!r}, for which {str(source)!r} has "
             f"rows.{hint} Use the model that the rows were trained on, without a wrapper."
         )
-    if not held[name].is_floating_point():
+    if not holds_floats(held[name]):
         raise ValueError(
             f"{name!r} is {held[name].dtype} in this {type(model).__name__}, and a floating-point "
             "dtype is needed. Leave the token matrices out of the quantisation."

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttfunc.engine_checks import check_owned
+from ttfunc.model.beside import Beside, beside
 from ttfunc.model.matrix import (
     Matrix,
     count_same,
@@ -23,13 +23,12 @@ from ttfunc.model.matrix import (
     way_to,
 )
 from ttfunc.model.memory import memory_of
-from ttfunc.model.owners import Kept, engines_at_work
-from ttfunc.model.sizes import biases
+from ttfunc.model.owners import Kept, engines_at_work, shape_of
 from ttfunc.names import did_you_mean, peft_twin
 from ttfunc.stale import check_fresh
 from ttfunc.torch_private import fsdp_manages, is_dtensor, is_traced
 from ttfunc.weight.deferred import PatchedWeight
-from ttfunc.weight.owned import Place, owned
+from ttfunc.weight.owned import Place, longer, owned
 from ttfunc.weight.per_example import check_batch_first
 from ttfunc.weight.source import Reads, Source
 
@@ -66,9 +65,7 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
                     f"{name!r} and another of the names {list(weights)} are one tied weight of "
                     f"{type(model).__name__} ({slot.name!r}). Give it once."
                 )
-    for slot in [slot for slot in slots.values() if is_patch(slot.weight)]:
-        for bias in _biases(slot, slots):
-            slots.setdefault(bias.name, bias)
+    _lengthen_beside(slots)
     found = list(slots.values())
     own = [slot for slot in found if _is_of(slot.weight, slot.matrix) and slot.place is None]
     _check_ties(model, own)
@@ -88,7 +85,12 @@ def _searched(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Matr
         if matrix is not None and held_under(model, name) is None:
             # The matrix itself, of a model that is in a PeftModel by now, or no longer in one.
             twin = peft_twin(name)
-            known = twin if held_under(model, twin) is matrix.current else name
+            if held_under(model, twin) is matrix.current:
+                known = twin
+            elif name in matrix.names and count_slots(model, [matrix.current]):
+                # In a layer of an adapter by now.
+                tensors[name] = matrix.current
+                continue
         if matrix is None or known not in matrix.names:
             # The caller uses another name, as for a wrapper of the model.
             tensors[name] = _named(model, known)
@@ -228,16 +230,34 @@ def _fits(weight: Tensor, held: Tensor, weights: Mapping[str, Tensor]) -> bool:
     return tuple(weight.shape) == longer and held.numel() == held.shape[-1]
 
 
-def _biases(slot: Slot, known: Mapping[str, Slot]) -> Iterator[Slot]:
-    """For a matrix with new tokens the biases of its logits, with 0 for these."""
-    source = slot.weight.source  # type: ignore[attr-defined]
-    if not source.rows.grown:
-        return
-    # A tied one goes by several names.
-    longer = {id(other.held): other.weight for other in known.values()}
-    for name, depth, bias in biases(slot.way, slot.name, len(source.base)):
-        weight = longer.setdefault(id(bias), F.pad(bias, (0, source.rows.grown)))
-        yield Slot(name, slot.way[:depth], bias, weight, weight, slot.matrix)
+def _lengthen_beside(slots: dict[str, Slot]) -> None:
+    """Where a matrix has new tokens, give what has a number for each token zeros for these."""
+    made: dict[int, Tensor] = {}  # a tied one goes by several names
+    for slot in [slot for slot in slots.values() if is_patch(slot.weight)]:
+        source = slot.weight.source  # type: ignore[attr-defined]
+        if not source.rows.grown:
+            continue
+        for one in beside(slot.way, slot.name, len(source.base)):
+            known = slots.get(one.name)
+            tensor = one.tensor if known is None else known.weight
+            if shape_of(tensor)[one.dimension] != len(source.base):  # as long as it is to be
+                continue
+            place = _place_beside(one)
+            if id(one.tensor) not in made:
+                made[id(one.tensor)] = longer(tensor, one.dimension, source.rows.grown, place)
+            weight = made[id(one.tensor)]
+            slots[one.name] = Slot(
+                one.name, one.way, one.tensor, weight, weight, slot.matrix, place
+            )
+
+
+def _place_beside(one: Beside) -> Place | None:
+    """The place of a parameter that an engine owns."""
+    attribute = one.name.rpartition(".")[2]
+    if not engines_at_work() or attribute not in one.way[-1]._parameters:
+        return None
+    place = Place(one.way[-1], attribute, Kept())
+    return place if place.owned else None
 
 
 def _is_of(weight: Tensor, matrix: Matrix) -> bool:

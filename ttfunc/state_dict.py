@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes
 from ttfunc.growth import shape_in_weights
+from ttfunc.model.matrix import holds_floats
 from ttfunc.model.memory import same_memory
 from ttfunc.model.sizes import bias_names
 from ttfunc.names import advice, renamed, through_wrappers
@@ -86,14 +87,14 @@ def _check_found(
 
 
 def biases_of(state_dict: Mapping[str, Tensor], group: Group, height: int) -> list[list[str]]:
-    """The biases of the logits in a state dict, each with all its names; see `sizes.biases`."""
+    """The biases of the logits in a state dict, each with all its names; see `sizes.bias_names`."""
     shapes = {name: one.shape for name, one in state_dict.items() if isinstance(one, Tensor)}
     names = bias_names(shapes, group.aliases, height, group.spec.origin.biases)
     return [same for _, same in _distinct(state_dict, {name: state_dict[name] for name in names})]
 
 
 def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> None:
-    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+    if not isinstance(matrix, Tensor) or not holds_floats(matrix):
         what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
         raise TypeError(
             f"{alias!r} in the state dict is {what}, which holds no rows to replace: a "

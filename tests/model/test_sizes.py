@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ttfunc.model.sizes import bias_names, biases, resize
+from ttfunc.model.beside import beside
+from ttfunc.model.sizes import bias_names, resize
 
 
 class Config:
@@ -51,8 +52,8 @@ def test_biases_are_beside_the_matrix_or_above_it():
     model.norm = nn.LayerNorm(23)
     model.register_buffer("final_logits_bias", torch.zeros(1, 23))
     model.register_parameter("square_bias", nn.Parameter(torch.zeros(23, 23)))
-    found = biases([model, model.head], "head.weight", 23)
-    assert {name: depth for name, depth, _ in found} == {"final_logits_bias": 1, "head.bias": 2}
+    found = beside([model, model.head], "head.weight", 23)
+    assert {one.name: len(one.way) for one in found} == {"final_logits_bias": 1, "head.bias": 2}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert bias_names(shapes, ["head.weight"], 23) == ["final_logits_bias", "head.bias"]
     assert bias_names(shapes, ["head.weight"], 4) == []

@@ -9,10 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import OPTConfig, OPTForCausalLM
 
 from tests.helpers.llama import llama
 from tests.helpers.models import CORPUS, D, V, make
 from ttfunc.model.targets import find_targets
+
+PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
 
 
 class Towers(nn.Module):
@@ -114,16 +117,63 @@ def test_the_model_itself_is_a_target():
         find_targets(head, None)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)  # peft's
-def test_a_layer_within_an_adapter_is_named():
+@PEFT
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}])
+def test_a_layer_within_an_adapter_is_meant_by_the_name_of_what_is_around_it(config):
     model = get_peft_model(
-        llama(tie=False), LoraConfig(target_modules=["lm_head", "embed_tokens"], r=2)
+        llama(tie=False), LoraConfig(target_modules=["lm_head", "embed_tokens"], r=2, **config)
     )
     for target in ("lm_head", "embed_tokens"):
-        with pytest.raises(TypeError, match=rf"within an adapter.*: name .*{target}\.base_layer'"):
-            find_targets(model, target)
-        assert len(find_targets(model, f"{target}.base_layer")) == 1
-    with pytest.raises(TypeError, match="targets='base_layer'"):
-        find_targets(model.get_submodule("base_model.model.lm_head"), "")
+        ((name, module),) = find_targets(model, target).items()
+        assert name.endswith(f"{target}.base_layer")
+        assert module is model.get_submodule(name)
+        assert find_targets(model, [target, f"{target}.base_layer"]) == {name: module}
+    assert list(find_targets(model.get_submodule("base_model.model.lm_head"), "")) == ["base_layer"]
+    assert find_targets(model, None) == find_targets(model, "embed_tokens")
+
+
+@PEFT
+def test_an_adapter_around_the_embedding_of_a_model_with_positions_hides_nothing():
+    config = OPTConfig(
+        vocab_size=V,
+        hidden_size=D,
+        ffn_dim=D,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
+    model = get_peft_model(OPTForCausalLM(config), LoraConfig(target_modules=["embed_tokens"], r=2))
+    ((name, _),) = find_targets(model, None).items()
+    assert name.endswith("decoder.embed_tokens.base_layer")
+    plain = nn.ModuleDict({"embed_tokens": nn.Embedding(V, D), "positions": nn.Embedding(4, D)})
+    model = get_peft_model(plain, LoraConfig(target_modules=["embed_tokens"], r=2))
+    ((name, _),) = find_targets(model, None).items()
+    assert name.endswith(".embed_tokens.base_layer")
+
+
+@PEFT
+@pytest.mark.parametrize("targets", [None, "embed_tokens"])
+def test_a_copy_of_the_whole_embedding_is_refused(targets):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], r=2)
+    model = get_peft_model(llama(tie=False), config)
+    with pytest.raises(ValueError, match="whole copy of .*embed_tokens', .*modules_to_save"):
+        find_targets(model, targets)
+
+
+class Codes(torch.Tensor):
+    """As torchao's: it says a float's dtype, and has codes."""
+
+    def dequantize(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_codes_that_say_the_dtype_of_a_float_are_refused():
+    model = make("untied")
+    model.lm_head.weight = nn.Parameter(torch.zeros(V, D).as_subclass(Codes), False)
+    with pytest.raises(TypeError, match=r"dtype torch.float32 \(Codes\): only floating-point"):
+        find_targets(model, "lm_head")
+    model.lm_head.weight = nn.Parameter(torch.zeros(V, D, dtype=torch.float8_e4m3fn), False)
+    assert list(find_targets(model, "lm_head")) == ["lm_head"]
+    model.lm_head.weight_scale_inv = nn.Parameter(torch.ones(1, 1), False)
+    with pytest.raises(TypeError, match="dtype torch.float8_e4m3fn: only floating-point"):
+        find_targets(model, "lm_head")

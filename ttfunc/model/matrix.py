@@ -85,6 +85,11 @@ def is_stand_in(now: Tensor, tensor: Tensor) -> bool:
     return now.shape == tensor.shape and now.dtype == tensor.dtype and now.device == tensor.device
 
 
+def holds_floats(tensor: Tensor) -> bool:
+    """Whether it has floats, and no codes for them: some quantised classes say a float's dtype."""
+    return tensor.is_floating_point() and type(tensor).dequantize is Tensor.dequantize
+
+
 def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
     """Every place of `model` that holds `tensor`: by identity, or by the same memory and shape.
 

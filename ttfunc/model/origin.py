@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ttfunc.model.beside import biases
 from ttfunc.model.matrix import Matrix, named_modules, way_to
 from ttfunc.model.owners import is_sharded
 from ttfunc.model.probe import sizes_of
 from ttfunc.model.saved import saved_names
-from ttfunc.model.sizes import biases
 from ttfunc.torch_private import outside_of_modes
 
 # How many numbers of a matrix are kept, to know it again by.
@@ -97,7 +97,7 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def _biases(model: nn.Module, name: str, height: int) -> Iterator[str]:
-    return (bias for bias, _, _ in biases(way_to(model, name), name, height))
+    return (bias.name for bias in biases(way_to(model, name), name, height))
 
 
 def _name(model: nn.Module) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from torch import Tensor, nn
 
 # Attributes that are the number of tokens: of configs, and of modules.
 USUAL = ("vocab_size", "decoder_vocab_size", "n_words")
@@ -44,21 +42,8 @@ def _resized(config: Any, sizes: Mapping[int, int], made: dict[int, Any]) -> Any
     return copy
 
 
-def biases(way: list[nn.Module], name: str, height: int) -> Iterator[tuple[str, int, Tensor]]:
-    """The biases of the logits: a number for each of `height` tokens, on the way to the matrix.
-
-    Of each the name, how many modules of the way lead to it, and the tensor.
-    """
-    parts = name.split(".")[:-1]
-    for depth, module in enumerate(way):
-        for held in (module._parameters, module._buffers):
-            for attribute, tensor in held.items():
-                if tensor is not None and is_bias(attribute, tensor.shape, height):
-                    yield ".".join((*parts[:depth], attribute)), depth + 1, tensor
-
-
 def is_bias(name: str, shape: Sequence[int], height: int) -> bool:
-    """Whether it is one, by its name and its shape."""
+    """Whether it is a bias of the logits of `height` tokens, by its name and its shape."""
     return name.endswith("bias") and tuple(shape) in {(height,), (1, height)}
 
 
@@ -68,7 +53,7 @@ def bias_names(
     height: int,
     known: Sequence[str] | None = None,
 ) -> list[str]:
-    """The same in a state dict, of which the shapes are known: beside the matrix, or above it.
+    """The biases in a state dict, of which the shapes are known: beside the matrix, or above it.
 
     known: their names in the model, if the model was asked; the state dict may have other ones.
     """

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
-from ttfunc.model.matrix import named_modules
+from ttfunc.model.matrix import holds_floats, named_modules
 from ttfunc.model.owners import Kept, is_owned, shape_of
 
 Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
+
+# The layer within one of PEFT's: a LoRA's, or that of trainable tokens.
+_AROUND = ("base_layer", "token_adapter")
+_IN_ADAPTERS = re.compile(r"\.(?:lora_\w+|original_module)(?:\.|$)")
 
 
 def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]:
     """The modules that `targets` names, by their full names; by default the input embedding.
 
+    Where PEFT has put a layer around another, that is the one within, `"lm_head.base_layer"`.
     A string is a full module name (`""` is the model itself), or else the end of one at a dot
     (`"embed_tokens"` finds `model.embed_tokens`). A compiled pattern must match the whole name.
     Each item of a list must match. Raises ValueError where nothing matches, TypeError for a module
@@ -35,7 +40,7 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
             for name, module in find_targets(model, _checked(target)).items()
         }
     modules = dict(named_modules(model))
-    found = {name: modules[name] for name in _matching(list(modules), targets)}
+    found = dict(_layer(name, modules[name]) for name in _matching(list(modules), targets))
     if not found:
         if isinstance(targets, str) and _matching(list(modules), targets.removesuffix(".weight")):
             raise ValueError(
@@ -72,37 +77,57 @@ def _matching(names: list[str], target: str | re.Pattern[str]) -> list[str]:
     return [name for name in names if target and name.endswith(f".{target}")]
 
 
+def _layer(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The layer that PEFT has put others around, which has the matrix; another module as it is."""
+    while "weight" not in module._parameters:
+        part = next((one for one in _AROUND if module._modules.get(one) is not None), None)
+        if part is None:
+            break
+        name, module = f"{name}.{part}".removeprefix("."), module._modules[part]  # type: ignore
+    return name, module
+
+
 def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    known = isinstance(module, (nn.Embedding, nn.Linear)) or module is _named_by_model(model)
     weight = module._parameters.get("weight")
-    inner = module._modules.get("base_layer")
-    if weight is None and isinstance(inner, (nn.Embedding, nn.Linear)):  # as peft wraps it
-        path = f"{name}.base_layer" if name else "base_layer"
-        raise TypeError(
-            f"target {name!r} is a {type(inner).__name__} within an adapter "
-            f"({type(module).__module__}.{type(module).__name__}): name the layer itself, "
-            f"targets={path!r}."
-        )
+    if "modules_to_save" in module._modules:
+        raise _copied_whole(name)
+    known = isinstance(module, (nn.Embedding, nn.Linear)) or any(
+        module is _layer("", one)[1]
+        for one in (_named_by_model(model), _named_by_model(model, "output"))
+        if isinstance(one, nn.Module)
+    )
     if not known or (weight is not None and len(shape_of(weight)) != 2):
         raise TypeError(
             f"target {name!r} is a {type(module).__name__}: only Embedding and Linear modules have "
             f"rows to train. {_candidates(model)}"
-        )
-    if weight is not None and not isinstance(weight, nn.Parameter):
-        raise TypeError(
-            f"the weight of {name!r} is a stand-in of a functional call that is running, not the "
-            "model's own. Call this before or after that call, or on the model itself."
         )
     if weight is None:
         raise TypeError(
             f"target {name!r} has no parameter named weight (it is computed, or managed by an "
             "engine), so there are no rows to patch. Remove the parametrization first."
         )
-    if not weight.is_floating_point():
+    if not isinstance(weight, nn.Parameter):
         raise TypeError(
-            f"target {name!r} has a weight of dtype {weight.dtype}: only floating-point rows can "
-            "be trained. Leave the token matrices out of the quantisation."
+            f"the weight of {name!r} is a stand-in of a functional call that is running, not the "
+            "model's own. Call this before or after that call, or on the model itself."
         )
+    if not holds_floats(weight) or (weight.itemsize == 1 and _has_scale(module)):
+        kind = "" if type(weight) is nn.Parameter else f" ({type(weight).__name__})"
+        raise TypeError(
+            f"target {name!r} has a weight of dtype {weight.dtype}{kind}: only floating-point rows "
+            "can be trained. Leave the token matrices out of the quantisation."
+        )
+
+
+def _has_scale(module: nn.Module) -> bool:
+    return any("scale" in name for name in (*module._parameters, *module._buffers))
+
+
+def _copied_whole(name: str) -> ValueError:
+    return ValueError(
+        f"PEFT trains a whole copy of {name!r}, because it is among modules_to_save. Leave it out "
+        "of these, and let rows be what is trained."
+    )
 
 
 def _named_by_model(model: nn.Module, end: str = "input") -> object:
@@ -116,18 +141,13 @@ def _named_by_model(model: nn.Module, end: str = "input") -> object:
 def _input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
     """The embedding that the model names, else the only one, else the one named embed_tokens."""
     named = _named_by_model(model)
-    if isinstance(named, nn.Module) and "modules_to_save" in named._modules:
-        raise ValueError(
-            f"PEFT trains a whole copy of the input embedding of {type(model).__name__}, because "
-            "it is among modules_to_save. Leave it out of these, and let rows be what is trained."
-        )
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())
-    embeddings = [(n, m) for n, m in modules if isinstance(m, nn.Embedding)]
+    of_name = [_layer(n, m) for n, m in modules if n.rpartition(".")[2] == "embed_tokens"]
     for choice in (
         # Some models have an embedding class of their own.
-        [(n, m) for n, m in modules if m is named and "weight" in m._parameters],
-        embeddings,
-        [(n, m) for n, m in embeddings if n.rpartition(".")[2] == "embed_tokens"],
+        [one for one in (_layer(n, m) for n, m in modules if m is named) if _has_matrix(one[1])],
+        [(n, m) for n, m in modules if isinstance(m, nn.Embedding)],
+        [(n, m) for n, m in of_name if isinstance(m, nn.Embedding) or _has_matrix(m)],
     ):
         if len(choice) == 1:
             _check_module(model, *choice[0])
@@ -138,10 +158,15 @@ def _input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
     )
 
 
+def _has_matrix(module: nn.Module) -> bool:
+    return "weight" in module._parameters or "modules_to_save" in module._modules
+
+
 def both_ends(model: nn.Module, likely: bool = False) -> dict[str, nn.Module]:
     """The input embedding and the head of a model that names both, where they are as high.
 
-    With `likely`, the only Linear of this height is the head of a model that names none.
+    With `likely`, the only Linear of this height is the head of a model that names none, and what
+    cannot be longer with the embedding is refused: TypeError or ValueError.
     """
     try:
         found = dict([_input_embedding(model)])
@@ -149,15 +174,62 @@ def both_ends(model: nn.Module, likely: bool = False) -> dict[str, nn.Module]:
         return {}
     (first,) = found.values()
     height = shape_of(first.get_parameter("weight"))[0]
-    heads = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and shape_of(module.weight)[0] == height
-    }
+    head = _head(model) or (_only_linear(model, height) if likely else None)
+    if head is None or head[1] is first:
+        return found
+    name, module = head
+    if likely and "modules_to_save" in module._modules:
+        raise ValueError(
+            f"a new token needs a row at both ends, and PEFT trains a whole copy of the head "
+            f"{name!r} (modules_to_save), which has none for it. Leave the head out of "
+            "modules_to_save, so that rows are what is trained of it too; or resize the model "
+            "(model.resize_token_embeddings) before the adapter is made, and train rows of tokens "
+            "that it has."
+        )
+    weight: Any = getattr(module, "weight", None) if _has_matrix(module) else None
+    high = weight is not None and len(shape_of(weight)) == 2 and shape_of(weight)[0] == height
+    if likely and high:
+        _check_module(model, name, module)
+    if high and (likely or not _is_another_vocabulary(model, weight, first)):
+        return {**found, name: module}
+    if likely and not _is_another_vocabulary(model, weight, first):
+        has = "no weight of its own" if weight is None else f"one of {tuple(shape_of(weight))}"
+        raise ValueError(
+            f"a new token needs a row at both ends, under one id: {next(iter(found))!r} of "
+            f"{type(model).__name__} has {height} rows, and the head {name!r} has {has}. Resize "
+            "the model (model.resize_token_embeddings), and train rows of tokens that it has. "
+            f"For tokens that are read and never said, targets={next(iter(found))!r} is enough."
+        )
+    return found
+
+
+def _head(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The output embeddings that the model names."""
     named = _named_by_model(model, "output")
-    if named is not None or not likely or len(heads) > 1:
-        heads = {name: module for name, module in heads.items() if module is named}
-    return {**found, **heads}
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
+    return next((_layer(name, module) for name, module in modules if module is named), None)
+
+
+def _only_linear(model: nn.Module, height: int) -> tuple[str, nn.Module] | None:
+    """The one Linear of this height; adapters have some of their own."""
+    heads = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and shape_of(module.weight)[0] == height
+        and not _IN_ADAPTERS.search(name)
+    ]
+    return heads[0] if len(heads) == 1 else None
+
+
+def _is_another_vocabulary(model: nn.Module, weight: Tensor | None, first: nn.Module) -> bool:
+    """Whether a head's matrix is looked up too, but not by the input embedding."""
+    if weight is None or weight is first._parameters["weight"]:
+        return False
+    return any(
+        isinstance(module, nn.Embedding) and module._parameters.get("weight") is weight
+        for module in model.modules()
+    )
 
 
 def check_ties_kept(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttfunc.model.owners import Kept, is_owned
-from ttfunc.torch_private import fsdp_manages, is_dtensor, tree_map
+from ttfunc.model.owners import Kept, is_owned, shape_of
+from ttfunc.torch_private import fsdp_manages, is_dtensor, no_torch_function, tree_map
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER, SIZES
 from ttfunc.weight.placeholder import nan_placeholder
@@ -42,7 +44,7 @@ class Place:
     def held(self) -> Tensor | None:
         """What is there now."""
         here = self.copy._parameters.get(self.attribute)
-        if here is self.placed or isinstance(here, OwnedWeight):
+        if here is self.placed or isinstance(here, (OwnedWeight, OwnedLonger)):
             return self.module._parameters.get(self.attribute)
         return here
 
@@ -93,6 +95,39 @@ def owned(weight: PatchedWeight, place: Place, reads: Reads) -> OwnedWeight:
     return made
 
 
+class OwnedLonger(Tensor):
+    """A parameter that an engine owns, with zeros at the end of what is there at each read."""
+
+    place: Place
+    by: tuple[int, ...]  # as F.pad takes it
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _QUESTIONS:
+            with no_torch_function():
+                return func(*args, **(kwargs or {}))
+        return func(*tree_map(gathered, args), **tree_map(gathered, kwargs or {}))
+
+
+def longer(tensor: Tensor, dimension: int, by: int, place: Place | None) -> Tensor:
+    """The tensor with `by` zeros at the end of a dimension; in its place when it is read."""
+    shape = list(shape_of(tensor))
+    padding = (*(0, 0) * (len(shape) - 1 - dimension), 0, by)
+    if place is None:
+        return F.pad(tensor, padding)
+    shape[dimension] += by
+    nan = torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(shape)
+    made = nan.as_subclass(OwnedLonger)
+    made.place, made.by = place, padding
+    return made
+
+
 def _asked(value: Any) -> Any:
     """Of an owned weight one that knows its metadata, whatever is gathered."""
     if not isinstance(value, OwnedWeight):
@@ -104,7 +139,9 @@ def _asked(value: Any) -> Any:
 
 
 def gathered(value: Any) -> Any:
-    """An ordinary patched weight for an owned one; any other value as it is."""
+    """An ordinary patched weight, or longer tensor, for an owned one; any other value as it is."""
+    if isinstance(value, OwnedLonger):
+        return _made_longer(value)
     if not isinstance(value, OwnedWeight):
         return value
     source, place = value.source, value.place
@@ -116,12 +153,24 @@ def gathered(value: Any) -> Any:
     elif _is_part(held, place):
         rows = SharedRows(*_over_ranks(source.rows).part(place.kept))
     else:
-        raise RuntimeError(
-            f"the {place.attribute} of {type(place.module).__name__} is not gathered here: its "
-            "engine gathers it while that module runs. Read it in the module's forward, or leave "
-            "it out of the sharding."
-        )
+        raise _not_gathered(place)
     return value.with_source(source._replace(base=held.detach(), rows=rows))
+
+
+def _made_longer(value: OwnedLonger) -> Tensor:
+    held = value.place.held()
+    found = None if held is None or is_dtensor(held) else F.pad(held, value.by)
+    if found is None or found.shape != value.shape:
+        raise _not_gathered(value.place)
+    return found
+
+
+def _not_gathered(place: Place) -> RuntimeError:
+    return RuntimeError(
+        f"the {place.attribute} of {type(place.module).__name__} is not gathered here: its "
+        "engine gathers it while that module runs. Read it in the module's forward, or leave "
+        "it out of the sharding."
+    )
 
 
 def _over_ranks(rows: RowPatch) -> ShardedRows:

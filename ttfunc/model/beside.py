@@ -1,0 +1,109 @@
+"""What has a number for each token beside a token matrix: biases, and adapters around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ttfunc.model.matrix import Matrix, way_to
+from ttfunc.model.owners import shape_of
+from ttfunc.model.sizes import is_bias
+
+# The dimension of a LoRA's parts that has the tokens; the others have none.
+_OF_LORA = {"lora_B": 0, "lora_embedding_A": 1, "lora_A": None, "lora_embedding_B": None}
+
+
+class Beside(NamedTuple):
+    """A tensor, its name, the modules from the model to it, and which dimension has the tokens."""
+
+    name: str
+    way: list[nn.Module]
+    tensor: Tensor
+    dimension: int
+
+
+def beside(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
+    """What is to be longer where the matrix of `height` tokens at the end of the way is: by zeros.
+
+    Raises ValueError for an adapter of which that is not so.
+    """
+    yield from biases(way, name, height)
+    parts = name.split(".")[:-1]
+    for depth in range(len(way)):
+        if parts[depth : depth + 1] == ["base_layer"]:
+            here, names = way[: depth + 1], parts[:depth]
+            yield from _of_adapters(here, names, height, wide=_width(way[-1], name) == height)
+
+
+def biases(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
+    """Those of the logits, on the way to the matrix."""
+    parts = name.split(".")[:-1]
+    for depth, module in enumerate(way):
+        for attribute, tensor in _held(module):
+            shape = shape_of(tensor)
+            if is_bias(attribute, shape, height):
+                full = ".".join((*parts[:depth], attribute))
+                yield Beside(full, way[: depth + 1], tensor, len(shape) - 1)
+
+
+def check_beside(model: nn.Module, matrix: Matrix) -> None:
+    """Raise ValueError where an adapter around the matrix has no place for new tokens."""
+    for name, _ in matrix.slots:
+        for _ in beside(way_to(model, name), name, matrix.shape[0]):
+            pass
+
+
+def _of_adapters(
+    way: list[nn.Module], names: list[str], height: int, wide: bool
+) -> Iterator[Beside]:
+    """The parts of adapters in the layer that PEFT has put around another.
+
+    wide: the matrix is as wide as it is high, so that a size alone tells nothing.
+    """
+    layer: Any = way[-1]
+    idle = getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False)
+    active = () if idle else getattr(layer, "active_adapters", ())
+    for path, inner, tensor in _below(way, []):
+        shape = shape_of(tensor)
+        dimension = _OF_LORA.get(path[0], -1)
+        if dimension is None:
+            continue
+        full = ".".join((*names, *path))
+        if dimension >= 0 and shape[dimension] == height:
+            yield Beside(full, inner, tensor, dimension)
+        elif not set(active).isdisjoint(path) and (
+            dimension >= 0 or (height in shape and not wide)
+        ):
+            raise ValueError(
+                f"{full!r} {tuple(shape)}, of the adapter around "
+                f"{'.'.join((*names, 'base_layer'))!r}, has a number for each of {height} tokens, "
+                "and new ones would have none. Leave this layer out of the adapter's "
+                "target_modules, merge the adapter, or resize the model "
+                "(model.resize_token_embeddings) before the adapter is made, and train rows of "
+                "tokens that it has."
+            )
+
+
+def _below(
+    way: list[nn.Module], path: list[str]
+) -> Iterator[tuple[list[str], list[nn.Module], Tensor]]:
+    """The tensors of a layer, but for those of the layer within."""
+    for attribute, tensor in _held(way[-1]):
+        yield [*path, attribute], way, tensor
+    for part, child in way[-1]._modules.items():
+        if child is not None and part != "base_layer":
+            yield from _below([*way, child], [*path, part])
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+        if tensor is not None:
+            yield name, tensor
+
+
+def _width(holder: nn.Module, name: str) -> int | None:
+    weight = holder._parameters.get(name.rpartition(".")[2])
+    return None if weight is None else shape_of(weight)[-1]
