@@ -14,6 +14,7 @@ from torch import Tensor
 from ttfunc.ends import told_half
 from ttfunc.indices import TokenIndices, check_apart, union
 from ttfunc.model.matrix import Matrix
+from ttfunc.model.origin import Origin
 from ttfunc.torch_private import OPTREE_GLOBAL, is_dtensor, outside_of_modes, torch_pytree
 
 
@@ -23,9 +24,10 @@ class RowSpec:
 
     names: all names of the matrix. shape: its `(V, D)`. indices: which rows. originals: the
     `(k, D)` rows as they were, in the matrix's dtype; zeros for new tokens. matrix: where the rows
-    belong, in the model that they were made from; not part of the content, and not pickled. grown:
-    how many of them are new, for tokens that the matrix does not have. follows: how many new tokens
-    of others come before the first of these.
+    belong, in the model that they were made from; not part of the content, and not pickled. origin:
+    what that model said of the matrix; not part of the content either. grown: how many of them are
+    new, for tokens that the matrix does not have. follows: how many new tokens of others come
+    before the first of these.
     """
 
     names: tuple[str, ...]
@@ -33,6 +35,7 @@ class RowSpec:
     indices: TokenIndices
     originals: Tensor
     matrix: Matrix | None
+    origin: Origin = field(default_factory=Origin)
 
     grown: int = field(init=False)
     follows: int = field(init=False)
@@ -77,7 +80,7 @@ class RowSpec:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RowSpec, (self.names, self.shape, self.indices, self.originals, None)
+        return RowSpec, (self.names, self.shape, self.indices, self.originals, None, self.origin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +238,7 @@ def _joined_rows(a: RowSpec, b: RowSpec) -> RowSpec:
         indices=union((a.indices, b.indices)),
         originals=originals,
         matrix=a.matrix or b.matrix,
+        origin=a.origin.joined(b.origin),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import nn
 
@@ -90,6 +91,54 @@ def shape_in_weights(spec: RowSpec, merged: bool) -> tuple[int, int]:
     if spec.height > start + spec.grown:
         raise _left_out(spec, start)
     return start + spec.grown * merged, spec.shape[1]
+
+
+class Entry(NamedTuple):
+    """A size in a config: before the new tokens, with them, and in the model itself."""
+
+    old: int
+    new: int
+    start: int
+
+    @property
+    def back(self) -> Entry:
+        return Entry(self.new, self.old, self.start)
+
+
+def config_entries(specs: Mapping[str, RowSpec], merged: bool = False) -> dict[str, Entry] | None:
+    """What the new tokens change in the config of their model; None where that is not known.
+
+    merged: whether it is to be taken back. Raises ValueError where the config has no size for one
+    of the matrices alone.
+    """
+    specs = {key: spec for key, spec in specs.items() if spec.grown}
+    if any(spec.origin.sizes is None for spec in specs.values()):
+        return None
+    entries: dict[str, Entry] = {}
+    for key, spec in specs.items():
+        sizes = spec.origin.sizes or {}
+        alike = {name: one for name, one in specs.items() if _grown(one) == _grown(spec)}
+        with_them = {*alike, *(bias for one in alike.values() for bias in one.origin.biases or ())}
+        if not sizes:
+            raise ValueError(
+                f"no entry in the config of {spec.origin.model} says how high {key!r} is, so that "
+                "no folder of it can have new rows. Merge into a state dict (ttfunc.merge)."
+            )
+        if others := [other for other in spec.origin.shared if other not in with_them]:
+            raise ValueError(
+                f"{list(sizes)} in the config of {spec.origin.model} is the size of {key!r} and of "
+                f"{others}, which do not get the {spec.grown} new rows: such a model cannot be "
+                "loaded from a folder. Give the new rows to all of them (targets=), if they can "
+                "have them, or merge into a state dict (ttfunc.merge)."
+            )
+        for path, value in sizes.items():
+            old, new = value + spec.follows, value + spec.follows + spec.grown
+            entries[path] = Entry(new, old, value) if merged else Entry(old, new, value)
+    return entries
+
+
+def _grown(spec: RowSpec) -> tuple[int, int]:
+    return spec.follows, spec.grown
 
 
 def _left_out(spec: RowSpec, start: int) -> ValueError:

@@ -15,6 +15,7 @@ from ttfunc.growth import check_after, next_token
 from ttfunc.indices import TokenIndices, token_indices
 from ttfunc.model.beside import check_beside
 from ttfunc.model.matrix import Matrix, matrix_of
+from ttfunc.model.origin import origin_of
 from ttfunc.model.owners import check_engine, shape_of
 from ttfunc.model.shards import rows_at
 from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
@@ -98,7 +99,8 @@ def init_deltas(
         start = start_rows(starts[name], weight, indices, originals, name, generator)
         delta = start.to(weight.device, dtype or delta_dtype(weight.dtype), copy=True)
         deltas[name] = delta.requires_grad_(requires_grad)
-        specs[name] = RowSpec(matrix.names, matrix.shape, indices, originals, matrix)
+        origin = origin_of(model, matrix, indices.ids)
+        specs[name] = RowSpec(matrix.names, matrix.shape, indices, originals, matrix, origin)
     params = TokenDeltas(deltas, specs)
     if targets is None and not isinstance(idx, Mapping):
         _warn_of_half(model, params)

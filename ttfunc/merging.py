@@ -159,7 +159,8 @@ def _written(
 ) -> dict[str, Tensor]:
     """A copy of the state dict with these rows; the `original` ones are of old tokens alone."""
     result = _copied(state_dict)
-    for key, spec, aliases in groups:
+    for group in groups:
+        key, spec, aliases = group
         # Read from the result: another adapter may already have written to one of these names.
         matrix = result[aliases[0]]
         rows = values[key].to(matrix.device, matrix.dtype)
@@ -171,7 +172,8 @@ def _written(
         written = _with_rows(matrix, ids, rows, longer)
         result.update(dict.fromkeys(aliases, written))
         if longer:
-            for names in biases_of(state_dict, aliases, shape_in_weights(spec, False)[0]):
+            # One that two matrices have in common is longer already.
+            for names in biases_of(result, group, shape_in_weights(spec, False)[0]):
                 bias = F.pad(result[names[0]], (0, longer))
                 result.update(dict.fromkeys(names, bias))
     return result
@@ -180,12 +182,13 @@ def _written(
 def _shortened(state_dict: Mapping[str, Tensor], groups: list[Group]) -> dict[str, Tensor]:
     """A copy of the state dict without what was added for new tokens."""
     result = _copied(state_dict)
-    for _, spec, aliases in groups:
+    for group in groups:
+        _, spec, aliases = group
         if not spec.grown:
             continue
         height, _ = shape_in_weights(spec, False)
         result.update(dict.fromkeys(aliases, state_dict[aliases[0]][:height]))
-        for names in biases_of(state_dict, aliases, height + spec.grown):
+        for names in biases_of(state_dict, group, height + spec.grown):
             result.update(dict.fromkeys(names, state_dict[names[0]][..., :height]))
     return result
 

@@ -31,6 +31,7 @@ _ANYWHERE = re.compile(
 )
 _IN_PEFT = re.compile(r"(?<![^.])(?:base_layer|token_adapter)\.")
 _FIRST = re.compile(r"^(?:(?:module|base_model\.model)\.)+")
+_NONE: Mapping[str, str] = {}
 PEFT = "base_model.model."  # before each name of the model in a PeftModel
 
 
@@ -43,13 +44,14 @@ def renamed(
 ) -> TokenDeltas:
     """`params` under names that are `held` elsewhere, in place of the model's.
 
-    Without `names`, those of a model in a PeftModel and of the model itself count as the same.
+    Without `names`, those of a model in a PeftModel and of the model itself count as the same, and
+    so do those under which transformers saves the model.
     For messages, `where` says what holds these names, and `missing` what is wrong with a name that
     is not held. Raises TypeError, KeyError or ValueError unless each of `names` maps a name of the
     parameters to a held name, and no two names become one.
     """
     if names is None:
-        rows = {key: _beside_peft(spec, held) for key, spec in params.specs.items()}
+        rows = {key: _beside_peft(_called(spec, held), held) for key, spec in params.specs.items()}
         return TokenDeltas(params.deltas, rows)
     if not isinstance(names, Mapping) or not all(isinstance(n, str) for n in names.values()):
         raise TypeError(f"names must map strings to strings, got {shown(names)}.")
@@ -68,11 +70,19 @@ def renamed(
     called = Counter(names.get(name, name) for name in known)
     if twice := [name for name, times in called.items() if times > 1]:
         raise ValueError(f"names leads to {twice} more than once. Give each matrix its own name.")
-    rows = {
-        key: replace(spec, names=tuple(names.get(name, name) for name in spec.names))
-        for key, spec in params.specs.items()
-    }
+    rows = {key: _called(spec, held, names) for key, spec in params.specs.items()}
     return TokenDeltas(params.deltas, rows)
+
+
+def _called(spec: RowSpec, held: Collection[str], names: Mapping[str, str] = _NONE) -> RowSpec:
+    """Under the given names, else the model's own, else those of the model's folder."""
+    origin = spec.origin
+    saved = origin.saved_as
+    own = {name: saved[name] for name in saved if name not in held and saved[name] in held}
+    if own and origin.biases is not None:
+        origin = replace(origin, biases=tuple(own.get(name, name) for name in origin.biases))
+    called = (names.get(name, own.get(name, name)) for name in spec.names)
+    return replace(spec, names=tuple(dict.fromkeys(called)), origin=origin)
 
 
 def _beside_peft(spec: RowSpec, held: Collection[str]) -> RowSpec:

@@ -86,11 +86,11 @@ def _check_found(
         )
 
 
-def biases_of(state_dict: Mapping[str, Tensor], aliases: list[str], height: int) -> list[list[str]]:
+def biases_of(state_dict: Mapping[str, Tensor], group: Group, height: int) -> list[list[str]]:
     """The biases of the logits in a state dict, each with all its names; see `sizes.bias_names`."""
     shapes = {name: one.shape for name, one in state_dict.items() if isinstance(one, Tensor)}
-    held = {name: state_dict[name] for name in bias_names(shapes, aliases, height)}
-    return [names for _, names in _distinct(state_dict, held)]
+    names = bias_names(shapes, group.aliases, height, group.spec.origin.biases)
+    return [same for _, same in _distinct(state_dict, {name: state_dict[name] for name in names})]
 
 
 def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> None:

@@ -106,6 +106,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "NemotronHConfig": _HYBRID,
     "NystromformerConfig": {"num_landmarks": 64, "segment_means_seq_len": 64},
     "PerceiverConfig": {"d_latents": 32, "num_latents": 16},
+    "Qwen2VLVisionConfig": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4},
     "Qwen3NextConfig": _HYBRID,
     "Qwen3_5MoeTextConfig": _HYBRID,
     "Qwen3_5TextConfig": _HYBRID,
@@ -146,4 +147,14 @@ TARGETS = {
     "MusicgenMelodyForCausalLM": "model.decoder.embed_tokens.0",
     "MusicgenMelodyForConditionalGeneration": "decoder.model.decoder.embed_tokens.0",
     "PerceiverForMaskedLM": "perceiver.input_preprocessor.embeddings",
+}
+
+# What transformers' resize_token_embeddings leaves as it is, breaks or does not take; for Gemma 3n
+# it adds random rows to a second table, in which a token without a row counts as token 0.
+BUILT_LONGER = {
+    "EncoderDecoderModel",
+    "EsmForMaskedLM",
+    "Gemma3nForCausalLM",
+    "IBertForMaskedLM",
+    "xLSTMForCausalLM",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from tests.helpers.architecture_sizes import ALWAYS, OVERRIDES, RARE_ID, TARGETS, TOY_VALUES
+from tests.helpers.architecture_sizes import (
+    ALWAYS,
+    BUILT_LONGER,
+    OVERRIDES,
+    RARE_ID,
+    TARGETS,
+    TOY_VALUES,
+)
 from tests.helpers.rows import random_rows
 from ttfunc import TokenDeltas
 from ttfunc.model.targets import find_targets
@@ -131,6 +139,49 @@ def find_height(model: nn.Module, name: str) -> int:
     """How many rows its embedding has."""
     (module,) = find_targets(model, TARGETS.get(name)).values()
     return len(module.weight)
+
+
+def reloaded(model: nn.Module, folder: Path) -> nn.Module:
+    """What transformers loads from a folder, as a model of this class."""
+    chosen = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return type(model).from_pretrained(folder, **chosen).eval().requires_grad_(False)
+
+
+def longer(model: nn.Module, params: TokenDeltas) -> nn.Module:
+    """The model with new tokens, made without ttfunc, and these rows written into it.
+
+    transformers resizes a copy of it. Where it cannot, one that is longer is built from the config,
+    and every other weight is copied.
+    """
+    (height,) = {spec.height for spec in params.specs.values()}
+    if type(model).__name__ in BUILT_LONGER:
+        made = _built(model, height)
+    else:
+        made = copy.deepcopy(model)
+        made.resize_token_embeddings(height, mean_resizing=False)
+    for key, names in params.tied.items():
+        for weight in {made.get_parameter(name) for name in names}:
+            assert len(weight) == height
+            with torch.no_grad():
+                weight[params.token_indices[key]] = params.deltas[key].detach()
+    return made.eval().requires_grad_(False)
+
+
+def _built(model: nn.Module, height: int) -> nn.Module:
+    old = len(model.get_input_embeddings().weight)
+    config = copy.deepcopy(model.config)
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+        if getattr(part, "vocab_size", None) == old:
+            part.vocab_size = height
+    made = type(model)(config)
+    with torch.no_grad():
+        for name, tensor in made.state_dict().items():
+            given = model.state_dict()[name]
+            if given.shape == tensor.shape:
+                tensor.copy_(given)
+            else:  # the biases of new tokens are 0
+                tensor.zero_()[: len(given)] = given
+    return made
 
 
 def with_state(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ttfunc.model.beside import beside
-from ttfunc.model.sizes import bias_names, in_configs, resize
+from ttfunc.model.sizes import bias_names, resize
 
 
 class Config:
@@ -57,11 +57,3 @@ def test_biases_are_beside_the_matrix_or_above_it():
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert bias_names(shapes, ["head.weight"], 23) == ["final_logits_bias", "head.bias"]
     assert bias_names(shapes, ["head.weight"], 4) == []
-
-
-def test_the_text_of_a_config_keeps_its_form():
-    text = '{"vocab_size": 23,\n "n_words" :23}, "vocab_size":230, "size": 23'
-    assert in_configs(text, {23: 25}) == (
-        '{"vocab_size": 25,\n "n_words" :25}, "vocab_size":230, "size": 23'
-    )
-    assert in_configs(in_configs(text, {23: 25}), {25: 23}) == text

@@ -16,7 +16,7 @@ from ttfunc.disk.folder import INDEX, Checkpoint, open_checkpoint, warn_of_copie
 from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
 from ttfunc.disk.resizing import resizing
 from ttfunc.disk.tensors import path_of
-from ttfunc.disk.tokenizer import check_tokenizer, save_tokenizer
+from ttfunc.disk.tokenizer import check_tokenizer, save_tokenizer, warn_of_unknown
 from ttfunc.merging import check_originals
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
@@ -48,15 +48,16 @@ def merge_checkpoint(
             path of a file that `ttfunc.save` wrote. (A PEFT adapter does not say what is tied: give
             what `load_peft` returns for the model.)
         destination: the path of the copy; nothing may have this name yet.
-        names: a mapping from the model's name of a matrix to the checkpoint's, where the two differ
-            (as for some models of transformers).
+        names: a mapping from the model's name of a matrix to the checkpoint's, where it is neither
+            the same nor the one under which transformers saves the model.
         tokenizer: that knows the new tokens, saved into the copy by its `save_pretrained`; or the
             folder where it is saved already. By default the copy has the files of the source.
         progress: called with the bytes copied so far, and the bytes of the whole checkpoint.
 
     Warns:
         UserWarning: the rows in the checkpoint are not the originals, so `unmerge_checkpoint` will
-            not give them back; or other files seem to hold the same weights.
+            not give them back; the tokenizer does not have the new tokens; or other files seem to
+            hold the same weights.
 
     Raises:
         KeyError: the checkpoint has none of the names of a matrix, or lacks the one in `names`.
@@ -80,6 +81,8 @@ def merge_checkpoint(
                 "this checkpoint.",
                 stacklevel=2,
             )
+    new = [token for s in matrices for token in s.spec.indices.ids if token >= s.spec.shape[0]]
+    warn_of_unknown(tokenizer, checkpoint.root, new)
     heights = {s.name: max(s.entry.shape[0], max(s.spec.indices.ids) + 1) for s in matrices}
     _write_copy(checkpoint, matrices, heights, Path(destination), tokenizer, progress)
 

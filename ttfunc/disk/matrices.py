@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
@@ -86,7 +86,8 @@ def find_matrices(
     Raises KeyError for a matrix that is not there under any of its names; ValueError where it has
     another shape, or cannot take rows.
     """
-    matrices = []
+    matrices: list[StoredMatrix] = []
+    absent = []
     for key, spec in params.specs.items():
         rows = cpu_copy(values[key], f"the rows of {key!r}")
         found = [
@@ -96,15 +97,19 @@ def find_matrices(
             if name in header
         ]
         if not found:
-            missing = _missing(checkpoint, spec, *spec.names)
-            raise KeyError(
-                f"{missing} If the matrix has another name there, give it "
-                "in names (--name on the command line)."
-            )
+            absent.append(spec)
         for stored in found:
             _check_rows(stored)
             _check_matrix(checkpoint, stored, merged)
         matrices += found
+    if absent:
+        taken = {stored.name for stored in matrices}
+        likely = _likely(checkpoint, absent, taken, merged)
+        raise KeyError(
+            f"{_missing(checkpoint, absent[0], *absent[0].names)} If a matrix has another name "
+            f"there, give it in names (--name on the command line)"
+            f"{f': names={likely!r}, by their likeness' if likely else ''}."
+        )
     return matrices
 
 
@@ -178,12 +183,37 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     return {name: e.shape for header in checkpoint.headers.values() for name, e in header.items()}
 
 
+def _likely(
+    checkpoint: Checkpoint, absent: Sequence[RowSpec], taken: Collection[str], merged: bool
+) -> dict[str, str]:
+    """What each of these matrices is called there, by its shape and the likeness of the names.
+
+    Empty where one of them has no such matrix.
+    """
+    shapes = [shape_in_weights(spec, merged) for spec in absent]
+    free = {n: s for n, s in _shapes(checkpoint).items() if s in shapes and n not in taken}
+    pairs = [
+        (difflib.SequenceMatcher(None, name, other).ratio(), name, other)
+        for spec, shape in zip(absent, shapes, strict=True)
+        for name in spec.names[:9]
+        for other in _few(n for n, found in free.items() if found == shape)
+    ]
+    found: dict[str, str] = {}
+    for _, name, other in sorted(pairs, reverse=True):
+        if name not in found and other not in found.values():
+            found[name] = other
+    return found if all(found.keys() & set(spec.names) for spec in absent) else {}
+
+
+def _few(names: Iterable[str]) -> list[str]:
+    # A file may have any number of names, of any length, and comparing them takes time.
+    return [name for name in names if len(name) <= 300][:1000]
+
+
 def _missing(checkpoint: Checkpoint, spec: RowSpec, *names: str) -> str:
     shapes = _shapes(checkpoint)
     alike = [name for name, shape in shapes.items() if shape == spec.shape] or list(shapes)
-    # A file may have any number of names, of any length, and comparing them takes time.
-    few = [name for name in alike if len(name) <= 300][:1000]
-    close = difflib.get_close_matches(names[0], few, n=5, cutoff=0.0)
+    close = difflib.get_close_matches(names[0], _few(alike), n=5, cutoff=0.0)
     nearest = ", ".join(f"{name!r} {shapes[name]}" for name in close) or "no tensor at all"
     return (
         f"the checkpoint {str(checkpoint.root)!r} has none of the names {names} for the token "

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ttfunc.disk.atomic import Piece, open_file
+from ttfunc.disk.config_file import kind_of, with_sizes
 from ttfunc.disk.folder import Checkpoint
 from ttfunc.disk.header import BITS, TensorEntry
 from ttfunc.disk.matrices import StoredMatrix
-from ttfunc.model.sizes import bias_names, in_configs
+from ttfunc.growth import Entry, config_entries
+from ttfunc.model.sizes import bias_names
 
 
 class Tail(NamedTuple):
@@ -36,11 +38,13 @@ class Tail(NamedTuple):
 class Resizing:
     """What is to have another size in a checkpoint.
 
-    sizes: of the vocabulary, from the old to the new one. tails: of the tensors in each file.
-    headers: of these files the new one, and where each tensor begins in the new file.
+    sizes: of the vocabulary, from the old to the new one. config: the text with these. tails: of
+    the tensors in each file. headers: of these files the new one, and where each tensor begins in
+    the new file.
     """
 
     sizes: dict[int, int] = field(default_factory=dict)
+    config: str = ""
     tails: dict[str, dict[str, Tail]] = field(default_factory=dict)
     headers: dict[str, tuple[bytes, dict[str, int]]] = field(default_factory=dict)
 
@@ -56,7 +60,7 @@ class Resizing:
             return self._of_tensors(checkpoint, name)
         beside = "/" not in name and self.sizes
         if beside and name == "config.json":
-            return [in_configs(_text(checkpoint, name), self.sizes).encode()]
+            return [self.config.encode()]
         if beside and name.endswith(".safetensors.index.json"):
             return [self._index(checkpoint, _text(checkpoint, name)).encode()]
         return None
@@ -89,7 +93,7 @@ class Resizing:
 
 
 def resizing(
-    checkpoint: Checkpoint, matrices: Iterable[StoredMatrix], heights: Mapping[str, int]
+    checkpoint: Checkpoint, matrices: Sequence[StoredMatrix], heights: Mapping[str, int]
 ) -> Resizing:
     """What a merge, or its inverse, resizes: each matrix to its height, and its biases with it.
 
@@ -104,15 +108,29 @@ def resizing(
         found.sizes[old] = new
         own = found.tails.setdefault(stored.file, {})
         own[stored.name] = Tail(0, new, stored.tail(old) if new > old else b"")
-        for bias in bias_names(shapes, stored.spec.names, old):
+        for bias in bias_names(shapes, stored.spec.names, old, stored.spec.origin.biases):
             for file, header in checkpoint.headers.items():
                 if bias in header:
                     width = BITS[header[bias].dtype] // 8
                     tails = found.tails.setdefault(file, {})
                     tails[bias] = Tail(-1, new, bytes(max(0, new - old) * width))
+    if found.sizes and "config.json" in checkpoint.files:
+        text = _text(checkpoint, "config.json")
+        found.config = with_sizes(text, _entries(text, matrices, heights), found.sizes)
     for name, tails in found.tails.items():
         found.headers[name] = _resized_header(checkpoint, name, tails)
     return found
+
+
+def _entries(
+    text: str, matrices: Sequence[StoredMatrix], heights: Mapping[str, int]
+) -> dict[str, Entry] | None:
+    """What changes in the config, if it is one of the model that the rows are of."""
+    changed = [s for s in matrices if s.entry.shape[0] != heights[s.name]]
+    specs = {stored.key: stored.spec for stored in changed}
+    if {spec.origin.kind for spec in specs.values()} != {kind_of(text)}:
+        return None
+    return config_entries(specs, any(s.entry.shape[0] > heights[s.name] for s in changed))
 
 
 def _resized_header(

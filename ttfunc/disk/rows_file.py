@@ -1,6 +1,7 @@
 """The trained rows in one safetensors file: `deltas/…`, `token_indices/…` and `originals/…`.
 
-The names and the shape of each matrix are in the metadata, as JSON under one key.
+The names and the shape of each matrix are in the metadata, as JSON under one key; so is what
+the model said of it, which a reader may leave out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ttfunc.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.disk.atomic import writable, write_file
 from ttfunc.disk.header import parse_json
+from ttfunc.disk.origins import as_json, from_json
 from ttfunc.disk.tensors import (
     check_model,
     check_rows,
@@ -36,6 +38,7 @@ from ttfunc.disk.tensors import (
 from ttfunc.growth import check_after, next_token, numbered_on
 from ttfunc.indices import token_indices
 from ttfunc.model.matrix import Matrix
+from ttfunc.model.origin import origin_of
 from ttfunc.model.shards import rows_at
 from ttfunc.names import advice, matrix_named, names_of, renamed
 from ttfunc.torch_private import outside_of_modes
@@ -87,7 +90,8 @@ def save(
             described.append({**entry, "grown": spec.grown} if spec.grown else entry)
         # Rows of tokens that the matrix had are what the first version was made for.
         version = FORMAT if any("grown" in entry for entry in described) else 1
-        own = json.dumps({"format": version, "matrices": described})
+        origins = [as_json(spec.origin) for spec in params.specs.values()]
+        own = json.dumps({"format": version, "matrices": described, "origins": origins})
         _checked_metadata(own)
     write_file(Path(os.path.realpath(path)), serialized(tensors, {**_strings(metadata), KEY: own}))
 
@@ -141,7 +145,10 @@ def load(
             originals = spec.originals.to(rows_device(weight))
             delta = params.deltas[name].to(rows_device(weight))
             deltas[first] = delta.requires_grad_(requires_grad)
-        specs[first] = replace(spec, names=matrix.names, originals=originals, matrix=matrix)
+        origin = origin_of(model, matrix, spec.indices.ids).joined(spec.origin)
+        specs[first] = replace(
+            spec, names=matrix.names, originals=originals, matrix=matrix, origin=origin
+        )
         if weight.is_meta:
             continue
         ids, known = spec.known(originals)
@@ -172,10 +179,11 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
         if own is None:
             raise ValueError("it has no metadata of ttfunc. For a PEFT adapter use load_peft")
         matrices = _checked_metadata(own)
+        origins = from_json(json.loads(own).get("origins"), len(matrices))
         expected = {f"{part}/{names[0]}" for names, *_ in matrices for part in PARTS}
         if wrong := expected ^ set(file.keys()):
             raise ValueError(f"tensors are missing, or unknown: {sorted(wrong)[:4]}")
-        for names, shape, grown in matrices:
+        for (names, shape, grown), origin in zip(matrices, origins, strict=True):
             delta, ids, originals = (tensor_of(file, f"{part}/{names[0]}") for part in PARTS)
             if ids.dtype != torch.int64:
                 raise ValueError(f"the token indices of {names[0]!r} are {ids.dtype}, not int64")
@@ -184,7 +192,7 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
             check_rows(delta, len(indices), shape[1], f"the deltas of {names[0]!r}")
             check_rows(originals, len(indices), shape[1], f"the originals of {names[0]!r}")
             deltas[names[0]] = delta
-            specs[names[0]] = spec = RowSpec(names, shape, indices, originals, None)
+            specs[names[0]] = spec = RowSpec(names, shape, indices, originals, None, origin)
             if spec.grown != grown:
                 raise ValueError(f"{names[0]!r} has {spec.grown} new tokens, and {grown} are told")
     return TokenDeltas(deltas, specs)

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection
+import warnings
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
-from ttfunc.disk.atomic import sync_directory
+from ttfunc.disk.atomic import open_file, sync_directory
+from ttfunc.disk.header import LONGEST, parse_json
+
+# The files of a tokenizer that say the ids of tokens, and where.
+_IDS: dict[str, Callable[[Any], Iterable[Any]]] = {
+    "tokenizer.json": lambda read: [
+        *_numbered(read["model"]["vocab"]),
+        *(token["id"] for token in read["added_tokens"]),
+    ],
+    "tokenizer_config.json": lambda read: map(int, read["added_tokens_decoder"]),
+    "added_tokens.json": lambda read: read.values(),
+    "vocab.json": lambda read: read.values(),
+}
 
 
 def check_tokenizer(tokenizer: Any, root: Path) -> None:
@@ -29,6 +43,46 @@ def check_tokenizer(tokenizer: Any, root: Path) -> None:
             f"tokenizer is a {type(tokenizer).__name__} without save_pretrained: give a tokenizer "
             "of transformers, or the folder that its save_pretrained wrote."
         )
+
+
+def warn_of_unknown(tokenizer: Any, root: Path, new: Iterable[int]) -> None:
+    """Warn where the tokenizer, or without one that in the folder `root`, lacks these new tokens.
+
+    Nothing is said of a folder without a tokenizer, or with one that does not say its ids.
+    """
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+        where = Path(root if tokenizer is None else tokenizer)
+        ids, who = _ids_in(where), f"the tokenizer in {str(where)!r}"
+    else:
+        inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        ids = list(getattr(inner, "get_vocab", dict)().values())
+        who = f"this {type(tokenizer).__name__}"
+    unknown = sorted(set(new) - set(ids)) if ids else []
+    if unknown and unknown[-1] > max(ids):
+        warnings.warn(
+            f"{who} does not have the new tokens {shown(unknown)}: no text becomes one of them. "
+            "Give the tokenizer that they were added to: tokenizer=... (--tokenizer on the command "
+            "line).",
+            stacklevel=3,
+        )
+
+
+def _ids_in(folder: Path) -> list[int]:
+    """The ids that a folder's tokenizer has tokens for, as far as its files say them."""
+    found: list[int] = []
+    for name, ids in _IDS.items():
+        try:
+            with open_file(folder / name) as file:
+                raw = file.read(LONGEST + 1)
+            found += [i for i in ids(parse_json(raw[:LONGEST])) if type(i) is int]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # it is not there, or of a form of its own: loaders decide on that
+    return found
+
+
+def _numbered(vocabulary: Any) -> Iterable[Any]:
+    """The ids of a vocabulary: of most tokenizers a mapping, of Unigram's a list."""
+    return vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None:

@@ -30,15 +30,23 @@ def beside(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
 
     Raises ValueError for an adapter of which that is not so.
     """
+    yield from biases(way, name, height)
+    parts = name.split(".")[:-1]
+    for depth in range(len(way)):
+        if parts[depth : depth + 1] == ["base_layer"]:
+            here, names = way[: depth + 1], parts[:depth]
+            yield from _of_adapters(here, names, height, wide=_width(way[-1], name) == height)
+
+
+def biases(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
+    """Those of the logits, on the way to the matrix."""
     parts = name.split(".")[:-1]
     for depth, module in enumerate(way):
-        here, names = way[: depth + 1], parts[:depth]
         for attribute, tensor in _held(module):
             shape = shape_of(tensor)
             if is_bias(attribute, shape, height):
-                yield Beside(".".join((*names, attribute)), here, tensor, len(shape) - 1)
-        if parts[depth : depth + 1] == ["base_layer"]:
-            yield from _of_adapters(here, names, height, wide=_width(way[-1], name) == height)
+                full = ".".join((*parts[:depth], attribute))
+                yield Beside(full, way[: depth + 1], tensor, len(shape) - 1)
 
 
 def check_beside(model: nn.Module, matrix: Matrix) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # Attributes that are the number of tokens: of configs, and of modules.
-_OF_CONFIGS = ("vocab_size", "decoder_vocab_size", "n_words")
-_OF_MODULES = (*_OF_CONFIGS, "num_embeddings", "out_features")
+USUAL = ("vocab_size", "decoder_vocab_size", "n_words")
+_OF_MODULES = (*USUAL, "num_embeddings", "out_features")
 
 
 def resize(state: dict[str, Any], sizes: Mapping[int, int], made: dict[int, Any]) -> None:
@@ -34,7 +33,7 @@ def _resized(config: Any, sizes: Mapping[int, int], made: dict[int, Any]) -> Any
     copy = made[id(config)] = object.__new__(type(config))
     vars(copy).update(vars(config))
     # Some of transformers' configs have it under another name.
-    names = (*_OF_CONFIGS, getattr(config, "attribute_map", {}).get("vocab_size"))
+    names = (*USUAL, getattr(config, "attribute_map", {}).get("vocab_size"))
     for attribute, value in vars(config).items():
         if attribute in names and type(value) is int:
             vars(copy)[attribute] = sizes.get(value, value)
@@ -49,21 +48,23 @@ def is_bias(name: str, shape: Sequence[int], height: int) -> bool:
 
 
 def bias_names(
-    shapes: Mapping[str, Sequence[int]], matrix: Iterable[str], height: int
+    shapes: Mapping[str, Sequence[int]],
+    matrix: Iterable[str],
+    height: int,
+    known: Sequence[str] | None = None,
 ) -> list[str]:
-    """The biases in a state dict, of which the shapes are known: beside the matrix, or above it."""
+    """The biases in a state dict, of which the shapes are known: beside the matrix, or above it.
+
+    known: their names in the model, if the model was asked; the state dict may have other ones.
+    """
+    if known is not None and any(name in shapes for name in known):
+        return [name for name in known if name in shapes and is_bias(name, shapes[name], height)]
     holders = [name.rpartition(".")[0] + "." for name in matrix]
+    last = None if known is None else {name.rpartition(".")[2] for name in known}
     return [
         name
         for name, shape in shapes.items()
         if is_bias(name, shape, height)
         and any(holder.startswith(name[: name.rfind(".") + 1]) for holder in holders)
+        and (last is None or name.rpartition(".")[2] in last)
     ]
-
-
-def in_configs(text: str, sizes: Mapping[int, int]) -> str:
-    """The text of a config, in JSON, with other sizes of the vocabulary; otherwise as it was."""
-    for old, new in sizes.items():
-        number = rf'("(?:{"|".join(_OF_CONFIGS)})"\s*:\s*){old}(?=\s*[,}}])'
-        text = re.sub(number, rf"\g<1>{new}", text)
-    return text

@@ -1,0 +1,153 @@
+"""The sizes of a vocabulary in the text of a `config.json`, which keeps its form otherwise.
+
+A tab before a colon is a note for the way back, which changes nothing of what the text says: one
+where the entry had the new size before, and two where there was no entry.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from ttfunc.growth import Entry
+from ttfunc.model.sizes import USUAL
+
+_HAD_IT, _ADDED = "\t", "\t\t"
+_VALUE = json.JSONDecoder()
+_TABS = re.compile("\t*")
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def kind_of(text: str) -> object:
+    """The `model_type` in the text of a config; None where it does not say one."""
+    try:
+        described = json.loads(text)
+    except ValueError:
+        return None
+    return described.get("model_type") if isinstance(described, dict) else None
+
+
+def with_sizes(text: str, known: Mapping[str, Entry] | None, by_value: Mapping[int, int]) -> str:
+    """The text with other sizes: of the entries at the `known` paths.
+
+    Where they are not known, each usual entry that has one of the old values gets the new one.
+
+    Warns where this is a guess, or cannot be taken back. Raises ValueError where an entry has
+    another value than in the model, or there is no place for it.
+    """
+    if known is None and sum(len(_usual(size).findall(text)) for size in by_value) > 1:
+        warnings.warn(
+            f"config.json has the size {[*by_value]} in several places, and all of them are "
+            "changed, although one may be of another part of the model. With rows that load() has "
+            "put on the model, its config tells.",
+            stacklevel=5,
+        )
+    changed = _changed(text, known, by_value)
+    back = None if known is None else {path: entry.back for path, entry in known.items()}
+    if _changed(changed, back, {new: old for old, new in by_value.items()}) != text:
+        warnings.warn(
+            f"config.json has the sizes {[*by_value.values()]} in a form that cannot be given back "
+            "to the byte. Keep this checkpoint.",
+            stacklevel=5,
+        )
+    return changed
+
+
+def _changed(text: str, known: Mapping[str, Entry] | None, by_value: Mapping[int, int]) -> str:
+    if known is not None:
+        back = any(entry.new < entry.old for entry in known.values())
+        # Several may be one in an older form of the config.
+        for path in reversed([*known]) if back else known:
+            text = _with_entry(text, path, known[path])
+        return text
+    for old, new in by_value.items():
+        had_it = new if new > old else old
+        if new > old:
+            text = _usual(new).sub(rf"\g<1>{_HAD_IT}\g<2>{had_it}", text)
+        text = _usual(old).sub(rf"\g<1>\g<2>{new}", text)
+        if new < old:
+            text = _usual(old, note=True).sub(rf"\g<1>\g<2>{had_it}", text)
+    return text
+
+
+def _usual(size: int, note: bool = False) -> re.Pattern[str]:
+    """The entries of the usual names that have this size: those that had it, or all others."""
+    noted = r"\t(?!\t)" if note else r"(?!\t(?!\t))"
+    return re.compile(rf'("(?:{"|".join(USUAL)})"){noted}(\s*:\s*){size}(?=\s*[,}}])')
+
+
+class _Member(NamedTuple):
+    """Of an object in JSON: where its key ends, and from where to where its value goes."""
+
+    key: int
+    start: int
+    end: int
+
+
+def _with_entry(text: str, path: str, entry: Entry) -> str:
+    """The text with another number at the path, or where an older form of the config has it."""
+    *outer, key = path.split(".")
+    objects = [_after(text, 0)]
+    for part in outer:
+        inner = _members(text, objects[-1]).get(part)
+        if inner is None or text[inner.start] != "{":
+            break
+        objects.append(inner.start)
+    whole = len(objects) == len(outer) + 1
+    for place in objects[-1:] if whole else reversed(objects):
+        if member := _members(text, place).get(key):
+            return _with_number(text, place, member, path, entry)
+    if not whole:
+        raise ValueError(
+            f"config.json has no place for {path!r}, which says how high the matrix is in the "
+            "model that the rows were made from. Save that model with "
+            "model.save_pretrained(folder), and merge into this folder."
+        )
+    if entry.new == entry.start:
+        return text
+    # Left out, as transformers does where it has the value that its class starts with.
+    begins = objects[-1] + 1
+    comma = "" if text[_after(text, begins)] == "}" else ","
+    return f"{text[:begins]}{json.dumps(key)}{_ADDED}:{entry.new}{comma}{text[begins:]}"
+
+
+def _with_number(text: str, place: int, member: _Member, path: str, entry: Entry) -> str:
+    key, start, end = member
+    found, note = json.loads(text[start:end]), _TABS.match(text, key)[0]  # type: ignore[index]
+    if found not in (entry.old, entry.new):
+        raise ValueError(
+            f"config.json has {found!r} for {path!r}, and the model that the rows were made from "
+            f"has {entry.old}. Use the folder of that model."
+        )
+    if found == entry.new:
+        had_it = _HAD_IT if entry.new > entry.old and not note.startswith(_HAD_IT) else ""
+        return f"{text[:key]}{had_it}{text[key:]}"
+    if note == _HAD_IT and entry.new < entry.old:
+        return f"{text[:key]}{text[key + len(note) :]}"
+    if note == _ADDED and entry.new == entry.start:
+        return text[: place + 1] + text[end + text.startswith(",", end) :]
+    return f"{text[:start]}{entry.new}{text[end:]}"
+
+
+def _members(text: str, place: int) -> dict[str, _Member]:
+    """Those of the object that begins at `place`."""
+    return dict(_each_member(text, place))
+
+
+def _each_member(text: str, place: int) -> Iterator[tuple[str, _Member]]:
+    at = _after(text, place + 1)
+    while text[at] != "}":
+        name, key = _VALUE.raw_decode(text, at)
+        start = _after(text, _after(text, key) + 1)
+        _, end = _VALUE.raw_decode(text, start)
+        yield name, _Member(key, start, end)
+        at = _after(text, end)
+        at = _after(text, at + 1) if text[at] == "," else at
+
+
+def _after(text: str, at: int) -> int:
+    """Where what follows on white space begins."""
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]

@@ -1,0 +1,129 @@
+"""What a model says of a token matrix when rows of it are made; it is kept with the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ttfunc.model.beside import biases
+from ttfunc.model.matrix import Matrix, named_modules, way_to
+from ttfunc.model.owners import is_sharded
+from ttfunc.model.probe import sizes_of
+from ttfunc.model.saved import saved_names
+from ttfunc.torch_private import outside_of_modes
+
+# How many numbers of a matrix are kept, to know it again by.
+_SAMPLED = 16
+
+
+class Sample(NamedTuple):
+    """Some numbers of a matrix as it was: of each of these rows the one in column `row % D`."""
+
+    rows: tuple[int, ...]
+    numbers: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What belongs to a token matrix in the model that its rows were made from.
+
+    model: its class and name, for a person. kind: the `model_type` of its config. sizes: for new
+    tokens the entries of the config that say how high the matrix is, as `text_config.vocab_size`,
+    and their values; None where that is not known. shared: other tensors that have their size from
+    these entries. biases: those of the logits, a number for
+    each token; None where that is not known. saved_as: the names of checkpoints for those of the
+    model, where transformers writes other ones. sample: of rows that are not trained.
+    """
+
+    model: str = ""
+    kind: str = ""
+    sizes: Mapping[str, int] | None = None
+    shared: tuple[str, ...] = ()
+    biases: tuple[str, ...] | None = None
+    saved_as: Mapping[str, str] = field(default_factory=dict)
+    sample: Sample | None = None
+
+    def joined(self, other: Origin) -> Origin:
+        """What is known from either, for further rows of the same matrix."""
+        known = other if self.sizes is None else self
+        return Origin(
+            self.model or other.model,
+            known.kind or other.kind,
+            known.sizes,
+            known.shared,
+            other.biases if self.biases is None else self.biases,
+            {**other.saved_as, **self.saved_as},
+            self.sample or other.sample,
+        )
+
+
+def origin_of(model: nn.Module, matrix: Matrix, trained: Sequence[int]) -> Origin:
+    """What `model` says of one of its matrices, of which these rows are trained."""
+    height, name = matrix.shape[0], matrix.names[0]
+    root = _saved_whole(model, name)
+    grown = sum(token >= height for token in trained)
+    named = [bias for name in matrix.names for bias in _biases(model, name, height)]
+    found = None
+    if grown and root is not None:
+        found = sizes_of(root, _names(model), matrix.names, height, grown)
+    return Origin(
+        model=_name(model if root is None else root),
+        kind=str(getattr(getattr(root, "config", None), "model_type", "")),
+        sizes=None if found is None else found.entries,
+        shared=() if found is None else tuple(n for n in found.others if n not in named),
+        biases=tuple(dict.fromkeys(named)),
+        saved_as=saved_names(model, (*matrix.names, *named)),
+        sample=_sample(matrix, trained),
+    )
+
+
+def _saved_whole(model: nn.Module, name: str) -> nn.Module | None:
+    """The outermost model of transformers around the matrix."""
+    found = (module for module in way_to(model, name) if hasattr(type(module), "config_class"))
+    return next((module for module in found if hasattr(module.config, "to_json_string")), None)
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [
+        f"{path}.{a}" if path else a
+        for path, m in named_modules(model)
+        for a in chain(m._parameters, m._buffers)
+    ]
+
+
+def _biases(model: nn.Module, name: str, height: int) -> Iterator[str]:
+    return (bias.name for bias in biases(way_to(model, name), name, height))
+
+
+def _name(model: nn.Module) -> str:
+    """Its class, and the name that it was loaded by, without the folders of this machine."""
+    known = getattr(getattr(model, "config", None), "_name_or_path", None)
+    last = (
+        known.rstrip("/\\").replace("\\", "/").rpartition("/")[2] if isinstance(known, str) else ""
+    )
+    return f"{type(model).__name__} {last}".strip()
+
+
+def _sample(matrix: Matrix, trained: Sequence[int]) -> Sample | None:
+    tensor, height = matrix.tensor, matrix.shape[0]
+    if tensor.is_meta or is_sharded(tensor):  # numbers of other ranks cost a message
+        return None
+    even = dict.fromkeys(height * place // _SAMPLED for place in range(_SAMPLED))
+    rows = tuple(row for row in even if row not in set(trained))
+    with outside_of_modes():
+        return Sample(rows, numbers_at(tensor, rows))
+
+
+def numbers_at(matrix: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """The number of each of these rows that a sample has."""
+    places = torch.tensor(rows, dtype=torch.int64, device=matrix.device)
+    width = matrix.shape[1]
+    # Floats of eight bits know no other kind of indexing.
+    found = matrix.detach().index_select(0, places).flatten()
+    order = torch.arange(len(rows), device=matrix.device)
+    return found.index_select(0, order * width + places % width)
