@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ttfunc.indices import TokenIndices
+from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix
 from ttfunc.torch_private import OPTREE_GLOBAL, is_dtensor, outside_of_modes, torch_pytree
 
@@ -161,6 +162,7 @@ def combine(*params: TokenDeltas) -> TokenDeltas:
 
 def check_type(params: object) -> None:
     """Raise TypeError for anything but a TokenDeltas."""
+    refuse_token_module(params, "module.params(), which are its rows")
     if not isinstance(params, TokenDeltas):
         raise TypeError(
             f"got {type(params).__name__} where the parameters of init_deltas (TokenDeltas) are "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ttfunc.call import functional_call
 from ttfunc.deltas import TokenDeltas, check_shapes, check_type
 from ttfunc.indices import shortened
+from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix, count_slots, matrices_of
 from ttfunc.model.targets import Targets, find_targets
 from ttfunc.torch_private import is_exported, transforms_active
@@ -65,6 +66,7 @@ class Exportable(nn.Module):
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        refuse_token_module(model, "Exportable(module.base)")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         self.model, self.kwargs = model, dict(kwargs or {})

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
-from ttfunc.indices import TokenIndices, token_indices
+from ttfunc.indices import TokenIndices, check_dtype, token_indices
+from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix, matrix_of
 from ttfunc.model.owners import check_engine, shape_of
-from ttfunc.model.shards import mean_of, of_first_rank, rows_at, spread_of, whole_of
+from ttfunc.model.shards import mean_of, of_first_rank, rows_or_zeros, spread_of, whole_of
 from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
 from ttfunc.torch_private import version_of, warn_of_untested
 
@@ -70,6 +71,7 @@ def init_deltas(
         is not a float.
     """
     warn_of_untested()
+    refuse_token_module(model, "init_deltas(module.base, ...)")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}.")
     check_engine(model)
@@ -78,10 +80,7 @@ def init_deltas(
             f"grow is a {type(grow).__name__}: give True for new tokens, or the TokenDeltas that "
             "they follow on."
         )
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(
-            f"dtype={dtype!r} cannot be trained: give a floating-point dtype such as torch.float32."
-        )
+    check_dtype(dtype)
     deltas, specs = {}, {}
     for matrix, indices in _requests(model, idx, targets, grow):
         weight, name = matrix.tensor, matrix.names[0]
@@ -95,11 +94,7 @@ def init_deltas(
 
 def _originals(weight: Tensor, indices: TokenIndices) -> Tensor:
     """The rows as they are; zeros for new tokens."""
-    ids, height = indices.on(weight.device).ids, shape_of(weight)[0]
-    if max(indices.ids) < height:
-        return rows_at(weight, ids)
-    new = (ids >= height).unsqueeze(-1)
-    return rows_at(weight, ids.clamp(max=height - 1)).masked_fill(new, 0)
+    return rows_or_zeros(weight, indices.on(weight.device).ids)
 
 
 def _requests(

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ttfunc.call import call_copy
 from ttfunc.deltas import TokenDeltas
+from ttfunc.model.given import refuse_token_module
 from ttfunc.module_attributes import shown
 from ttfunc.module_class import like
 from ttfunc.module_parts import fusing
@@ -70,9 +71,11 @@ class TokenModule(nn.Module):
     _trained: dict[str, nn.Parameter]  # the base's own
     # Trainer trains a quantised model if it has an adapter, and so asks. The rows are one.
     _hf_peft_config_loaded = True
+    _is_token_module = True  # see `is_token_module`
 
     def __init__(self, model: nn.Module, params: TokenDeltas, *, train_base: bool = False) -> None:
         super().__init__()
+        refuse_token_module(model, "TokenModule(module.base, params)")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
@@ -82,19 +85,20 @@ class TokenModule(nn.Module):
             )
         check_current(params)
         free = trainable(model)
-        if free and not train_base:
-            raise ValueError(
-                f"{len(free)} parameters of {type(model).__name__} require grad ("
-                f"{next(iter(free))!r}, …). Train them too, as parameters of the module: "
-                "TokenModule(model, params, train_base=True). Or freeze them first: "
-                "model.requires_grad_(False)."
-            )
         matrices = [spec.matrix for spec in params.specs.values() if spec.matrix is not None]
         with_rows = {id(tensor) for matrix in matrices for _, tensor in matrix.slots}
         if held := [name for name, one in free.items() if id(one) in with_rows]:
             raise ValueError(
-                f"{held} require grad, and params have rows of them: the rest of the matrix would "
-                "get no gradient. Freeze it, or train it whole, without rows."
+                f"{len(free)} parameters of {type(model).__name__} require grad, and params have "
+                f"rows of {held}: the rest of the matrix would get no gradient. Freeze the model "
+                "first: model.requires_grad_(False). Or train the matrix whole, without rows."
+            )
+        if free and not train_base:
+            raise ValueError(
+                f"{len(free)} parameters of {type(model).__name__} require grad ("
+                f"{next(iter(free))!r}, …). Freeze them first: model.requires_grad_(False). Or "
+                "train them too (a LoRA, say), as parameters of the module: "
+                "TokenModule(model, params, train_base=True)."
             )
         # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
@@ -212,6 +216,11 @@ class TokenModule(nn.Module):
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def __copy__(self) -> TokenModule:
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))  # as that of any module: what it holds is shared
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenModule:
         copied = type(self).__new__(type(self))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes
 from ttfunc.growth import shape_in_weights
+from ttfunc.model.given import refuse_token_module
 from ttfunc.model.memory import same_memory
 from ttfunc.model.sizes import bias_names
 from ttfunc.names import advice, renamed, through_wrappers
@@ -29,6 +30,7 @@ def called(
 ) -> TokenDeltas:
     """The parameters under the names of the state dict."""
     check_shapes(params)
+    refuse_token_module(state_dict, "module.base.state_dict()")
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"a state dict is needed, got {type(state_dict).__name__}. The order is "

@@ -23,7 +23,6 @@ from ttfunc.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.disk.atomic import writable, write_file
 from ttfunc.disk.header import parse_json
 from ttfunc.disk.tensors import (
-    check_model,
     check_rows,
     cpu_copy,
     differing,
@@ -34,6 +33,7 @@ from ttfunc.disk.tensors import (
     tensor_of,
 )
 from ttfunc.indices import token_indices
+from ttfunc.model.given import check_model
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.shards import rows_at
 from ttfunc.names import advice, matrix_named, names_of, renamed
@@ -121,7 +121,7 @@ def load(
         FileNotFoundError: there is no file.
     """
     path = path_of(path, "load(path, model)")
-    check_model(model, "load(path, model)")
+    check_model(model, "load(path, model)", "load(path, module.base)")
     params = _called(read(path), model, names, path)
     deltas, specs = {}, {}
     for name, spec in params.specs.items():
