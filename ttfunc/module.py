@@ -15,8 +15,9 @@ from ttfunc.deltas import TokenDeltas
 from ttfunc.model.given import refuse_token_module
 from ttfunc.module_attributes import shown
 from ttfunc.module_class import like
+from ttfunc.module_keys import key
 from ttfunc.module_parts import fusing
-from ttfunc.module_state import as_parameter, check_trained, faults, key, modes_after, trainable
+from ttfunc.module_state import as_parameter, check_trained, faults, modes_after, trainable
 from ttfunc.names import innermost
 from ttfunc.patching import check_current, patch
 
