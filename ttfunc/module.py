@@ -97,9 +97,9 @@ class TokenModule(nn.Module):
         if free and not train_base:
             raise ValueError(
                 f"{len(free)} parameters of {type(model).__name__} require grad ("
-                f"{next(iter(free))!r}, …). Freeze them first: model.requires_grad_(False). Or "
-                "train them too (a LoRA, say), as parameters of the module: "
-                "TokenModule(model, params, train_base=True)."
+                f"{next(iter(free))!r}, …). Train them too, as parameters of the module: "
+                "TokenModule(model, params, train_base=True). Or freeze them first: "
+                "model.requires_grad_(False)."
             )
         # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
