@@ -127,7 +127,7 @@ def test_it_saves_the_merged_model(tmp_path, grown):
         merged = merge(model.state_dict(), module.params())
     assert torch.equal(loaded.state_dict()[NAME], merged[NAME])
     assert loaded.config.vocab_size == (52 if grown else 50)
-    assert (module.config.vocab_size, len(model.lm_head.weight)) == (50, 50)
+    assert (model.config.vocab_size, len(model.lm_head.weight)) == (50, 50)
 
 
 def test_the_methods_that_run_on_the_model_read_no_matrix():

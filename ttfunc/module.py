@@ -17,6 +17,7 @@ from ttfunc.module_attributes import shown
 from ttfunc.module_class import like
 from ttfunc.module_keys import key
 from ttfunc.module_parts import fusing
+from ttfunc.module_sizes import Sizes, own
 from ttfunc.module_state import as_parameter, check_trained, faults, modes_after, trainable
 from ttfunc.names import innermost
 from ttfunc.patching import check_current, patch
@@ -45,6 +46,8 @@ class TokenModule(nn.Module):
 
     Other attributes are those of the model (of the model in a PeftModel), with the rows in them:
     its methods run with the rows, and `get_output_embeddings().weight` is the patched weight.
+    With new tokens `config.vocab_size`, `num_embeddings` and `out_features` are what they are in a
+    call; what else is set on the config is set on the model's.
     `save_pretrained` saves the merged model; what would write to weights of the model is not there.
     What is set on the module stays on it, but for `config`, `generation_config` and
     `loss_function`, which the model's code reads on the model. The class takes the name and the
@@ -70,6 +73,7 @@ class TokenModule(nn.Module):
     base: nn.Module
     _modes: dict[nn.Module, bool] | None  # of the base's modules, in a copy of this module
     _trained: dict[str, nn.Parameter]  # the base's own
+    _sizes: Sizes
     # Trainer trains a quantised model if it has an adapter, and so asks. The rows are one.
     _hf_peft_config_loaded = True
     _is_token_module = True  # see `is_token_module`
@@ -104,6 +108,7 @@ class TokenModule(nn.Module):
         # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
         self._modes = None
+        self._sizes = Sizes(params.specs)
         self.__dict__["_trained"] = free  # by their names in the base
         parameters = {name: as_parameter(delta, name) for name, delta in params.deltas.items()}
         for name, parameter in parameters.items():
@@ -175,7 +180,7 @@ class TokenModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base")
         if name in _READ_BY_BASE and base is not None and hasattr(innermost(base), name):
-            setattr(innermost(base), name, value)
+            setattr(innermost(base), name, own(value))
         else:
             super().__setattr__(name, value)
 
@@ -227,10 +232,10 @@ class TokenModule(nn.Module):
         copied = type(self).__new__(type(self))
         modes = self._modes or {module: module.training for module in self.base.modules()}
         memo[id(self)] = copied
-        shared = ("base", "_modes", "_trained")
+        shared = {name: vars(self)[name] for name in ("base", "_trained", "_sizes")}
         state = {name: value for name, value in vars(self).items() if name not in shared}
-        vars(copied).update(copy.deepcopy(state, memo), base=self.base, _modes=dict(modes))
-        vars(copied)["_trained"] = self._trained
+        state.pop("_modes")
+        vars(copied).update(copy.deepcopy(state, memo), **shared, _modes=dict(modes))
         return copied
 
     def __getstate__(self) -> NoReturn:
