@@ -36,7 +36,7 @@ def model_on_meta(name: str) -> Any:
     )
     with torch.device("meta"):
         model: Any = transformers.LlamaForCausalLM(config)
-    return model.to(torch.bfloat16)
+    return model.to(torch.bfloat16).requires_grad_(False)
 
 
 def costs(width: int, rows: int, gpus: int) -> dict[str, float]:

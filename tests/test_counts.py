@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.models import D, V, make
+from tests.helpers.trl import module_of
 from tests.helpers.unusual import UNUSUAL
 from ttfunc import init_deltas, summary
 
@@ -19,7 +21,7 @@ BODY = D * D + D
     ("case", "matrices"), [("tied", 1), ("storage_tied", 1), ("untied", 2), ("biased", 1 + 1 / D)]
 )
 def test_tied_matrices_count_once(case: str, matrices: float):
-    counted = summary(make(case), init_deltas(make(case), [7, 3]))
+    counted = summary(make(case).requires_grad_(False), init_deltas(make(case), [7, 3]))
     assert counted.trainable_parameters == 2 * D
     assert counted.trainable_bytes == 4 * 2 * D
     assert counted.total_parameters == matrices * V * D + BODY + 2 * D
@@ -28,7 +30,7 @@ def test_tied_matrices_count_once(case: str, matrices: float):
 
 
 def test_it_prints_what_is_trained():
-    model = make("tied").to(torch.bfloat16)
+    model = make("tied").to(torch.bfloat16).requires_grad_(False)
     assert str(summary(model, init_deltas(model, [7, 3]))) == (
         "embed_tokens.weight: 2 of 23 rows × 8, float32, tied with lm_head.weight\n"
         "trainable: 16 parameters (64 B) of 272 (576 B), 5.8824%"
@@ -48,8 +50,46 @@ def test_parameters_of_another_model_are_refused():
     with pytest.raises(ValueError, match=r"Linear has no matrix 'embed_tokens.weight' of shape"):
         summary(torch.nn.Linear(D, V), params)
     model = make("tied")
-    wrapper = torch.nn.Sequential(model)
+    wrapper = torch.nn.Sequential(model.requires_grad_(False))
     assert summary(wrapper, init_deltas(model, [7, 3])).trainable_parameters == 2 * D
+
+
+def test_what_requires_grad_in_the_model_is_trained_beside_the_rows():
+    model = make("storage_tied")  # of which the matrix that has rows gets no gradient
+    params = init_deltas(model, [7, 3])
+    counted = summary(model, params)
+    assert counted.trainable_parameters == 2 * D + BODY
+    assert counted.trainable_bytes == 4 * counted.trainable_parameters
+    assert counted.beside == ("body.weight", "body.bias")
+    assert "beside the rows: 2 parameters (body.weight, …)" in str(counted)
+    assert summary(model).trainable_parameters == V * D + BODY == summary(model).total_parameters
+    assert summary(model.requires_grad_(False)).trainable_parameters == 0
+    with pytest.raises(TypeError, match=r"a model is needed, got dict. The order is summary"):
+        summary({}, params)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("grown", [False, True], ids=["old", "new"])
+@pytest.mark.parametrize("lora", [False, True], ids=["rows", "rows and LoRA"])
+def test_a_module_says_the_same_in_every_way(lora, grown, capsys):
+    module = module_of(lora=lora, grown=grown)
+    right = sum(one.numel() for one in module.parameters() if one.requires_grad)
+    rows = sum(delta.numel() for delta in module.params().deltas.values())
+    total = sum(one.numel() for one in module.base.parameters()) + rows
+    for counted in (summary(module), summary(module, module.params()), summary(copy.copy(module))):
+        assert (counted.trainable_parameters, counted.total_parameters) == (right, total)
+    assert len(summary(module).beside) == len([*module.parameters()]) - 1
+    assert (
+        summary(module.base, module.params()) == summary(module) == summary(copy.deepcopy(module))
+    )
+    assert module.num_parameters(only_trainable=True) == right
+    assert module.num_parameters() == total == module.num_parameters(False)
+    without = module.base.num_parameters(exclude_embeddings=True)
+    assert module.num_parameters(exclude_embeddings=True) == without
+    if lora:
+        assert module.get_nb_trainable_parameters() == (right, total)
+        module.print_trainable_parameters()
+        assert capsys.readouterr().out == f"{summary(module)}\n"
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

@@ -13,9 +13,25 @@ from torch import nn
 
 import tests.helpers.models as models
 import tests.helpers.oracle as oracle
-from tests.helpers.lessons import IDS, NAME, ROWS, TOKENS, bridge, student
+from tests.helpers.lessons import IDS, NAME, ROWS, TOKENS, bridge, merged, student
 from tests.helpers.rows import random_rows
-from ttfunc import functional_call, init_deltas, load, merge, patch, save, stack
+from ttfunc import (
+    Exportable,
+    combine,
+    functional_call,
+    init_deltas,
+    load,
+    load_peft,
+    merge,
+    patch,
+    patch_mixed,
+    save,
+    save_as_lora,
+    save_peft,
+    stack,
+    summary,
+    unmerge,
+)
 from ttfunc.module import TokenModule
 
 # The module alone
@@ -147,8 +163,71 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="stale patch"):
         TokenModule(student(), params)(torch.tensor([TOKENS]))
     model.lm_head.weight.requires_grad_()
-    with pytest.raises(ValueError, match=r"1 parameters .*embed_tokens.*requires_grad_\(False\)"):
+    rule = r"1 parameters .*rows of .*embed_tokens.*Freeze the model first.*requires_grad_\(False\)"
+    for train_base in (False, True):
+        with pytest.raises(ValueError, match=rule) as refused:
+            TokenModule(model, params, train_base=train_base)
+        assert "train_base" not in str(refused.value)
+    model.requires_grad_(False).model.norm.weight.requires_grad_()
+    with pytest.raises(
+        ValueError, match=r"1 parameters .*norm.*train_base=True.*Or freeze them first"
+    ):
         TokenModule(model, params)
+
+
+def test_a_module_in_place_of_its_model_or_its_rows_is_told_what_to_write(tmp_path):
+    module = bridge()
+    model, params, sd = module.base, module.params(), module.base.state_dict()
+    save(params, tmp_path / "rows")
+    save_peft(params, tmp_path / "adapter")
+    others = {
+        r"module\(...\), or functional_call\(module.base, ": [
+            lambda: functional_call(module, patch(params), torch.tensor([TOKENS])),
+        ],
+        r"init_deltas\(module.base": [lambda: init_deltas(module, [1])],
+        r"TokenModule\(module.base": [lambda: TokenModule(module, params)],
+        r"Exportable\(module.base": [lambda: Exportable(module)],
+        r"load\(path, module.base": [lambda: load(tmp_path / "rows", module)],
+        r"load_peft\(directory, module.base": [lambda: load_peft(tmp_path / "adapter", module)],
+        r"module.base.state_dict\(\)": [lambda: merge(module, params)],
+        "base_model=module.base": [lambda: save_peft(params, tmp_path / "a", base_model=module)],
+        "adapter=module.base": [lambda: save_peft(params, tmp_path / "a", adapter=module)],
+        r"module.params\(\)": [
+            lambda: save(module, tmp_path / "a"),
+            lambda: save_peft(module, tmp_path / "a"),
+            lambda: save_as_lora(module, tmp_path / "a"),
+            lambda: patch(module),
+            lambda: patch_mixed([module], [0]),
+            lambda: merge(sd, module),
+            lambda: unmerge(sd, module),
+            lambda: combine(params, module),
+            lambda: stack([params, module]),
+            lambda: summary(model, module),
+            lambda: TokenModule(model, module),
+        ],
+    }
+    for instead, calls in others.items():
+        for call in calls:
+            with pytest.raises(TypeError, match=f"got a TokenModule, .*Write {instead}"):
+                call()
+    assert not (tmp_path / "a").exists()
+
+
+def test_its_own_parameters_are_weights_of_a_call_as_those_of_any_module():
+    module, x = bridge().eval(), torch.tensor([TOKENS])
+    doubled = {name: 2 * one for name, one in module.named_parameters()}
+    twice = optree.tree_map(lambda rows: 2 * rows.detach(), module.params())
+    expected = merged(TokenModule(module.base, twice))
+    torch.testing.assert_close(functional_call(module, doubled, x).logits, expected(x).logits)
+
+
+def test_a_shallow_copy_shares_what_it_holds():
+    module, x = bridge().eval(), torch.tensor([TOKENS])
+    copied = copy.copy(module)
+    assert type(copied) is type(module)
+    assert copied is not module
+    assert next(iter(copied.parameters())) is next(iter(module.parameters()))
+    assert torch.equal(copied(x).logits, module(x).logits)
 
 
 # State dicts

@@ -127,14 +127,13 @@ def test_it_saves_the_merged_model(tmp_path, grown):
         merged = merge(model.state_dict(), module.params())
     assert torch.equal(loaded.state_dict()[NAME], merged[NAME])
     assert loaded.config.vocab_size == (52 if grown else 50)
-    assert (module.config.vocab_size, len(model.lm_head.weight)) == (50, 50)
+    assert (model.config.vocab_size, len(model.lm_head.weight)) == (50, 50)
 
 
 def test_the_methods_that_run_on_the_model_read_no_matrix():
     module = bridge().train()
     before = oracle.snapshot(module.base)
     assert module.can_generate()
-    assert module.num_parameters() == module.base.num_parameters()
     assert module._supports_logits_to_keep()
     module.add_model_tags("a tag")
     assert module.base.model_tags == ["a tag"]

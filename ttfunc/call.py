@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ttfunc.bypass import RefuseOwn, reached
 from ttfunc.model.copies import Copies
+from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix, way_to
 from ttfunc.model.path import ModulePath, Visit, find_path
 from ttfunc.said import check_said
@@ -233,6 +234,10 @@ def _check_arguments(
                 f"weights must map names of parameters to tensors, got {name!r}: "
                 f"{type(weight).__name__}."
             )
+    if any(map(is_patch, weights.values())):  # its own parameters are weights as any other
+        refuse_token_module(
+            model, "module(...), or functional_call(module.base, patch(params), ...)"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(
             "functional_call(model, weights, args, kwargs) needs a torch.nn.Module, got "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.ends import told_half
+from ttfunc.model.given import is_token_module
 from ttfunc.model.memory import memory_of
 from ttfunc.model.owners import is_zero3, shape_of
 from ttfunc.torch_private import is_traceable_wrapper_subclass
@@ -18,13 +20,17 @@ from ttfunc.torch_private import is_traceable_wrapper_subclass
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary` counted. Tied and shared tensors count once; bytes are those stored."""
+    """What `summary` counted. Tied and shared tensors count once; bytes are those stored.
+
+    matrices: what each matrix trains. beside: the parameters that are trained beside the rows.
+    """
 
     trainable_parameters: int
     trainable_bytes: int
     total_parameters: int
     total_bytes: int
     matrices: dict[str, str]
+    beside: tuple[str, ...] = ()
 
     @property
     def fraction(self) -> float:
@@ -33,6 +39,11 @@ class Summary:
 
     def __str__(self) -> str:
         lines = [f"{name}: {what}" for name, what in self.matrices.items()]
+        if self.beside:
+            more = ", …" if len(self.beside) > 1 else ""
+            lines.append(
+                f"beside the rows: {len(self.beside):,} parameters ({self.beside[0]}{more})"
+            )
         lines.append(
             f"trainable: {self.trainable_parameters:,} parameters ({size(self.trainable_bytes)}) "
             f"of {self.total_parameters:,} ({size(self.total_bytes)}), {self.fraction:.4%}"
@@ -40,20 +51,66 @@ class Summary:
         return "\n".join(lines)
 
 
-def summary(model: nn.Module, params: TokenDeltas) -> Summary:
-    """Counts of the frozen model and of the trained rows; neither is changed.
+def summary(model: nn.Module, params: TokenDeltas | None = None) -> Summary:
+    """Counts of a model and of what is trained with it, all of it; nothing is changed.
+
+    Trained are the rows, and what requires grad in the model (a LoRA, a head), but for a matrix
+    that has rows.
+
+    Args:
+        model: the model; or a TokenModule, which is counted as what it trains.
+        params: the rows; by default those of the TokenModule, and none of another model.
 
     Returns:
         Summary: the totals include the deltas, and `matrices` says what each matrix trains. Of a
         sharded model the parameters are counted whole, and the bytes are those on this rank.
 
     Raises:
+        TypeError: `model` is not a module, or `params` are not TokenDeltas.
         ValueError: the model has no matrix of that name and shape.
     """
+    if is_token_module(model):
+        module: Any = model
+        params = module.params() if params is None else params
+        model = module.base
+    params = TokenDeltas({}, {}) if params is None else params
     check_type(params)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model is needed, got {type(model).__name__}. The order is {_ORDER}.")
     deltas = params.deltas.values()
-    trainable = sum(delta.numel() for delta in deltas)
-    stored = sum(delta.nbytes for delta in deltas)
+    # Parameters over the same memory (a tie that torch does not know of) are one.
+    distinct = {memory_of(one): one for one in model.parameters()}
+    beside = _beside(model, params)
+    return Summary(
+        trainable_parameters=sum(map(_numel, [*deltas, *beside.values()])),
+        trainable_bytes=sum(map(_nbytes, [*deltas, *beside.values()])),
+        total_parameters=sum(map(_numel, [*deltas, *distinct.values()])),
+        total_bytes=sum(map(_nbytes, [*deltas, *distinct.values()])),
+        matrices=_matrices(model, params),
+        beside=tuple(beside),
+    )
+
+
+_ORDER = "summary(model, params), or summary(module) of a TokenModule"
+
+
+def _beside(model: nn.Module, params: TokenDeltas) -> dict[str, Tensor]:
+    """What requires grad in the model, by its first name, and each memory once."""
+    specs = params.specs.values()
+    names = {name for spec in specs for name in spec.names}
+    known = [spec.matrix.tensor for spec in specs if spec.matrix is not None]
+    known += [one for name, one in model.named_parameters(remove_duplicate=False) if name in names]
+    seen = set(map(memory_of, known))
+    found: dict[str, Tensor] = {}
+    for name, one in model.named_parameters():
+        if one.requires_grad and (memory := memory_of(one)) not in seen:
+            seen.add(memory)
+            found[name] = one
+    return found
+
+
+def _matrices(model: nn.Module, params: TokenDeltas) -> dict[str, str]:
+    """What each matrix trains, for a person."""
     held = dict(model.named_parameters(remove_duplicate=False))
     matrices = {}
     for name, spec in params.specs.items():
@@ -70,15 +127,7 @@ def summary(model: nn.Module, params: TokenDeltas) -> Summary:
             f"{spec.counted} rows × {spec.shape[1]:,}, "
             f"{str(delta.dtype).removeprefix('torch.')}{tied}{told}"
         )
-    # Parameters over the same memory (a tie that torch does not know of) are one.
-    distinct = {memory_of(p): p for p in model.parameters()}.values()
-    return Summary(
-        trainable_parameters=trainable,
-        trainable_bytes=stored,
-        total_parameters=trainable + sum(map(_numel, distinct)),
-        total_bytes=stored + sum(map(_nbytes, distinct)),
-        matrices=matrices,
-    )
+    return matrices
 
 
 def _numel(parameter: Tensor) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ttfunc.ends import told_half
 from ttfunc.indices import TokenIndices, check_apart, union
+from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.origin import Origin
 from ttfunc.torch_private import OPTREE_GLOBAL, is_dtensor, outside_of_modes, torch_pytree
@@ -163,6 +164,7 @@ def combine(*params: TokenDeltas) -> TokenDeltas:
 
 def check_type(params: object) -> None:
     """Raise TypeError for anything but a TokenDeltas."""
+    refuse_token_module(params, "module.params(), which are its rows")
     if not isinstance(params, TokenDeltas):
         raise TypeError(
             f"got {type(params).__name__} where the parameters of init_deltas (TokenDeltas) are "

@@ -13,6 +13,7 @@ from ttfunc.call import functional_call
 from ttfunc.deltas import TokenDeltas, check_shapes, check_type
 from ttfunc.exportable_checks import check_assignment, check_rows_and_ids
 from ttfunc.mixing import adapter_numbers
+from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import count_slots, matrices_of
 from ttfunc.model.targets import Targets, find_targets
 from ttfunc.weight.any_rows import AnyRows
@@ -76,6 +77,7 @@ class Exportable(nn.Module):
         assignment: bool = False,
     ) -> None:
         super().__init__()
+        refuse_token_module(model, "Exportable(module.base)")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if not isinstance(assignment, bool):

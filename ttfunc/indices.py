@@ -138,6 +138,14 @@ def _forget_dead(first: weakref.ref[TokenIndices], _: object) -> None:
                 indices._unions.pop(key, None)
 
 
+def check_dtype(dtype: object) -> None:
+    """Raise TypeError unless rows can have this dtype: a float, or None for the one they have."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            f"dtype={dtype!r} cannot be trained: give a floating-point dtype such as torch.float32."
+        )
+
+
 def with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, grown: int = 0) -> Tensor:
     """A copy of `(..., V, D)` with the `(..., k, D)` rows at `ids`; or of `(V,)` with `(k,)`.
 

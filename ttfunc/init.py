@@ -7,17 +7,18 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.ends import half
 from ttfunc.growth import check_after, next_token
-from ttfunc.indices import TokenIndices, token_indices
+from ttfunc.indices import TokenIndices, check_dtype, token_indices
 from ttfunc.model.beside import check_beside
+from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix, matrix_of
 from ttfunc.model.origin import origin_of
 from ttfunc.model.owners import check_engine, shape_of
-from ttfunc.model.shards import rows_at
+from ttfunc.model.shards import rows_or_zeros
 from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
 from ttfunc.starts import Init, delta_dtype, start_of_each, start_rows
 from ttfunc.torch_private import warn_of_untested
@@ -82,20 +83,18 @@ def init_deltas(
         trains rows of the input embedding alone; and for the row of a `padding_idx`.
     """
     warn_of_untested()
+    refuse_token_module(model, "init_deltas(module.base, ...)")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}.")
     check_engine(model)
     _check_growth(model, grow, after)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(
-            f"dtype={dtype!r} cannot be trained: give a floating-point dtype such as torch.float32."
-        )
+    check_dtype(dtype)
     deltas, specs = {}, {}
     requests = _requests(model, idx, targets, grow, after)
     starts = start_of_each(model, init, [matrix for matrix, _ in requests])
     for matrix, indices in requests:
         weight, name = matrix.tensor, matrix.names[0]
-        originals = _originals(weight, indices)
+        originals = rows_or_zeros(weight, indices.on(weight.device).ids)
         start = start_rows(starts[name], weight, indices, originals, name, generator)
         delta = start.to(weight.device, dtype or delta_dtype(weight.dtype), copy=True)
         deltas[name] = delta.requires_grad_(requires_grad)
@@ -116,15 +115,6 @@ def _check_growth(model: nn.Module, grow: object, after: object) -> None:
     if not isinstance(grow, bool):
         raise TypeError(f"grow is a {type(grow).__name__}: give True for new tokens.")
     check_after(model, after)
-
-
-def _originals(weight: Tensor, indices: TokenIndices) -> Tensor:
-    """The rows as they are; zeros for new tokens."""
-    ids, height = indices.on(weight.device).ids, shape_of(weight)[0]
-    if max(indices.ids) < height:
-        return rows_at(weight, ids)
-    new = (ids >= height).unsqueeze(-1)
-    return rows_at(weight, ids.clamp(max=height - 1)).masked_fill(new, 0)
 
 
 def _requests(

@@ -12,10 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ttfunc.call import call_copy
 from ttfunc.deltas import TokenDeltas
+from ttfunc.model.given import refuse_token_module
 from ttfunc.module_attributes import shown
 from ttfunc.module_class import like
+from ttfunc.module_keys import key
 from ttfunc.module_parts import fusing
-from ttfunc.module_state import as_parameter, check_trained, faults, key, modes_after, trainable
+from ttfunc.module_sizes import Sizes, own
+from ttfunc.module_state import as_parameter, check_trained, faults, modes_after, trainable
 from ttfunc.names import innermost
 from ttfunc.patching import check_current, patch
 
@@ -43,6 +46,8 @@ class TokenModule(nn.Module):
 
     Other attributes are those of the model (of the model in a PeftModel), with the rows in them:
     its methods run with the rows, and `get_output_embeddings().weight` is the patched weight.
+    With new tokens `config.vocab_size`, `num_embeddings` and `out_features` are what they are in a
+    call; what else is set on the config is set on the model's.
     `save_pretrained` saves the merged model; what would write to weights of the model is not there.
     What is set on the module stays on it, but for `config`, `generation_config` and
     `loss_function`, which the model's code reads on the model. The class takes the name and the
@@ -68,11 +73,14 @@ class TokenModule(nn.Module):
     base: nn.Module
     _modes: dict[nn.Module, bool] | None  # of the base's modules, in a copy of this module
     _trained: dict[str, nn.Parameter]  # the base's own
+    _sizes: Sizes
     # Trainer trains a quantised model if it has an adapter, and so asks. The rows are one.
     _hf_peft_config_loaded = True
+    _is_token_module = True  # see `is_token_module`
 
     def __init__(self, model: nn.Module, params: TokenDeltas, *, train_base: bool = False) -> None:
         super().__init__()
+        refuse_token_module(model, "TokenModule(module.base, params)")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
@@ -82,6 +90,14 @@ class TokenModule(nn.Module):
             )
         check_current(params)
         free = trainable(model)
+        matrices = [spec.matrix for spec in params.specs.values() if spec.matrix is not None]
+        with_rows = {id(tensor) for matrix in matrices for _, tensor in matrix.slots}
+        if held := [name for name, one in free.items() if id(one) in with_rows]:
+            raise ValueError(
+                f"{len(free)} parameters of {type(model).__name__} require grad, and params have "
+                f"rows of {held}: the rest of the matrix would get no gradient. Freeze the model "
+                "first: model.requires_grad_(False). Or train the matrix whole, without rows."
+            )
         if free and not train_base:
             raise ValueError(
                 f"{len(free)} parameters of {type(model).__name__} require grad ("
@@ -89,16 +105,10 @@ class TokenModule(nn.Module):
                 "TokenModule(model, params, train_base=True). Or freeze them first: "
                 "model.requires_grad_(False)."
             )
-        matrices = [spec.matrix for spec in params.specs.values() if spec.matrix is not None]
-        with_rows = {id(tensor) for matrix in matrices for _, tensor in matrix.slots}
-        if held := [name for name, one in free.items() if id(one) in with_rows]:
-            raise ValueError(
-                f"{held} require grad, and params have rows of them: the rest of the matrix would "
-                "get no gradient. Freeze it, or train it whole, without rows."
-            )
         # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
         self._modes = None
+        self._sizes = Sizes(params.specs)
         self.__dict__["_trained"] = free  # by their names in the base
         parameters = {name: as_parameter(delta, name) for name, delta in params.deltas.items()}
         for name, parameter in parameters.items():
@@ -170,7 +180,7 @@ class TokenModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base")
         if name in _READ_BY_BASE and base is not None and hasattr(innermost(base), name):
-            setattr(innermost(base), name, value)
+            setattr(innermost(base), name, own(value))
         else:
             super().__setattr__(name, value)
 
@@ -213,14 +223,19 @@ class TokenModule(nn.Module):
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def __copy__(self) -> TokenModule:
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))  # as that of any module: what it holds is shared
+        return copied
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenModule:
         copied = type(self).__new__(type(self))
         modes = self._modes or {module: module.training for module in self.base.modules()}
         memo[id(self)] = copied
-        shared = ("base", "_modes", "_trained")
+        shared = {name: vars(self)[name] for name in ("base", "_trained", "_sizes")}
         state = {name: value for name, value in vars(self).items() if name not in shared}
-        vars(copied).update(copy.deepcopy(state, memo), base=self.base, _modes=dict(modes))
-        vars(copied)["_trained"] = self._trained
+        state.pop("_modes")
+        vars(copied).update(copy.deepcopy(state, memo), **shared, _modes=dict(modes))
         return copied
 
     def __getstate__(self) -> NoReturn:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttfunc.counts import summary
 from ttfunc.merging import merge
 from ttfunc.model.owners import engines_at_work, is_sharded
 from ttfunc.module_parts import WRITERS, Bridge, is_fusing, part, stand_ins
@@ -26,7 +27,7 @@ ON_BASE = frozenset(
             for do in ("enable", "disable")
         ),
         *("enable_input_require_grads", "disable_input_require_grads"),
-        *("add_model_tags", "can_generate", "num_parameters", "get_memory_footprint"),
+        *("add_model_tags", "can_generate", "get_memory_footprint"),
         *("prepare_decoder_input_ids_from_labels", "tokenize", "preprocess"),
         "_supports_logits_to_keep",
     }
@@ -60,6 +61,8 @@ def shown(bridge: Bridge, name: str) -> Any:
         return _method(bridge, name, value, owner)
     if name.startswith("_") and not isinstance(value, (nn.Module, Tensor)):
         raise AttributeError(f"{name!r} of {type(base).__name__} is private to it.")
+    if name in bridge._sizes.names_in(holder):
+        return bridge._sizes.of(value)
     return part(bridge, value) if _has_modules(value) else value
 
 
@@ -75,6 +78,8 @@ def _method(bridge: Bridge, name: str, value: MethodType, owner: nn.Module) -> A
     base = bridge.base
     if name in ON_BASE:
         return value
+    if name in _COUNTS:
+        return functools.partial(_COUNTS[name], bridge, value)
     if name == "save_pretrained" and _is_saved_whole(base, owner):
         return functools.partial(_save_merged, bridge, value)
     if name.startswith(WRITERS):
@@ -95,6 +100,29 @@ def _method(bridge: Bridge, name: str, value: MethodType, owner: nn.Module) -> A
         return bridge._call(args, kwargs, value.__name__, owner)
 
     return with_rows
+
+
+def _number(bridge: Bridge, count: Any, *args: Any, **kwargs: Any) -> int:
+    """Transformers' `num_parameters`: the model's own, and the rows, which are embeddings."""
+    given = inspect.signature(count).bind(*args, **kwargs).arguments
+    rows = [] if given.get("exclude_embeddings") else [*bridge.params().deltas.values()]
+    trained = (row.numel() for row in rows if row.requires_grad or not given.get("only_trainable"))
+    return int(count(*args, **kwargs)) + sum(trained)
+
+
+def _of_all(bridge: Bridge, count: Any) -> tuple[int, int]:
+    """PEFT's `get_nb_trainable_parameters`."""
+    found = summary(bridge.base, bridge.params())
+    return found.trainable_parameters, found.total_parameters
+
+
+_COUNTS: dict[str, Any] = {
+    "num_parameters": _number,
+    "get_nb_trainable_parameters": _of_all,
+    "print_trainable_parameters": lambda bridge, count: print(
+        summary(bridge.base, bridge.params())
+    ),
+}
 
 
 def _check_multiplies(head: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Protocol
 from torch import Tensor, nn
 
 from ttfunc.deltas import TokenDeltas
+from ttfunc.module_sizes import Sizes
 from ttfunc.slots import find_slots
 from ttfunc.weight.fused_head import LongerWeight, can_fuse
 
@@ -28,6 +29,7 @@ class Bridge(Protocol):
 
     base: nn.Module
     _modes: dict[nn.Module, bool] | None
+    _sizes: Sizes
 
     def params(self) -> TokenDeltas: ...
 
@@ -112,6 +114,7 @@ def _part_class(bridge: Bridge, own: nn.Module) -> type[nn.Module]:
         "_modules": held("_modules"),
         "_parameters": held("_parameters"),
     }
+    space |= bridge._sizes.properties(own, bridge._sizes.names_in(own))
     if bridge._modes is not None:
         space["training"] = property(lambda self: (bridge._modes or {})[own])
         space |= dict.fromkeys(("train", "eval"), _refuse_modes)

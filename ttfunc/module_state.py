@@ -1,6 +1,4 @@
-"""The parameters of a TokenModule and the entries of its state dict: how each is named, and what
-must hold of it.
-"""
+"""The parameters of a TokenModule and the entries of its state dict: what must hold of each."""
 
 from __future__ import annotations
 
@@ -11,12 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec
-
-
-def key(part: str, name: str) -> str:
-    """The name of a parameter, which must have no dot. (The escapes are those of RFC 6901.)"""
-    escaped = name.replace("~", "~0").replace("/", "~1")
-    return f"{part}/{escaped.replace('.', '/')}"
+from ttfunc.module_keys import key
 
 
 def as_parameter(delta: Tensor, name: str) -> nn.Parameter:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes
 from ttfunc.growth import shape_in_weights
+from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import holds_floats
 from ttfunc.model.memory import same_memory
 from ttfunc.model.sizes import bias_names
@@ -30,6 +31,7 @@ def called(
 ) -> TokenDeltas:
     """The parameters under the names of the state dict."""
     check_shapes(params)
+    refuse_token_module(state_dict, "module.base.state_dict()")
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"a state dict is needed, got {type(state_dict).__name__}. The order is "
@@ -95,8 +97,9 @@ def biases_of(state_dict: Mapping[str, Tensor], group: Group, height: int) -> li
 
 def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> None:
     if not isinstance(matrix, Tensor) or not holds_floats(matrix):
-        codes = isinstance(matrix, Tensor) and not matrix.is_floating_point()
-        what = matrix.dtype if codes else type(matrix).__name__
+        what: object = type(matrix).__name__
+        if isinstance(matrix, Tensor) and not matrix.is_floating_point():
+            what = matrix.dtype
         raise TypeError(
             f"{alias!r} in the state dict is {what}, which holds no rows to replace: a "
             "floating-point tensor is needed. Merge before quantising."

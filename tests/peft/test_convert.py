@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,6 +249,41 @@ def test_rows_that_are_ready_to_be_trained(requires_grad: bool, saved: Path):
     assert [delta.requires_grad for delta in loaded.deltas.values()] == [requires_grad]
     assert all(delta.is_leaf for delta in loaded.deltas.values())
     assert not any(rows.requires_grad for rows in loaded.originals.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rows_in_a_dtype_of_the_caller_s(dtype: torch.dtype, saved: Path):
+    model = toy("llama_tied")
+    loaded = load_peft(saved, model, dtype=dtype, requires_grad=True)
+    for name, rows in load_peft(saved, model).deltas.items():
+        assert torch.equal(loaded.deltas[name], rows.to(dtype))
+        assert loaded.deltas[name].is_leaf
+        assert loaded.deltas[name].requires_grad
+    with pytest.raises(TypeError, match=r"dtype=torch.int64 cannot be trained"):
+        load_peft(saved, model, dtype=torch.int64)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("kind", ["rows alone", "beside a LoRA"])
+def test_a_model_into_which_peft_has_loaded_the_rows(kind: str, tmp_path):
+    model = toy("llama_tied").requires_grad_(False)
+    if kind == "rows alone":
+        params = random_rows(model, IDX)
+        save_peft(params, tmp_path)
+    else:
+        config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        lora = peft.get_peft_model(copy.deepcopy(model), config)
+        params = random_rows(lora, IDX)
+        save_peft(params, tmp_path, adapter=lora)
+    theirs = load_with_peft(peft.PeftModel.from_pretrained, copy.deepcopy(model), str(tmp_path))
+    with pytest.raises(ValueError, match=r"has rows of tokens already.*model.unload\(\)"):
+        load_peft(tmp_path, theirs)
+    told = contextlib.nullcontext()
+    if kind == "beside a LoRA":
+        told = pytest.warns(UserWarning, match="only the token rows")
+    with told:
+        loaded = load_peft(tmp_path, theirs.unload())
+    assert [*map(torch.equal, loaded.deltas.values(), params.deltas.values())] == [True]
 
 
 def test_arguments_in_another_order(saved: Path, tmp_path):

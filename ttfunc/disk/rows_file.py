@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from ttfunc.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.disk.atomic import writable, write_file
 from ttfunc.disk.header import parse_json
+from ttfunc.disk.module_file import KEY, file_of, is_of_module, of_trainer
 from ttfunc.disk.origins import as_json, from_json
 from ttfunc.disk.tensors import (
-    check_model,
     check_rows,
     cpu_copy,
     differing,
@@ -37,6 +37,7 @@ from ttfunc.disk.tensors import (
 )
 from ttfunc.growth import check_after, next_token, numbered_on
 from ttfunc.indices import token_indices
+from ttfunc.model.given import check_model
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.origin import origin_of
 from ttfunc.model.shards import rows_at
@@ -44,7 +45,6 @@ from ttfunc.names import advice, matrix_named, names_of, renamed
 from ttfunc.torch_private import outside_of_modes
 
 FORMAT = 2
-KEY = "ttfunc"
 PARTS = ("deltas", "token_indices", "originals")
 
 
@@ -106,8 +106,12 @@ def load(
 ) -> TokenDeltas:
     """The parameters that `save` wrote, put on `model`, which is not changed.
 
+    Takes also what a trainer saved of a TokenModule: the folder of a checkpoint, or the
+    `model.safetensors` in it. Its originals are the rows that the model has now; a warning names
+    what was trained beside the rows, which is not loaded.
+
     Args:
-        path: of the file.
+        path: of the file, or of such a folder.
         model: with the matrices that they were trained on.
         names: a mapping from the name of a matrix in the file to its name in `model`, where the two
             differ (as with a wrapper around the model).
@@ -131,9 +135,10 @@ def load(
         FileNotFoundError: there is no file.
     """
     path = path_of(path, "load(path, model)")
-    check_model(model, "load(path, model)")
+    check_model(model, "load(path, model)", "load(path, module.base)")
     check_after(model, after)
-    params = _called(read(path), model, names, path)
+    path = file_of(path)
+    params = of_trainer(path, model, names) or _called(read(path), model, names, path)
     deltas, specs = {}, {}
     for name, spec in params.specs.items():
         matrix = _same_matrix(model, spec, path)
@@ -176,6 +181,10 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
     deltas, specs = {}, {}
     with opened(path) as file, prefix_errors(f"{str(path)!r} cannot be loaded"):
         own = (file.metadata() or {}).get(KEY)
+        if is_of_module(file):
+            raise ValueError(
+                "a trainer saved it, for save(load(path, model), other) with the model"
+            )
         if own is None:
             raise ValueError("it has no metadata of ttfunc. For a PEFT adapter use load_peft")
         matrices = _checked_metadata(own)

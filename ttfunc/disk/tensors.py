@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ttfunc.deltas import GATHER
 from ttfunc.disk.header import FLOATS
@@ -22,12 +22,6 @@ def path_of(given: object, order: str) -> Path:
     if not isinstance(given, (str, os.PathLike)):
         raise TypeError(f"a path is needed, got {type(given).__name__}. The order is {order}.")
     return Path(given)
-
-
-def check_model(given: object, order: str) -> None:
-    """Raises TypeError for anything but a module, with the right `order`."""
-    if not isinstance(given, nn.Module):
-        raise TypeError(f"a model is needed, got {type(given).__name__}. The order is {order}.")
 
 
 def rows_device(weight: Tensor) -> torch.device:

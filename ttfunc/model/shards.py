@@ -147,6 +147,12 @@ def rows_at(matrix: Tensor, ids: Tensor) -> Tensor:
         return shard.added(rows.view(torch.uint8)).view(rows.dtype).view(rows.shape)
 
 
+def rows_or_zeros(matrix: Tensor, ids: Tensor) -> Tensor:
+    """The same, with zeros for ids past the end, which are new tokens."""
+    height = shape_of(matrix)[0]
+    return rows_at(matrix, ids.clamp(max=height - 1)).masked_fill((ids >= height).unsqueeze(-1), 0)
+
+
 def mean_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The `(D,)` mean of the rows."""
     if not is_sharded(matrix):

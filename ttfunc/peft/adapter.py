@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ttfunc.disk.atomic import open_file
 from ttfunc.disk.header import LONGEST
+from ttfunc.disk.module_file import FILE
 from ttfunc.disk.tensors import check_rows, opened, prefix_errors, tensor_of
 from ttfunc.indices import token_indices
 from ttfunc.names import PEFT
@@ -47,6 +48,11 @@ class Adapter(NamedTuple):
 
 def read_adapter(directory: Path) -> Adapter:
     """The adapter in a directory, without the values of whole weights."""
+    if (directory / FILE).exists() and not (directory / CONFIG).exists():
+        raise FileNotFoundError(
+            f"there is no {CONFIG} in {str(directory)!r}. If a trainer saved a TokenModule there, "
+            "ttfunc.load(directory, model) takes its rows."
+        )
     config = read_json(directory / CONFIG)
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in SUFFIX:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.disk.tensors import (
-    check_model,
     check_rows,
     cpu_copy,
     differing,
@@ -27,12 +26,14 @@ from ttfunc.disk.tensors import (
     rows_device,
     tensor_of,
 )
-from ttfunc.indices import token_indices
+from ttfunc.indices import check_dtype, shortened, token_indices
+from ttfunc.model.given import check_model, refuse_token_module
 from ttfunc.model.origin import origin_of
 from ttfunc.model.owners import shape_of
 from ttfunc.model.shards import rows_at, whole_of
 from ttfunc.names import innermost, matrix_named
 from ttfunc.peft.adapter import (
+    DELTA,
     INDICES,
     NO_LAYERS,
     PREFIX,
@@ -87,6 +88,8 @@ def save_peft(
     tensors: dict[str, Tensor] = {}
     targets: dict[str, list[int]] = {}
     check_type(params)
+    refuse_token_module(base_model, "base_model=module.base")
+    refuse_token_module(adapter, "adapter=module.base")
     with prefix_errors("these parameters cannot be saved for PEFT"):
         for name, spec in params.specs.items():
             rows = _float32(params.deltas[name], spec, name)
@@ -175,7 +178,11 @@ def _base(base_model: str | os.PathLike[str] | nn.Module | None) -> dict[str, An
 
 
 def load_peft(
-    directory: str | os.PathLike[str], model: nn.Module, *, requires_grad: bool = False
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    requires_grad: bool = False,
 ) -> TokenDeltas:
     """The token rows of a PEFT adapter, put on `model`, which is not changed.
 
@@ -186,21 +193,27 @@ def load_peft(
     Args:
         directory: with `adapter_config.json` and `adapter_model.safetensors`.
         model: the model itself, or a PeftModel into which PEFT loads the rest of the adapter.
+        dtype: of the deltas; by default that of the file.
         requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
 
     Returns:
-        TokenDeltas in the dtype of the file, on the device of each matrix. For a model on `meta`
-        they are on the CPU, with originals on `meta`.
+        TokenDeltas on the device of each matrix. For a model on `meta` they are on the CPU, with
+        originals on `meta`.
 
     Raises:
         FileNotFoundError: there is no adapter.
         KeyError: it has rows for a module that the model does not have.
-        ValueError: another kind of adapter; a damaged one; indices that are no token ids of the
-            model; rows of another width; rows of tied modules that disagree; a target without rows
-            or rows without a target; whole weights, beside the rows, that differ from the model's.
+        TypeError: a `dtype` that is not a float; a TokenModule.
+        ValueError: a PeftModel that has rows of tokens already; another kind of adapter; a damaged
+            one; indices that are no token ids of the model; rows of another width; rows of tied
+            modules that disagree; a target without rows or rows without a target; whole weights,
+            beside the rows, that differ from the model's.
     """
     directory = path_of(directory, "load_peft(directory, model)")
-    check_model(model, "load_peft(directory, model)")
+    order = "load_peft(directory, model)"
+    check_model(model, order, "load_peft(directory, module.base)")
+    check_dtype(dtype)
+    _check_has_none(model, directory)
     adapter = read_adapter(directory)
     deltas: dict[str, Tensor] = {}
     specs: dict[str, RowSpec] = {}
@@ -213,13 +226,30 @@ def load_peft(
                 raise ValueError(
                     f"it has different rows or token indices for {spec.names}, which are tied here"
                 )
-            deltas[name], specs[name] = delta.requires_grad_(requires_grad), spec
+            deltas[name], specs[name] = delta, spec
         check_targets(adapter.config, innermost(model), bare(specs))
         if innermost(model) is model:  # else PEFT is to load them
             _check_weights(directory / WEIGHTS, adapter.weights, model, specs)
     if innermost(model) is model:
         warn_of_other_keys(adapter.other_keys, directory)
+    deltas = {name: delta.to(dtype or delta.dtype) for name, delta in deltas.items()}
+    for delta in deltas.values():
+        delta.requires_grad_(requires_grad)
     return TokenDeltas(deltas, specs)
+
+
+def _check_has_none(model: nn.Module, directory: Path) -> None:
+    """Raises ValueError for a PeftModel into which PEFT has loaded rows of tokens."""
+    for name, _ in model.named_parameters():
+        module, found, _ = name.partition(f"{DELTA}.")
+        if found:
+            raise ValueError(
+                f"this {type(model).__name__} has rows of tokens already, which PEFT trains, in "
+                f"{module!r}: PeftModel.from_pretrained loads those of {str(directory)!r} itself. "
+                "Call it as it is; or take the rows on the plain model: load_peft(directory, "
+                "model.unload()), which leaves out the rest of the adapter. For a LoRA that stays "
+                "with PEFT, make its PeftModel of a config without trainable_token_indices."
+            )
 
 
 def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, RowSpec, Tensor]:
@@ -230,6 +260,12 @@ def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, Ro
         raise ValueError(
             f"its rows for {found.module!r} are {tuple(found.rows.shape)}, and the weight is "
             f"{tuple(shape)}"
+        )
+    if beyond := [token for token in found.indices if token >= shape[0]]:
+        raise ValueError(
+            f"token indices {shortened(beyond)} are past the end of {name!r}, which has {shape[0]} "
+            "rows. An adapter of new tokens is for a model that was resized: "
+            "model.resize_token_embeddings(len(tokenizer)). (ttfunc.save and load need no resizing)"
         )
     indices = token_indices(found.indices, shape[0], name)
     with outside_of_modes():
