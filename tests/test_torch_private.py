@@ -37,6 +37,7 @@ from ttfunc.torch_private import (
     fsdp_gathered,
     fsdp_manages,
     has_storage,
+    in_backward,
     in_dual_level,
     is_dtensor,
     is_exported,
@@ -137,6 +138,15 @@ def test_what_a_transform_wraps(transform: str):
     assert within(transform, is_wrapped)
     assert not within(transform, lambda x: is_wrapped(ONES))
     assert not is_wrapped(ONES)
+
+
+def test_a_backward_is_told_of():
+    told = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: told.append(in_backward()))
+    x.sum().backward()
+    assert told == [True]
+    assert not in_backward()
 
 
 def test_dual_numbers_are_told_of():

@@ -165,6 +165,11 @@ def in_dual_level() -> bool:
     return forward_ad._current_level >= 0
 
 
+def in_backward() -> bool:
+    """Whether autograd is at work on a backward in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def storage_key(tensor: Tensor) -> int:
     """Which storage a tensor lies in: equal for two that share one, while both are alive."""
     return int(tensor.untyped_storage()._cdata)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import memory_of
-from ttfunc.torch_private import is_fake, no_torch_function, transforms_active, tree_map
+from ttfunc.torch_private import is_fake, no_torch_function, transforms_active, tree_map, version_of
 from ttfunc.weight.overrides import (
     ANSWERED_BY_BASE,
     ANSWERED_BY_PLACEHOLDER,
@@ -86,8 +86,8 @@ class PatchedWeight(Tensor):
         return self.with_source(source._replace(base=base, placeholder=placeholder))
 
     def unread(self) -> PatchedWeight:
-        """The same weight, with no read noted yet."""
-        source = Source(*self.source[:-1], Reads())
+        """The same weight for one call, with no read noted yet."""
+        source = Source(*self.source[:-1], Reads(version_of(self.source.rows.values)))
         wants_grad = torch.is_grad_enabled() and source.rows.values.requires_grad
         # The placeholder may have been made under no_grad.
         stale = wants_grad and not source.placeholder.requires_grad

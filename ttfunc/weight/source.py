@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ttfunc.deltas import same_bits
 from ttfunc.indices import outside_of_autocast
 from ttfunc.model.matrix import Matrix
-from ttfunc.torch_private import is_traced, transforms_active, version_of
+from ttfunc.torch_private import in_backward, is_traced, transforms_active, version_of
 
 # So many tensors, and so many bytes of them in all, are compared at each read to what they were.
 MOST_TENSORS, MOST_BYTES = 64, 1 << 20
@@ -22,10 +22,12 @@ class Reads:
     """How a weight was read, with a flag for each way.
 
     Compiled code sets a flag without reading it first, so that it also serves another weight.
+    version: that of the rows when a call began; None where the weight is of no one call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, version: int | None = None) -> None:
         self.lookup = self.product = self.dense = False
+        self.version = version
 
 
 class RowPatch(Protocol):
@@ -113,18 +115,20 @@ class Source(NamedTuple):
     @property
     def uses(self) -> set[str]:
         """The ways in which it was read: `"lookup"`, `"product"`, `"dense"`."""
-        return {how for how, read in vars(self.reads).items() if read}
+        return {how for how, read in vars(self.reads).items() if read is True}
 
     def check_and_note(self, how: str) -> None:
-        """Note a read. Raises ValueError where what was copied has been written to since."""
-        traced = torch.compiler.is_dynamo_compiling()  # Dynamo does not trace versions
-        if self.made_from and not traced and any(one.written for one in self.made_from):
-            raise ValueError(
-                "stale patch: its rows, or the matrix, were written to since it was made (by a "
-                "step of an optimizer, load_state_dict, or an embedding with max_norm), but it "
-                "holds copies from before. Call patch (or patch_mixed) again for each step. A "
-                "deferred patch of one adapter does not need this: it reads the current rows."
-            )
+        """Note a read.
+
+        Raises ValueError where what was copied has been written to since, RuntimeError for a read
+        by the backward of a call (of an autograd.Function, of a checkpoint) if the rows have been.
+        """
+        if not torch.compiler.is_dynamo_compiling():  # Dynamo does not trace versions
+            if any(one.written for one in self.made_from):
+                raise _stale()
+            since = self.reads.version
+            if since is not None and in_backward() and version_of(self.rows.values) != since:
+                raise _late()
         setattr(self.reads, how, True)
         if how == "lookup" and self.matrix is not None and not traced:
             self.matrix.looked_up = True
@@ -154,3 +158,20 @@ def _can_compare(*tensors: Tensor) -> bool:
     if any(type(one) not in (Tensor, nn.Parameter) or one.is_meta for one in tensors):
         return False
     return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _stale() -> ValueError:
+    return ValueError(
+        "stale patch: its rows, or the matrix, were written to since it was made (by a step of an "
+        "optimizer, load_state_dict, or an embedding with max_norm), but it holds copies from "
+        "before. Call patch (or patch_mixed) again for each step. A deferred patch of one adapter "
+        "does not need this: it reads the current rows."
+    )
+
+
+def _late() -> RuntimeError:
+    return RuntimeError(
+        "the backward of a call reads the rows, and they have been modified by an inplace "
+        "operation since the call (a step of an optimizer, a clamp). Call backward before that, or "
+        "call the model anew."
+    )
