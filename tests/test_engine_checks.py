@@ -54,7 +54,8 @@ def test_a_matrix_with_other_values_or_another_shape_is_refused(mesh):
 def test_ties_that_changed_before_the_model_was_sharded_are_refused(mesh):
     for tie, words in ((True, "more than one parameter"), (False, "to more places than it did")):
         model = llama(tie=tie)
-        params, weight = random_rows(model, [7]), model.model.embed_tokens.weight
+        params = random_rows(model, [7], targets="embed_tokens")
+        weight = model.model.embed_tokens.weight
         model.lm_head.weight = nn.Parameter(weight.clone(), requires_grad=False) if tie else weight
         fully_shard(model, mesh=mesh)
         with pytest.raises(ValueError, match=words):

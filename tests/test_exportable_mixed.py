@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,10 @@ from hypothesis import strategies as st
 from torch.export import Dim
 
 from tests.helpers.llama import llama
-from tests.helpers.models import V, make, tokens
+from tests.helpers.models import D, V, make, tokens
 from tests.helpers.oracle import edited
 from tests.helpers.rows import adapters
-from ttfunc import Exportable
+from ttfunc import Exportable, functional_call, patch_mixed
 
 pytestmark = [
     # torch's own, in run_decompositions, and of transformers' models under dynamo
@@ -30,7 +32,7 @@ BATCH, LENGTH = Dim("batch"), Dim("length")
 def test_one_program_serves_a_mixed_batch(tie: bool, strict: bool):
     model = llama(tie=tie)
     program = Exportable(model, kwargs=PLAIN, assignment=True)
-    each = adapters(model, [7, 3], [3, 20, 5])
+    each = adapters(model, [7, 3], [3, 20, 5], targets="embed_tokens")
     inputs = (
         *program.inputs(each, assignment=[1, -1, 0], rows=K, adapters=N),
         tokens(7, 3, batch=3),
@@ -50,7 +52,7 @@ def test_one_program_serves_a_mixed_batch(tie: bool, strict: bool):
     def agrees(ids: list[list[int]], data: st.DataObject) -> None:
         numbers = st.integers(-1, len(ids) - 1)
         assignment = data.draw(st.lists(numbers, min_size=1, max_size=5))
-        params = adapters(model, *ids)
+        params = adapters(model, *ids, targets="embed_tokens")
         x = torch.randint(0, V, (len(assignment), data.draw(st.integers(1, 6))))
         inputs = program.inputs(params, assignment=assignment, rows=K, adapters=N)
         models = [*(edited(model, one) for one in params), model]
@@ -92,3 +94,38 @@ def test_the_number_of_adapters_may_be_dynamic():
     found = torch.export.export(program, inputs, dynamic_shapes=shapes).module()
     more = (*program.inputs(each, assignment=[0, 2], rows=K, adapters=N + 2), tokens(7, 3, batch=2))
     torch.testing.assert_close(found(*more), program(*more))
+
+
+def test_a_program_is_for_one_adapter_or_for_one_of_each_example():
+    model = make("untied").requires_grad_(False)
+    mixed = Exportable(model, targets=["embed_tokens", "lm_head"], assignment=True)
+    plain = Exportable(model)
+    params = adapters(model, [7], [3, 20], targets=["embed_tokens", "lm_head"])
+    rows, ids, assignment = mixed.inputs(params, assignment=[1, -1], rows=2)
+    assert {name: tuple(one.shape) for name, one in rows.items()} == {
+        "embed_tokens.weight": (2, 2, D),
+        "lm_head.weight": (2, 2, D),
+    }
+    x = tokens(7, 3, 20, batch=2)
+    expected = functional_call(model, patch_mixed(params, [1, -1]), x)
+    for program in (mixed, copy.deepcopy(mixed)):
+        torch.testing.assert_close(program(rows, ids, assignment, x), expected)
+    (alone,) = mixed.inputs(params[1], assignment=[0], rows=2)[2:]  # one adapter, as a list of it
+    assert alone.tolist() == [0]
+
+    with pytest.raises(TypeError, match=r"assignment=\[0\]: give True .* inputs\(..., assignment="):
+        Exportable(model, assignment=[0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"an adapter for each example: inputs\(\[a, b\]"):
+        mixed.inputs(params[0], rows=2)
+    with pytest.raises(TypeError, match=r"int64 tensor, got NoneType"):
+        mixed.check(rows, ids)
+    one = adapters(model, [7], targets="embed_tokens")
+    for options in ({"assignment": [0]}, {"adapters": 2}):
+        with pytest.raises(TypeError, match=r"one adapter in each call.*assignment=True"):
+            plain.inputs(one[0], rows=2, **options)
+    with pytest.raises(TypeError, match="one adapter in each call"):
+        plain.check(torch.zeros(1, D), torch.tensor([7]), assignment)
+    with pytest.raises(ValueError, match=r"must be \(k,\) and \(k, D\)"):
+        plain(rows["embed_tokens.weight"], ids["embed_tokens.weight"], x)
+    with pytest.raises(TypeError, match="got list where the parameters"):
+        plain.inputs(one, rows=2)

@@ -39,6 +39,7 @@ from ttfunc.torch_private import (
     has_storage,
     in_backward,
     in_dual_level,
+    in_strict_export,
     is_dtensor,
     is_exported,
     is_fake,
@@ -465,7 +466,7 @@ def test_what_traces_is_known():
     ]
     for strict in (False, True):
         torch.export.export(Looking(), (ONES,), strict=strict)
-    assert Looking.seen == [(True, True, True), (False, True)]
+    assert Looking.seen == [(True, True, True), (False, True, True)]
     with FlopCounterMode(display=False):
         assert not is_traced()
 
@@ -475,8 +476,9 @@ class Looking(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_dynamo_compiling():
-            note_of_dynamo(is_traced(), is_exported())
+            note_of_dynamo(is_traced(), is_exported(), in_strict_export())
         else:
+            assert not in_strict_export()
             Looking.seen.append((is_traced(), is_exported(), is_fake(x)))
         return x + 1
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ def toy(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def new_rows(model: nn.Module, name: str) -> TokenDeltas:
     """Rows of three tokens of the inputs, as far from the base as the base is wide."""
-    return random_rows(model, IDS, seed=1, targets=TARGETS.get(name), requires_grad=True)
+    with warnings.catch_warnings():  # the default is tried, whatever stands at the head
+        warnings.filterwarnings("ignore", message="rows of .* alone are trained")
+        return random_rows(model, IDS, seed=1, targets=TARGETS.get(name), requires_grad=True)
 
 
 def in_place(model: nn.Module, name: str, params: TokenDeltas) -> tuple[nn.Module, nn.Parameter]:

@@ -139,7 +139,7 @@ def test_a_call_takes_rows_of_the_model_with_or_without_peft(inside):
 )
 def test_what_else_peft_saves_is_left_to_peft(tmp_path, options):
     plain = llama(tie=False, attention_bias=True)
-    params = random_rows(plain, IDS)
+    params = random_rows(plain, IDS, targets="embed_tokens")
     model = with_lora(plain, **options)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -157,7 +157,7 @@ def test_what_else_peft_saves_is_left_to_peft(tmp_path, options):
 
 def test_with_a_lora_on_the_same_matrix_the_rows_are_merged_first():
     model = with_lora(llama(tie=False), target_modules=["embed_tokens", "q_proj"])
-    params = random_rows(model, IDS)
+    params = random_rows(model, IDS, targets="embed_tokens.base_layer")
     expected = said(model, params)
     model.load_state_dict(merge(model.state_dict(), params))
     torch.testing.assert_close(said(model.merge_and_unload()), expected)
@@ -202,7 +202,7 @@ def refused(tmp_path: Path, match: str, params, adapter, error=ValueError) -> No
 
 def test_a_lora_over_the_same_matrix_is_refused(tmp_path):
     model = with_lora(llama(tie=False), target_modules=["embed_tokens", "q_proj"])
-    params = random_rows(model, IDS)
+    params = random_rows(model, IDS, targets="embed_tokens.base_layer")
     assert next(iter(params.specs.values())).names[0].endswith("embed_tokens.base_layer.weight")
     refused(tmp_path, "a module that has a LoRA too", params, model)
 
@@ -216,7 +216,7 @@ def test_a_lora_over_the_tied_head_is_refused(tmp_path):
 
 def test_a_matrix_that_peft_trains_whole_is_refused(tmp_path):
     plain = llama(tie=False)
-    params = random_rows(plain, IDS)
+    params = random_rows(plain, IDS, targets="embed_tokens")
     model = with_lora(plain, modules_to_save=["embed_tokens"])
     refused(tmp_path, "'model.embed_tokens', which also has rows", params, model)
     with pytest.raises(ValueError, match="whole copy of '.*embed_tokens', .*modules_to_save"):

@@ -26,7 +26,7 @@ def generate(model: nn.Module, x: torch.Tensor, weights=None, **options) -> torc
 @pytest.mark.parametrize("tie", [True, False])
 def test_generation_of_a_mixed_batch_is_that_of_each(tie: bool):
     model = llama(tie=tie, eos_token_id=None)
-    each = adapters(model, *IDS)
+    each = adapters(model, *IDS, targets="embed_tokens")
     found = generate(model, X, patch_mixed(each, ASSIGNMENT))
     truth = torch.cat(
         [

@@ -40,7 +40,7 @@ def test_bart_without_ties_does_not_read_its_input_embedding():
     )  # fmt: skip
     model = transformers.BartForConditionalGeneration(config).eval()
     with pytest.raises(RuntimeError, match="did not read the patched matrix"):
-        functional_call(model, patch(random_rows(model)), (X,))
+        functional_call(model, patch(random_rows(model, targets="model.shared")), (X,))
 
 
 def test_one_of_two_matrices_that_a_call_does_not_read_is_warned_of():
