@@ -149,7 +149,9 @@ def with_new_tokens(make: Callable[[], nn.Module], shard: Callable[[nn.Module], 
         lora = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in lora]
         found[one is plain] = logits, started(rows).grad, lora
     (logits, rows, lora), truth = found[False], found[True]
-    distances = {str(i): distance(a, b) for i, (a, b) in enumerate(zip(lora, truth[2], strict=True))}
+    distances = {
+        str(i): distance(a, b) for i, (a, b) in enumerate(zip(lora, truth[2], strict=True))
+    }
     return {**compared(logits, rows, truth[:2]), **distances}
 
 
