@@ -20,7 +20,7 @@ from torch.func import grad, vmap
 
 from tests.helpers.llama import llama
 from tests.helpers.models import D, Language, V, loss_of, make, tokens
-from tests.helpers.oracle import edited, row_gradients, snapshot
+from tests.helpers.oracle import edited, row_gradients, same_bits, snapshot
 from tests.helpers.rows import random_rows
 from ttfunc import (
     TokenDeltas,
@@ -28,11 +28,13 @@ from ttfunc import (
     functional_call,
     init_deltas,
     load,
+    merge,
     merge_checkpoint,
     patch,
     patch_mixed,
     save,
     stack,
+    unmerge,
 )
 
 pytestmark = [
@@ -160,6 +162,17 @@ def test_a_module_trains_both(end: str, tie: bool):
     copied = {name: p.grad for name, p in again.named_parameters() if "lora_" in name}
     for name, gradient in ((n, p.grad) for n, p in module.named_parameters() if "lora_" in n):
         torch.testing.assert_close(copied[name], gradient)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_merged_state_dict_is_that_of_a_longer_model_and_goes_back(end: str, tie: bool):
+    plain, config = llama(tie=tie), LoraConfig(r=2, **ENDS[end])
+    model = filled(with_adapter(copy.deepcopy(plain), config))
+    params, state = random_rows(model, NEW, grow=True), model.state_dict()
+    merged = merge(state, params)
+    assert same_bits(merged, resized(model, plain, params, config).state_dict())
+    assert same_bits(unmerge(merged, params), state)
 
 
 def test_adapters_that_are_switched():

@@ -176,6 +176,7 @@ def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
     if not holds_floats(held[name]):
         raise ValueError(
             f"{name!r} is {held[name].dtype} ({type(held[name]).__name__}) in this "
-            f"{type(model).__name__}, and floating-point numbers are needed. Leave the token matrices out of the quantisation."
+            f"{type(model).__name__}, and floating-point numbers are needed. Leave the token "
+            "matrices out of the quantisation."
         )
     return matrix_of(model, held[name])

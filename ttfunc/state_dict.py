@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes
 from ttfunc.growth import shape_in_weights
+from ttfunc.model.beside import adapters_in, lengthened
 from ttfunc.model.matrix import holds_floats
 from ttfunc.model.memory import same_memory
 from ttfunc.model.sizes import bias_names
@@ -91,6 +92,17 @@ def biases_of(state_dict: Mapping[str, Tensor], aliases: list[str], height: int)
     shapes = {name: one.shape for name, one in state_dict.items() if isinstance(one, Tensor)}
     held = {name: state_dict[name] for name in bias_names(shapes, aliases, height)}
     return [names for _, names in _distinct(state_dict, held)]
+
+
+def of_height(
+    state_dict: Mapping[str, Tensor], aliases: list[str], height: int, now: int
+) -> dict[str, Tensor]:
+    """What LoRAs around the matrix have for each token, for `now` tokens: 0 for new ones."""
+    shapes = {name: one.shape for name, one in state_dict.items() if isinstance(one, Tensor)}
+    return {
+        name: lengthened(state_dict[name], dimension, now - height)
+        for name, dimension in adapters_in(shapes, aliases, height).items()
+    }
 
 
 def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> None:
