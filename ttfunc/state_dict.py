@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes
 from ttfunc.growth import shape_in_weights
+from ttfunc.model.beside import adapters_in, lengthened
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import holds_floats
 from ttfunc.model.memory import same_memory
@@ -93,6 +94,17 @@ def biases_of(state_dict: Mapping[str, Tensor], group: Group, height: int) -> li
     shapes = {name: one.shape for name, one in state_dict.items() if isinstance(one, Tensor)}
     names = bias_names(shapes, group.aliases, height, group.spec.origin.biases)
     return [same for _, same in _distinct(state_dict, {name: state_dict[name] for name in names})]
+
+
+def of_height(
+    state_dict: Mapping[str, Tensor], aliases: list[str], height: int, now: int
+) -> dict[str, Tensor]:
+    """What LoRAs around the matrix have for each token, for `now` tokens: 0 for new ones."""
+    shapes = {name: one.shape for name, one in state_dict.items() if isinstance(one, Tensor)}
+    return {
+        name: lengthened(state_dict[name], dimension, now - height)
+        for name, dimension in adapters_in(shapes, aliases, height).items()
+    }
 
 
 def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> None:

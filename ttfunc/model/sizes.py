@@ -24,7 +24,9 @@ def resize(state: dict[str, Any], sizes: Mapping[int, int], made: dict[int, Any]
 
 
 def _is_config(name: str, value: Any) -> bool:
-    return name.endswith("config") and hasattr(value, "__dict__") and not callable(value)
+    if not name.endswith("config") or isinstance(value, dict):  # Dynamo asks no more of one
+        return False
+    return hasattr(value, "__dict__") and not callable(value)
 
 
 def _resized(config: Any, sizes: Mapping[int, int], made: dict[int, Any]) -> Any:
