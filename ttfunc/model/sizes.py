@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 # Attributes that are the number of tokens: of configs, and of modules.
 USUAL = ("vocab_size", "decoder_vocab_size", "n_words")
 _OF_MODULES = (*USUAL, "num_embeddings", "out_features")
+
+
+class Entry(NamedTuple):
+    """A size in a config: before the new tokens, with them, and in the model itself."""
+
+    old: int
+    new: int
+    start: int
+
+    @property
+    def back(self) -> Entry:
+        return Entry(self.new, self.old, self.start)
 
 
 def resize(state: dict[str, Any], sizes: Mapping[int, int], made: dict[int, Any]) -> None:
@@ -32,16 +45,31 @@ def _is_config(name: str, value: Any) -> bool:
 def _resized(config: Any, sizes: Mapping[int, int], made: dict[int, Any]) -> Any:
     if id(config) in made:
         return made[id(config)]
-    copy = made[id(config)] = object.__new__(type(config))
-    vars(copy).update(vars(config))
+    new = made[id(config)] = object.__new__(type(config))
+    vars(new).update(vars(config))
     # Some of transformers' configs have it under another name.
     names = (*USUAL, getattr(config, "attribute_map", {}).get("vocab_size"))
     for attribute, value in vars(config).items():
         if attribute in names and type(value) is int:
-            vars(copy)[attribute] = sizes.get(value, value)
+            vars(new)[attribute] = sizes.get(value, value)
         elif _is_config(attribute, value):
-            vars(copy)[attribute] = _resized(value, sizes, made)
-    return copy
+            vars(new)[attribute] = _resized(value, sizes, made)
+    return new
+
+
+def with_entries(config: Any, entries: Mapping[str, Entry]) -> Any:
+    """A copy of a config with the new numbers at these paths."""
+    changed = copy.deepcopy(config)
+    for path, entry in entries.items():
+        *outer, last = path.split(".")
+        holder = changed
+        for part in outer:
+            holder = holder[part] if isinstance(holder, dict) else getattr(holder, part)
+        if isinstance(holder, dict):
+            holder[last] = entry.new
+        else:
+            setattr(holder, last, entry.new)
+    return changed
 
 
 def is_bias(name: str, shape: Sequence[int], height: int) -> bool:

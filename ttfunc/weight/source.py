@@ -129,9 +129,9 @@ class Source(NamedTuple):
             since = self.reads.version
             if since is not None and in_backward() and version_of(self.rows.values) != since:
                 raise _late()
+            if how == "lookup" and self.matrix is not None:
+                self.matrix.looked_up = True
         setattr(self.reads, how, True)
-        if how == "lookup" and self.matrix is not None and not traced:
-            self.matrix.looked_up = True
 
 
 def copied(*tensors: Tensor) -> tuple[Copied, ...]:
