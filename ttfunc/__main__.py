@@ -21,6 +21,7 @@ from ttfunc.deltas import TokenDeltas
 from ttfunc.disk import rows_file
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.disk.folder import open_checkpoint
+from ttfunc.disk.module_file import KEY
 from ttfunc.disk.tensors import opened
 from ttfunc.peft.adapter import CONFIG, read_adapter
 
@@ -166,7 +167,7 @@ def _is_params(path: Path) -> bool:
     if not path.is_file():
         return False
     with opened(path) as file:
-        return rows_file.KEY in (file.metadata() or {})
+        return KEY in (file.metadata() or {})
 
 
 def _params_info(path: Path) -> list[str]:

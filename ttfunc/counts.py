@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +69,8 @@ def summary(model: nn.Module, params: TokenDeltas | None = None) -> Summary:
         ValueError: the model has no matrix of that name and shape.
     """
     if is_token_module(model):
-        params = model.params() if params is None else params
-        model = model.base
+        module: Any = model
+        params, model = module.params() if params is None else params, module.base
     params = TokenDeltas({}, {}) if params is None else params
     check_type(params)
     if not isinstance(model, nn.Module):
