@@ -170,8 +170,6 @@ def test_a_module_over_a_peft_model_is_taken_for_the_model_in_it():
     assert type(module).__name__ == "LlamaForCausalLM"
     with torch.no_grad():
         assert torch.equal(module.lm_head(module.base_model(X).last_hidden_state), module(X).logits)
-    assert not hasattr(module, "merge_and_unload")
-    assert not hasattr(module, "save_pretrained")
     assert module.peft_config is model.peft_config
     assert module.params().deltas.keys() == {f"base_model.model.{NAME}"}
 

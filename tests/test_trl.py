@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 import tests.helpers.oracle as oracle
 from tests.helpers.trl import (
@@ -23,6 +35,7 @@ from tests.helpers.trl import (
     pupil_tokenizer,
 )
 from ttfunc import patch
+from ttfunc.module import TokenModule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing:FutureWarning",
@@ -195,3 +208,111 @@ def test_dpo_equals_a_loop_by_hand_with_one_copy_of_the_model(tmp_path, how, lor
     assert losses_of(trainer) == pytest.approx(losses, rel=1e-4)
     for ours, theirs in zip(parts(module), trained, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4)
+
+
+# A reference that a trainer would load by the name of the model
+
+
+def named(tmp_path, lora=False, grown=True, tied=True) -> TokenModule:
+    """A module of a model that a trainer can load again."""
+    module = module_of(tied, lora, grown)
+    plain = module.base.unload() if lora else module.base
+    plain.save_pretrained(tmp_path / "base")
+    module = module_of(tied, lora, grown)
+    module.config._name_or_path = str(tmp_path / "base")
+    return module
+
+
+def rewards(completions, **_):
+    return [float(len(completion)) for completion in completions]
+
+
+def online(kind, tmp_path, module, **options):
+    trainer, config = {
+        "GRPO": (GRPOTrainer, GRPOConfig),
+        "RLOO": (RLOOTrainer, RLOOConfig),
+    }[kind]
+    settings = config(
+        folder_of(tmp_path), num_generations=2, max_completion_length=4, **{**SETTINGS, **options}
+    )
+    data = dataset("completion").remove_columns("completion")
+    words = pupil_tokenizer()
+    return trainer(module, rewards, args=settings, train_dataset=data, processing_class=words)
+
+
+@pytest.mark.parametrize("grown", [False, True], ids=["old", "new"])
+@pytest.mark.parametrize("lora", [False, True], ids=["rows", "rows and LoRA"])
+def test_a_reference_loaded_without_the_rows_is_refused_as_dpo_is_made(tmp_path, lora, grown):
+    module = named(tmp_path, lora, grown)
+    before = parts(module)
+    match = r"DPOTrainer has loaded its ref_model .*Give ref_model=copy.deepcopy\(module\).eval"
+    with pytest.raises(ValueError, match=match):
+        dpo(tmp_path, module, None)
+    assert [*map(torch.equal, parts(module), before)] == [True] * len(before)
+    with pytest.raises(ValueError, match=match.replace("DPO", "KTO")):
+        kto(tmp_path, module, None)
+
+
+def kto(tmp_path, module, reference):
+    settings = KTOConfig(folder_of(tmp_path), **SETTINGS)
+    data = dataset("completion")
+    data = data.add_column("label", [True, False] * (len(data) // 2))
+    words = pupil_tokenizer()
+    return KTOTrainer(module, reference, args=settings, train_dataset=data, processing_class=words)
+
+
+def test_what_the_refusal_says_trains_dpo_and_kto_with_new_tokens(tmp_path):
+    for make in (dpo, kto):
+        module = named(tmp_path)
+        reference = copy.deepcopy(module).eval()  # as the message says
+        first = parts(reference)
+        trainer = make(tmp_path, module, reference)
+        trainer.train()
+        assert losses_of(trainer)[0] == pytest.approx(0.6931 if make is dpo else 0.5, abs=1e-4)
+        assert [*map(torch.equal, parts(reference), first)] == [True]
+        assert not torch.equal(parts(module)[0], first[0])
+
+
+def test_a_reference_that_the_caller_gives_is_the_caller_s(tmp_path):
+    module = named(tmp_path, grown=False)
+    plain = type(module.base).from_pretrained(tmp_path / "base")
+    dpo(tmp_path, module, plain).train()
+    dpo(tmp_path, module, None, precompute_ref_log_probs=True)  # none is loaded
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_a_trainer_that_takes_no_reference_is_told_another_way(tmp_path, kind):
+    module = named(tmp_path)
+    match = rf"{kind}Trainer .*trainer.beta, trainer.ref_model = 0.2, copy.deepcopy\(module\).eval"
+    with pytest.raises(ValueError, match=match):
+        online(kind, tmp_path, module, beta=0.2)
+    trainer = online(kind, tmp_path, module, beta=0.0)
+    trainer.beta, trainer.ref_model = 0.2, copy.deepcopy(module).eval()  # as the message says
+    first = parts(module)
+    assert trainer.ref_model.base is module.base
+    trainer.train()
+    apart = losses_of(trainer, "kl")
+    assert apart[0] == pytest.approx(0, abs=1e-6)
+    assert max(map(abs, apart)) > 1e-6
+    assert torch.equal(parts(trainer.ref_model)[0], first[0])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["rows", "rows and LoRA"])
+def test_a_lora_that_a_trainer_would_add_is_refused_with_the_way_out(tmp_path, lora):
+    module, config = module_of(lora=lora), peft.LoraConfig(r=2, task_type="CAUSAL_LM")
+    before = dict(module.base.named_parameters())
+    match = r"Make the adapter first.*TokenModule\(peft.get_peft_model\(module.base, peft_config"
+    with pytest.raises(TypeError, match=match):
+        peft.get_peft_model(module, config)
+    settings = SFTConfig(folder_of(tmp_path), **SETTINGS)
+    words, data = pupil_tokenizer(), dataset("text")
+    options = {"args": settings, "train_dataset": data, "processing_class": words}
+    with pytest.raises(TypeError, match=match):
+        SFTTrainer(module, peft_config=config, **options)
+    assert dict(module.base.named_parameters()) == before
+    if not lora:
+        adapted = peft.get_peft_model(module.base, config)
+        both = TokenModule(adapted, module.params(), train_base=True)  # as the message says
+        first = parts(both)
+        SFTTrainer(both, **options).train()
+        assert not any(map(torch.equal, parts(both), first))

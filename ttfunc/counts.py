@@ -71,8 +71,7 @@ def summary(model: nn.Module, params: TokenDeltas | None = None) -> Summary:
     """
     if is_token_module(model):
         module: Any = model
-        params = module.params() if params is None else params
-        model = module.base
+        params, model = module.params() if params is None else params, module.base
     params = TokenDeltas({}, {}) if params is None else params
     check_type(params)
     if not isinstance(model, nn.Module):

@@ -48,7 +48,8 @@ class TokenModule(nn.Module):
     its methods run with the rows, and `get_output_embeddings().weight` is the patched weight.
     With new tokens `config.vocab_size`, `num_embeddings` and `out_features` are what they are in a
     call; what else is set on the config is set on the model's.
-    `save_pretrained` saves the merged model; what would write to weights of the model is not there.
+    `save_pretrained` saves the merged model, of a PeftModel with its adapter merged, and
+    `merge_and_unload` gives it; what would write to weights of the model is not there.
     What is set on the module stays on it, but for `config`, `generation_config` and
     `loss_function`, which the model's code reads on the model. The class takes the name and the
     signature of the model's class, because transformers' Trainer relies on them. A deep copy has
@@ -121,6 +122,9 @@ class TokenModule(nn.Module):
         """The rows for `patch`, `merge` and `save`; the leaves are this module's own parameters."""
         deltas = {name: getattr(self, key("deltas", name)) for name in self._rows}
         return TokenDeltas(deltas, dict(self._rows))
+
+    def _over(self, model: nn.Module, params: TokenDeltas) -> TokenModule:
+        return TokenModule(model, params)
 
     def _weights(self) -> dict[str, Tensor]:
         """What `functional_call` runs the model with, where it does not have it itself."""

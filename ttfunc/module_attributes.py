@@ -15,6 +15,8 @@ from ttfunc.growth import config_entries
 from ttfunc.merging import merge
 from ttfunc.model.owners import engines_at_work, is_sharded
 from ttfunc.model.sizes import with_entries
+from ttfunc.module_callers import check_adapter, check_reference
+from ttfunc.module_merged import can_merge, without_adapter
 from ttfunc.module_parts import WRITERS, Bridge, is_fusing, part, stand_ins
 from ttfunc.names import innermost
 from ttfunc.weight.deferred import PatchedWeight
@@ -29,7 +31,7 @@ ON_BASE = frozenset(
             for do in ("enable", "disable")
         ),
         *("enable_input_require_grads", "disable_input_require_grads"),
-        *("add_model_tags", "can_generate", "get_memory_footprint"),
+        *("can_generate", "get_memory_footprint"),
         *("prepare_decoder_input_ids_from_labels", "tokenize", "preprocess"),
         "_supports_logits_to_keep",
     }
@@ -47,6 +49,8 @@ def shown(bridge: Bridge, name: str) -> Any:
     """An attribute of the model, as its TokenModule shows it. Raises AttributeError for none."""
     base = bridge.base
     inner = innermost(base)
+    if name == "peft_config":
+        check_adapter()
     # A private attribute that a tool has set on the model does not hold for the module.
     if name.startswith("__") or (name.startswith("_") and not hasattr(type(inner), name)):
         raise AttributeError(f"a TokenModule of {type(base).__name__} has no attribute {name!r}.")
@@ -80,10 +84,14 @@ def _method(bridge: Bridge, name: str, value: MethodType, owner: nn.Module) -> A
     base = bridge.base
     if name in ON_BASE:
         return value
-    if name in _COUNTS:
-        return functools.partial(_COUNTS[name], bridge, value)
+    if name in _OF_MODULE:
+        return functools.partial(_OF_MODULE[name], bridge, value)
     if name == "save_pretrained" and _is_saved_whole(base, owner):
         return functools.partial(_save_merged, bridge, value)
+    if name == "save_pretrained" and can_merge(base) and _takes_state_dict(value):
+        return functools.partial(_save_without_adapter, bridge, value)
+    if name == "merge_and_unload" and can_merge(base):
+        return functools.partial(_merge_and_unload, bridge)
     if name.startswith(WRITERS):
         raise AttributeError(
             f"{name!r} of the {type(base).__name__} in a TokenModule does not use the trained "
@@ -118,7 +126,14 @@ def _of_all(bridge: Bridge, count: Any) -> tuple[int, int]:
     return found.trainable_parameters, found.total_parameters
 
 
-_COUNTS: dict[str, Any] = {
+def _tag(bridge: Bridge, tag: Any, *args: Any, **kwargs: Any) -> Any:
+    """`add_model_tags`, which TRL's trainers call when they have made their reference."""
+    check_reference(bridge.base)
+    return tag(*args, **kwargs)
+
+
+_OF_MODULE: dict[str, Any] = {
+    "add_model_tags": _tag,
     "num_parameters": _number,
     "get_nb_trainable_parameters": _of_all,
     "print_trainable_parameters": lambda bridge, count: print(
@@ -155,29 +170,19 @@ def _longer_call(
 def _is_saved_whole(base: nn.Module, owner: nn.Module) -> bool:
     """Whether it is a transformers model without an adapter in it."""
     adapted = any("base_layer" in module._modules for module in base.modules())
-    known = owner is base and "state_dict" in inspect.signature(base.save_pretrained).parameters  # type: ignore[arg-type]
-    return known and not adapted
+    return owner is base and not adapted and _takes_state_dict(base.save_pretrained)
+
+
+def _takes_state_dict(save: Any) -> bool:
+    return "state_dict" in inspect.signature(save).parameters
 
 
 def _save_merged(bridge: Bridge, save: MethodType, *args: Any, **kwargs: Any) -> None:
     """What the model's `save_pretrained` writes of the merged model."""
-    given = inspect.signature(save).bind(*args, **kwargs).arguments
-    options = {**given.pop("kwargs", {}), **given}
-    others = options.get("state_dict")
-    if others is not None and others.keys() != bridge.state_dict().keys():
-        raise ValueError(
-            f"a state dict with {list(others)[:3]} is not that of this TokenModule. Leave it out: "
-            "what is saved is the model with the rows in it."
-        )
+    options = _options(bridge, save, args, kwargs)
     owner = bridge.base
     entries = config_entries(bridge.params().specs)
-    if engines_at_work() and any(map(is_sharded, owner.state_dict(keep_vars=True).values())):
-        raise RuntimeError(
-            f"each rank has a part of this {type(owner).__name__}, and save_pretrained writes it "
-            "whole. Gather its state dict (get_model_state_dict of torch.distributed.checkpoint, "
-            "with full_state_dict=True), and save merge(state_dict, module.params()) on one rank; "
-            "or save the rows, and merge the folder that the model came from (merge_checkpoint)."
-        )
+    _check_whole(owner)
     instead = stand_ins(bridge)  # in a copy also for what the base trains
     with torch.no_grad():
         own = dict(owner.named_parameters(remove_duplicate=False))
@@ -202,3 +207,51 @@ def _save_merged(bridge: Bridge, save: MethodType, *args: Any, **kwargs: Any) ->
 def _plain(other: Tensor, tensor: Tensor) -> Tensor:
     """The other one, but for a patched weight, which is merged."""
     return tensor if isinstance(other, PatchedWeight) else other.detach()
+
+
+def _options(bridge: Bridge, save: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of `save_pretrained` by name, without a state dict of this module's."""
+    given = inspect.signature(save).bind(*args, **kwargs).arguments
+    options: dict[str, Any] = {**given.pop("kwargs", {}), **given}
+    others = options.pop("state_dict", None)
+    if others is not None and others.keys() != bridge.state_dict().keys():
+        raise ValueError(
+            f"a state dict with {list(others)[:3]} is not that of this TokenModule. Leave it out: "
+            "what is saved is the model with the rows in it."
+        )
+    return options
+
+
+def _check_whole(owner: nn.Module) -> None:
+    if engines_at_work() and any(map(is_sharded, owner.state_dict(keep_vars=True).values())):
+        raise RuntimeError(
+            f"each rank has a part of this {type(owner).__name__}, and save_pretrained writes it "
+            "whole. Gather its state dict (get_model_state_dict of torch.distributed.checkpoint, "
+            "with full_state_dict=True), and save merge(state_dict, module.params()) on one rank; "
+            "or save the rows, and merge the folder that the model came from (merge_checkpoint)."
+        )
+
+
+def _save_without_adapter(bridge: Bridge, save: MethodType, *args: Any, **kwargs: Any) -> None:
+    """What the plain model's `save_pretrained` writes, with the adapter merged and the rows."""
+    options = _options(bridge, save, args, kwargs)
+    _check_whole(bridge.base)
+    bridge._over(*without_adapter(bridge, shares=True)).save_pretrained(**options)  # type: ignore[attr-defined]
+
+
+def _merge_and_unload(bridge: Bridge, **options: Any) -> nn.Module:
+    """A plain model of its own with the adapter and the rows in it, resized for new tokens."""
+    _check_whole(bridge.base)
+    plain, params = without_adapter(bridge, shares=False, **options)
+    with torch.no_grad():
+        merged = merge(plain.state_dict(), params)
+    if heights := [spec.height for spec in params.specs.values() if spec.grown]:
+        resize: Any = getattr(plain, "resize_token_embeddings", None)
+        if resize is None:
+            raise ValueError(
+                f"{type(plain).__name__} cannot be resized for the new tokens: it has no "
+                "resize_token_embeddings. Merge the adapter, and give the rows to merge()."
+            )
+        resize(max(heights), mean_resizing=False)
+    plain.load_state_dict(merged)
+    return plain

@@ -1,0 +1,78 @@
+"""Tools that would go on without the rows of a TokenModule, known by the frame that asks it.
+
+They ask for nothing that says so: TRL's trainers load a second model by the name in the config, and
+PEFT looks for layers in a module that has none. Where they cannot be known, nothing is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from ttfunc.model.given import is_token_module
+from ttfunc.names import innermost
+
+_NEAR = 6  # frames: from a question of PEFT's to the method that it is in
+
+
+def check_reference(base: nn.Module) -> None:
+    """Raise ValueError where a trainer, in its `__init__`, has loaded the model a second time.
+
+    To be called by what the trainer calls of the module, two frames below it.
+    """
+    frame = sys._getframe(2)
+    trainer = frame.f_locals.get("self")
+    made = "" if trainer is None else _second_model(trainer, frame, innermost(base))
+    if not made:
+        return
+    takes = made in inspect.signature(type(trainer)).parameters
+    way = f"{made}=copy.deepcopy(module).eval()"
+    if not takes:
+        beta = getattr(trainer, "beta", None)
+        way = (
+            "it beta=0.0, so that it loads none, and then write: trainer.beta, "
+            f"trainer.{made} = {beta}, copy.deepcopy(module).eval()"
+        )
+    raise ValueError(
+        f"{type(trainer).__name__} has loaded its {made} by the name of the model, "
+        f"{_name(innermost(base))!r}, and so without the rows of this TokenModule: it would be "
+        "another model than the one that is trained was at the start, and has no new tokens. Give "
+        f"{way}. That copy keeps the rows of the start, over the same base."
+    )
+
+
+def _second_model(trainer: Any, frame: FrameType, model: nn.Module) -> str:
+    """Under which attribute a trainer has another model of the name that it was not given."""
+    given = {id(value) for value in frame.f_locals.values()}
+    name: str
+    for name, one in getattr(trainer, "__dict__", {}).items():
+        if not isinstance(one, nn.Module) or is_token_module(one) or id(one) in given:
+            continue
+        same = type(one).__name__ == type(model).__name__ and _name(one) == _name(model)
+        if same and one is not model and _name(one):
+            return name
+    return ""
+
+
+def _name(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+
+
+def check_adapter() -> None:
+    """Raise TypeError where PEFT is about to put its layers into a TokenModule."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_NEAR):
+        if frame is None:
+            return
+        asking = type(frame.f_locals.get("self")).__module__.partition(".")[0]
+        if asking == "peft" and frame.f_code.co_name == "__init__":
+            raise TypeError(
+                "PEFT puts its layers into a model, and a TokenModule has its model beside it. "
+                "Make the adapter first, and leave out peft_config=: TokenModule("
+                "peft.get_peft_model(module.base, peft_config), module.params(), train_base=True)."
+            )
+        frame = frame.f_back
