@@ -23,7 +23,8 @@ from tests.grid.outcomes import outcome
 
 def main() -> int:
     options = _options()
-    cells = [Cell.parse(text) for text in options.cell]
+    before = json.loads(options.compare.read_text()) if options.compare else {}
+    cells = [Cell.parse(text) for text in options.cell or before]
     cells = cells or drawn(options.cells, options.seed, options.ways.split(","))
     start, found = time.perf_counter(), {}
     try:
@@ -34,7 +35,7 @@ def main() -> int:
     finally:
         if options.output:
             options.output.write_text(json.dumps(found, indent=1))
-    lost = _lost(json.loads(options.compare.read_text()), found) if options.compare else []
+    lost = [name for name, one in found.items() if before.get(name) == "right" != one]
     for name in lost:
         print(f"right before, and not now: {name}: {found[name]}")
     print(f"{len(found)} cells in {time.perf_counter() - start:.0f} s")
@@ -68,12 +69,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cell", action="append", default=[], help="this one alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--output", type=Path, help="what came of each cell, as JSON")
-    parser.add_argument("--compare", type=Path, help="such a file: what was right must be right")
+    parser.add_argument("--compare", type=Path, help="its cells: those right must be right")
     return parser.parse_args()
-
-
-def _lost(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    return [text for text, was in before.items() if was == "right" and now.get(text, was) != was]
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ class Cell:
         family = FAMILIES[self.family]
         untied = not family.tied or self.wrap.startswith("saved")
         ends = self.ends == "default" or (self.rows == "old" and (untied or self.ends == "head"))
-        if self.wrap == "saved_embedding" and (self.way, self.look) != ("patch", "logits"):
-            return False  # PEFT trains it whole, which no way to call is asked for
+        whole = self.wrap == "saved_embedding" or (self.wrap == "saved_head" and self.rows != "old")
+        if whole and (self.way, self.look) != ("patch", "logits"):
+            return False  # refused as the rows are made, whatever is then called
         if self.family == "max_norm" and self.ends == "head" and untied:
             return False  # the embedding, with no row of it trained, rescales the model's own
         looks = {

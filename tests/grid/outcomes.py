@@ -47,6 +47,10 @@ REASONS = {
         "among modules_to_save|modules_to_save.default",
         lambda cell: cell.wrap == "saved_embedding",
     ),
+    "the head is trained whole": Reason(
+        "PEFT trains a whole copy of the head",
+        lambda cell: cell.wrap == "saved_head" and _grows(cell),
+    ),
     "only a lookup and a product are mixed": Reason(
         "reads its token matrix in a way that cannot be mixed",
         lambda cell: (
