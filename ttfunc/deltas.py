@@ -22,9 +22,10 @@ class RowSpec:
 
     names: all names of the matrix. shape: its `(V, D)`. indices: which rows. originals: the
     `(k, D)` rows as they were, in the matrix's dtype; zeros for new tokens. matrix: where the rows
-    belong, in the model that they were made from; not part of the content, and not pickled. grown:
-    how many of them are new, for tokens that the matrix does not have. follows: how many new tokens
-    of others come before the first of these.
+    belong, in the model that they were made from; not part of the content, and not pickled. apart:
+    the names of that model's other matrices of this shape, which other weights may tie to it; not
+    part of the content. grown: how many of them are new, for tokens that the matrix does not have.
+    follows: how many new tokens of others come before the first of these.
     """
 
     names: tuple[str, ...]
@@ -32,6 +33,7 @@ class RowSpec:
     indices: TokenIndices
     originals: Tensor
     matrix: Matrix | None
+    apart: tuple[str, ...] = ()
 
     grown: int = field(init=False)
     follows: int = field(init=False)
@@ -76,7 +78,7 @@ class RowSpec:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RowSpec, (self.names, self.shape, self.indices, self.originals, None)
+        return RowSpec, (self.names, self.shape, self.indices, self.originals, None, self.apart)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +237,7 @@ def _joined_rows(a: RowSpec, b: RowSpec) -> RowSpec:
         indices=a.indices.joined(b.indices),
         originals=originals,
         matrix=a.matrix or b.matrix,
+        apart=a.apart or b.apart,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.indices import TokenIndices, token_indices
-from ttfunc.model.matrix import Matrix, matrix_of
+from ttfunc.model.matrix import Matrix, matrix_of, names_apart
 from ttfunc.model.owners import check_engine, shape_of
 from ttfunc.model.shards import mean_of, of_first_rank, rows_at, spread_of, whole_of
 from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
@@ -89,7 +89,8 @@ def init_deltas(
         start = _start(init, weight, indices, originals, name, generator)
         delta = start.to(weight.device, dtype or _delta_dtype(weight.dtype), copy=True)
         deltas[name] = delta.requires_grad_(requires_grad)
-        specs[name] = RowSpec(matrix.names, matrix.shape, indices, originals, matrix)
+        apart = names_apart(model, matrix)
+        specs[name] = RowSpec(matrix.names, matrix.shape, indices, originals, matrix, apart)
     return TokenDeltas(deltas, specs)
 
 

@@ -60,7 +60,9 @@ def merge(
     Raises:
         KeyError: the state dict has none of the names of a matrix, or lacks the one in `names`.
         ValueError: a matrix or a delta of another shape, overlapping tokens, or a row that is not
-            finite.
+            finite; one tensor under names that were several matrices when the rows were made, which
+            would all get the rows of one. (Of a state dict with one of these names alone, merge
+            cannot know whether it is tied.)
         TypeError: the state dict is not a mapping, or a matrix in it is not a float tensor.
     """
     together = called(state_dict, combine(params, *more), names)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.disk.atomic import open_file
-from ttfunc.disk.folder import Checkpoint
+from ttfunc.disk.folder import Checkpoint, says_tied
 from ttfunc.disk.header import FLOATS, TensorEntry
 from ttfunc.disk.tensors import cpu_copy
 from ttfunc.growth import shape_in_weights
-from ttfunc.names import renamed
+from ttfunc.names import apart_among, renamed
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,8 @@ def find_matrices(
             if name in header
         ]
         if not found:
-            missing = _missing(checkpoint, spec, *spec.names)
-            raise KeyError(
-                f"{missing} If the matrix has another name there, give it "
-                "in names (--name on the command line)."
-            )
+            raise KeyError(_missing(checkpoint, spec, *spec.names) + _way_to(checkpoint, spec))
+        _check_apart(checkpoint, found, merged)
         for stored in found:
             _check_rows(stored)
             _check_matrix(checkpoint, stored, merged)
@@ -130,6 +128,55 @@ def check_finite(stored: StoredMatrix) -> None:
             f"{stored.dtype}, or beyond its {limits.max:g}. Train with a smaller step, or merge "
             "into a checkpoint of a wider dtype."
         )
+
+
+_TIED = (
+    "A checkpoint that stores the two as one tensor cannot have rows for one of them. Save the "
+    "untied model, with tie_word_embeddings=False in its config, and merge that folder; or make "
+    "the parameters with init_deltas on the tied model."
+)
+
+
+def _way_to(checkpoint: Checkpoint, spec: RowSpec) -> str:
+    """What to do about a matrix that the checkpoint does not have under its names."""
+    others = apart_among(spec, _shapes(checkpoint))
+    if others and not _of_shape(checkpoint, spec.shape, others):
+        return f" It has {others}, another matrix when the rows were made. {_TIED}"
+    return " If the matrix has another name there, give it in names (--name on the command line)."
+
+
+def _check_apart(checkpoint: Checkpoint, found: Sequence[StoredMatrix], merged: bool) -> None:
+    """Raise ValueError where what is found is another matrix of the model, or that one too.
+
+    A checkpoint stores tied matrices once, and its config says that they are tied.
+    """
+    key, spec, names = found[0].key, found[0].spec, [stored.name for stored in found]
+    if others := apart_among(spec, names):
+        raise ValueError(
+            f"the rows of {key!r} cannot be written to {others} in {str(checkpoint.root)!r}, "
+            f"another matrix when they were made. {_TIED}"
+        )
+    if not spec.apart or _of_shape(checkpoint, found[0].entry.shape, names):
+        return
+    tied = says_tied(checkpoint)
+    alone = (
+        f"{str(checkpoint.root)!r} has {names} and not {list(spec.apart)}, another matrix of this "
+        "shape when the rows were made"
+    )
+    if tied:
+        raise ValueError(f"{alone}: its config ties the two. {_TIED}")
+    if tied is None and not merged:
+        warnings.warn(
+            f"{alone}, and its config does not say whether it ties the two (tie_word_embeddings). "
+            "If it does, the rows of one are written for both.",
+            stacklevel=4,
+        )
+
+
+def _of_shape(
+    checkpoint: Checkpoint, shape: tuple[int, ...], without: Collection[str]
+) -> list[str]:
+    return [n for n, held in _shapes(checkpoint).items() if held == shape and n not in without]
 
 
 def _check_rows(stored: StoredMatrix) -> None:

@@ -34,7 +34,7 @@ from ttfunc.disk.tensors import (
     tensor_of,
 )
 from ttfunc.indices import token_indices
-from ttfunc.model.matrix import Matrix
+from ttfunc.model.matrix import Matrix, names_apart
 from ttfunc.model.shards import rows_at
 from ttfunc.names import advice, matrix_named, names_of, renamed
 from ttfunc.torch_private import outside_of_modes
@@ -86,7 +86,10 @@ def save(
             described.append({**entry, "grown": spec.grown} if spec.grown else entry)
         # Rows of tokens that the matrix had are what the first version was made for.
         version = FORMAT if any("grown" in entry for entry in described) else 1
-        own = json.dumps({"format": version, "matrices": described})
+        apart = {name: list(spec.apart) for name, spec in params.specs.items() if spec.apart}
+        # Beside the matrices: there an earlier version reads on past what it does not know.
+        more = {"apart": apart} if apart else {}
+        own = json.dumps({"format": version, "matrices": described, **more})
         _checked_metadata(own)
     write_file(Path(os.path.realpath(path)), serialized(tensors, {**_strings(metadata), KEY: own}))
 
@@ -132,7 +135,10 @@ def load(
             originals = spec.originals.to(rows_device(weight))
             delta = params.deltas[name].to(rows_device(weight))
             deltas[first] = delta.requires_grad_(requires_grad)
-        specs[first] = replace(spec, names=matrix.names, originals=originals, matrix=matrix)
+        apart = names_apart(model, matrix)
+        specs[first] = replace(
+            spec, names=matrix.names, originals=originals, matrix=matrix, apart=apart
+        )
         if weight.is_meta:
             continue
         ids, known = spec.known(originals)
@@ -166,7 +172,7 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
         expected = {f"{part}/{names[0]}" for names, *_ in matrices for part in PARTS}
         if wrong := expected ^ set(file.keys()):
             raise ValueError(f"tensors are missing, or unknown: {sorted(wrong)[:4]}")
-        for names, shape, grown in matrices:
+        for names, shape, grown, apart in matrices:
             delta, ids, originals = (tensor_of(file, f"{part}/{names[0]}") for part in PARTS)
             if ids.dtype != torch.int64:
                 raise ValueError(f"the token indices of {names[0]!r} are {ids.dtype}, not int64")
@@ -175,14 +181,14 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
             check_rows(delta, len(indices), shape[1], f"the deltas of {names[0]!r}")
             check_rows(originals, len(indices), shape[1], f"the originals of {names[0]!r}")
             deltas[names[0]] = delta
-            specs[names[0]] = spec = RowSpec(names, shape, indices, originals, None)
+            specs[names[0]] = spec = RowSpec(names, shape, indices, originals, None, apart)
             if spec.grown != grown:
                 raise ValueError(f"{names[0]!r} has {spec.grown} new tokens, and {grown} are told")
     return TokenDeltas(deltas, specs)
 
 
-def _checked_metadata(own: str) -> list[tuple[tuple[str, ...], tuple[int, int], int]]:
-    """Names and shape of each matrix, from ttfunc's own JSON."""
+def _checked_metadata(own: str) -> list[tuple[Any, ...]]:
+    """Names, shape, number of new tokens and names apart of each matrix, from ttfunc's own JSON."""
     described = parse_json(own.encode())
     version = described.get("format") if isinstance(described, dict) else None
     if type(version) is not int or version < 1:
@@ -195,7 +201,15 @@ def _checked_metadata(own: str) -> list[tuple[tuple[str, ...], tuple[int, int], 
     names = Counter(name for entry in entries for name in entry["names"])
     if twice := [name for name, times in names.items() if times > 1]:
         raise ValueError(f"{twice[:4]} are given twice: a name belongs to one matrix")
-    return [(tuple(e["names"]), (e["shape"][0], e["shape"][1]), e.get("grown", 0)) for e in entries]
+    apart = described.get("apart", {})
+    if not isinstance(apart, dict) or not all(map(_are_names, apart.values())):
+        raise ValueError(f"its metadata must give lists of names that were apart: {shown(own)}")
+    described = [(tuple(e["names"]), tuple(e["shape"]), e.get("grown", 0)) for e in entries]
+    return [(*entry, tuple(apart.get(entry[0][0], ()))) for entry in described]
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) and name for name in names)
 
 
 def _is_matrix(entry: Any) -> bool:
@@ -205,10 +219,9 @@ def _is_matrix(entry: Any) -> bool:
     if type(grown) is not int or grown < 1:
         return False
     names, shape = entry["names"], entry["shape"]
-    if not isinstance(names, list) or not isinstance(shape, list):
+    if not _are_names(names) or not names or not isinstance(shape, list):
         return False
-    named = len(names) > 0 and all(isinstance(name, str) and name for name in names)
-    return named and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+    return len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
 
 
 def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -28,6 +28,7 @@ from ttfunc.disk.tensors import (
     tensor_of,
 )
 from ttfunc.indices import token_indices
+from ttfunc.model.matrix import names_apart
 from ttfunc.model.owners import shape_of
 from ttfunc.model.shards import rows_at, whole_of
 from ttfunc.names import innermost, matrix_named
@@ -234,7 +235,8 @@ def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, Ro
     with outside_of_modes():
         originals = rows_at(weight, indices.on(weight.device).ids)
         delta = found.rows.to(rows_device(weight))
-    return name, RowSpec(matrix.names, matrix.shape, indices, originals, matrix), delta
+    apart = names_apart(model, matrix)
+    return name, RowSpec(matrix.names, matrix.shape, indices, originals, matrix, apart), delta
 
 
 def _check_weights(
