@@ -130,6 +130,9 @@ def check_finite(stored: StoredMatrix) -> None:
         )
 
 
+# What is in the names of the tensors with which a quantised matrix is to be read.
+_SCALES = ("scale", "zero", "absmax", "quant", "packed", "codebook", "scb", "g_idx")
+
 _TIED = (
     "A checkpoint that stores the two as one tensor cannot have rows for one of them. Save the "
     "untied model, with tie_word_embeddings=False in its config, and merge that folder; or make "
@@ -196,10 +199,17 @@ def _check_rows(stored: StoredMatrix) -> None:
 
 def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) -> None:
     entry, spec = stored.entry, stored.spec
-    # Scales and the like, such as weight_scale_inv and weight.absmax.
-    parts = (f"{stored.name}_", f"{stored.name}.")
-    beside = [name for name in _shapes(checkpoint) if name.startswith(parts)]
-    if entry.dtype.startswith("F8"):
+    # Scales and the like, such as weight_scale_inv and weight.absmax. Another matrix of the same
+    # shape is none, and beside a wide float what has another name is none.
+    parts, narrow = (f"{stored.name}_", f"{stored.name}."), entry.dtype.startswith("F8")
+    beside = [
+        name
+        for name, shape in _shapes(checkpoint).items()
+        if name.startswith(parts)
+        and shape != entry.shape
+        and (narrow or any(part in name[len(stored.name) :].lower() for part in _SCALES))
+    ]
+    if narrow:
         module = stored.name.rpartition(".")[0]
         beside += [n for n in _shapes(checkpoint) if n.startswith(f"{module}.") and "scale" in n]
     if entry.dtype not in FLOATS or beside:
