@@ -217,10 +217,10 @@ class TokenModule(nn.Module):
         copied = type(self).__new__(type(self))
         modes = self._modes or {module: module.training for module in self.base.modules()}
         memo[id(self)] = copied
-        shared = ("base", "_modes", "_trained")
+        shared = ("base", "_rows", "_modes", "_trained")
         state = {name: value for name, value in vars(self).items() if name not in shared}
         vars(copied).update(copy.deepcopy(state, memo), base=self.base, _modes=dict(modes))
-        vars(copied)["_trained"] = self._trained
+        vars(copied).update(_rows=dict(self._rows), _trained=self._trained)
         return copied
 
     def __getstate__(self) -> NoReturn:
