@@ -253,6 +253,19 @@ def test_what_is_no_reason_to_warn(state):
     merge(state(model), random_rows(model))  # a warning would be an error
 
 
+@pytest.mark.parametrize("case", ["tied", "untied"])
+def test_tokens_that_another_adapter_has_written_are_warned_of(case: str):
+    model = make(case)
+    a, b = random_rows(model, [7, 3]), random_rows(model, [5, 7, 4], seed=1)
+    once = merge(model.state_dict(), a)
+    with pytest.warns(UserWarning, match=r"rows of tokens \[7\] in \['embed_tok.* merged before"):
+        twice = merge(once, b)
+    assert torch.equal(twice[NAME][[5, 7, 4]], b.deltas[NAME])
+    assert not same_bits(unmerge(twice, b), once)  # which is why
+    apart = random_rows(model, [5, 4], seed=1)
+    assert same_bits(unmerge(merge(once, apart), apart), once)  # a warning would be an error
+
+
 def test_rows_elsewhere_in_a_tied_matrix_may_differ():
     state = apart(make("tied"), None)
     state[NAME][8] += 1
