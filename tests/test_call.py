@@ -1,4 +1,4 @@
-"""functional_call: the three traps of torch's own, its arguments, and what it refuses."""
+"""functional_call: the four traps of torch's own, its arguments, and what it refuses."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def test_a_module_reached_by_two_paths_is_restored():
     plain = dict(corrupted.named_parameters())[NAME]
     torch.func.functional_call(corrupted, {NAME: torch.zeros(V, D)}, (X,))
     assert corrupted.embed_tokens.weight is not plain
+
+
+def test_ties_are_kept_whatever_torch_is_told():
+    """Torch's own with tie_weights=False leaves the other end of a tie as it is, without a word."""
+    model = make("tied")
+    params = random_rows(model)
+    weights, expected = patch(params), edited(model, params)(X)
+    torch.testing.assert_close(functional_call(model, weights, (X,)), expected)
+    apart = torch.func.functional_call(model, weights, (X,), tie_weights=False)
+    assert not torch.allclose(apart, expected)
+    both = dict.fromkeys(params.tied[NAME], weights[NAME])
+    torch.testing.assert_close(
+        torch.func.functional_call(model, both, (X,), tie_weights=False), expected
+    )
 
 
 def test_a_misspelt_name_is_refused():
@@ -65,8 +79,15 @@ def test_a_tied_weight_given_twice_is_refused():
     model = make("tied")
     before = snapshot(model)
     two = {NAME: torch.zeros(V, D), "lm_head.weight": torch.ones(V, D)}
-    with pytest.raises(ValueError, match="'lm_head.weight' and another.*are one tied weight"):
+    with pytest.raises(
+        ValueError,
+        match="^'embed_tokens.weight' and 'lm_head.weight' are one tied weight of Language. Give",
+    ):
         functional_call(model, two, (X,))
+    every = {**model.state_dict(), **patch(random_rows(model))}
+    with pytest.raises(ValueError, match="are one tied weight.*leave out one") as error:
+        functional_call(model, every, (X,))
+    assert "body" not in error.value.args[0]
     assert snapshot(model) == before
 
 
@@ -103,7 +124,7 @@ def test_a_shared_buffer_is_swapped_under_all_its_names_and_restored():
     swapped = functional_call(model, {"b": torch.zeros(V)}, (X,))
     assert snapshot(model) == before
     torch.testing.assert_close(swapped, model(X) - 2)
-    with pytest.raises(ValueError, match="'b' and another of the names"):
+    with pytest.raises(ValueError, match="'a' and 'b' are one tied weight"):
         functional_call(model, {"a": torch.zeros(V), "b": torch.ones(V)}, (X,))
     assert snapshot(model) == before
 

@@ -15,12 +15,14 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from tests.helpers.mesh import mesh_of_one
-from tests.helpers.models import D, V, make
+from tests.helpers.models import D, V, make, tokens
 from tests.helpers.oracle import bits
+from tests.helpers.rows import random_rows
 from ttfunc import (
     TokenDeltas,
     TokenModule,
     combine,
+    functional_call,
     init_deltas,
     merge,
     patch,
@@ -104,6 +106,42 @@ def test_copies_and_pickles_leave_the_base_behind():
     expected = model.weight.detach().clone()
     expected[[3, 7]] = params.deltas["weight"]
     assert torch.equal(patch(bound)["weight"] + 0, expected)
+
+
+@pytest.mark.parametrize("case", ["tied", "encoder_decoder", "untied"])
+def test_a_copy_beside_a_copy_of_the_model_belongs_to_that(case: str):
+    model, x = make(case), tokens(7, 3)
+    params = random_rows(model)
+    expected = functional_call(model, patch(params), (x,))
+    twin, rows = copy.deepcopy((model, params))
+    assert torch.equal(functional_call(twin, patch(rows), (x,)), expected)
+    assert optree.tree_structure(rows) == optree.tree_structure(params)
+    with pytest.raises(ValueError, match="stale patch.*another model"):
+        functional_call(model, patch(rows), (x,))
+    with torch.no_grad():
+        model.embed_tokens.weight.zero_()
+    assert torch.equal(functional_call(twin, patch(rows), (x,)), expected)
+
+
+def test_a_copy_without_the_model_belongs_to_the_model():
+    """Also where the rows come first, or are in the model itself, of which no copy is there yet."""
+    model, x = make("tied"), tokens(7, 3)
+    params = random_rows(model)
+    rows, twin = copy.deepcopy((params, model))
+    expected = functional_call(model, patch(params), (x,))
+    assert torch.equal(functional_call(model, patch(rows), (x,)), expected)
+    with pytest.raises(ValueError, match="stale patch.*for example a deep copy"):
+        functional_call(twin, patch(rows), (x,))
+    model.rows = params
+    assert torch.equal(functional_call(model, patch(copy.deepcopy(model).rows), (x,)), expected)
+
+
+def test_a_copy_that_is_tied_otherwise_is_no_model_of_the_rows():
+    """Torch copies each Parameter to memory of its own."""
+    model, x = make("storage_tied"), tokens(7, 3)
+    twin, rows = copy.deepcopy((model, random_rows(model)))
+    with pytest.raises(ValueError, match="stale patch.*for example a deep copy"):
+        functional_call(twin, patch(rows), (x,))
 
 
 # --- combine

@@ -49,13 +49,15 @@ def test_copies_of_a_tied_matrix_are_each_written():
     assert merged[NAME] is not merged["lm_head.weight"]
 
 
-def test_a_name_that_the_model_tied_only_later_follows_its_tensor():
+def test_a_name_that_the_rows_do_not_know_follows_its_tensor():
+    """A second way to the model, as a wrapper has that keeps a compiled one beside it."""
     model = make("untied")
-    params = random_rows(model)
-    state = model.state_dict()
-    state["lm_head.weight"] = state[NAME]
-    merged = merge(state, params)
-    assert merged["lm_head.weight"] is merged[NAME]
+    own = model.state_dict()
+    state = {f"{way}.{name}": one for way in ("model", "compiled") for name, one in own.items()}
+    merged = merge(state, random_rows(model), names={NAME: f"model.{NAME}"})
+    assert merged[f"compiled.{NAME}"] is merged[f"model.{NAME}"]
+    assert not torch.equal(merged[f"model.{NAME}"], model.embed_tokens.weight)
+    assert merged["model.lm_head.weight"] is state["compiled.lm_head.weight"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -141,9 +143,10 @@ def test_every_alias_must_be_finite():
 
 
 def test_adapters_of_differently_tied_models_are_both_written_one_after_the_other():
+    """Into two tensors; one would take the rows of the second adapter at both ends."""
     a = random_rows(make("tied"), [1])
     b = random_rows(make("untied", 1), [2], targets="lm_head")
-    merged = merge(merge(make("tied").state_dict(), a), b)
+    merged = merge(merge(apart(make("tied"), None), a), b)
     for name in (NAME, "lm_head.weight"):
         assert torch.equal(merged[name][1], a.deltas[NAME][0])
     assert torch.equal(merged["lm_head.weight"][2], b.deltas["lm_head.weight"][0])
@@ -248,6 +251,19 @@ def test_tied_names_that_hold_other_rows_are_warned_of(change: str):
 def test_what_is_no_reason_to_warn(state):
     model = make("tied")
     merge(state(model), random_rows(model))  # a warning would be an error
+
+
+@pytest.mark.parametrize("case", ["tied", "untied"])
+def test_tokens_that_another_adapter_has_written_are_warned_of(case: str):
+    model = make(case)
+    a, b = random_rows(model, [7, 3]), random_rows(model, [5, 7, 4], seed=1)
+    once = merge(model.state_dict(), a)
+    with pytest.warns(UserWarning, match=r"rows of tokens \[7\] in \['embed_tok.* merged before"):
+        twice = merge(once, b)
+    assert torch.equal(twice[NAME][[5, 7, 4]], b.deltas[NAME])
+    assert not same_bits(unmerge(twice, b), once)  # which is why
+    apart = random_rows(model, [5, 4], seed=1)
+    assert same_bits(unmerge(merge(once, apart), apart), once)  # a warning would be an error
 
 
 def test_rows_elsewhere_in_a_tied_matrix_may_differ():

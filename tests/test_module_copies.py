@@ -87,6 +87,8 @@ def test_a_copy_of_what_holds_the_model_too_copies_the_model(first: str):
     twin = copy.deepcopy(container)
     assert twin["teacher"] is not module.base
     assert twin["module"].base is module.base
+    x = torch.tensor([TOKENS])
+    assert torch.equal(twin["module"](x).logits, module(x).logits)
 
 
 def test_an_average_with_buffers_keeps_the_token_ids():

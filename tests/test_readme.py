@@ -58,6 +58,11 @@ def test_the_examples_page_s_code_runs(tmp_path, monkeypatch, capsys):
     namespace = run("examples/README.md", 16)
     assert "2 of 1,000 rows × 64, float32, tied with lm_head.weight" in capsys.readouterr().out
     assert same_bits(namespace["restored"], namespace["model"].state_dict())
+    both, merged = (
+        load_file(namespace["plain"] + "/both/model.safetensors"),
+        namespace["merged_model"],
+    )
+    assert same_bits(both, {name: merged.state_dict()[name] for name in both})
     assert not same_bits(namespace["restored"], namespace["merged"])
     assert len(namespace["grown"]["lm_head.weight"]) == namespace["vocabulary"] + 2
     assert namespace["out"].logits.shape[-1] == namespace["vocabulary"] + 2

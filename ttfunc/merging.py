@@ -53,14 +53,17 @@ def merge(
         dict to save, merge `params` that do not require grad, or merge under `torch.no_grad()`.
 
     Warns:
-        UserWarning: tied names hold different rows in the state dict, so `unmerge` cannot give all
-            of them back. (If no name holds the originals, as with another base, the rows are
-            replaced without a warning.)
+        UserWarning: some rows in the state dict are the originals and others are not, by their
+            names or by their tokens, so `unmerge` cannot give all of them back: as after a merge of
+            other rows of these tokens. (If none are the originals, as with another base, the rows
+            are replaced without a warning.)
 
     Raises:
         KeyError: the state dict has none of the names of a matrix, or lacks the one in `names`.
         ValueError: a matrix or a delta of another shape, overlapping tokens, or a row that is not
-            finite.
+            finite; one tensor under names that were several matrices when the rows were made, which
+            would all get the rows of one. (Of a state dict with one of these names alone, merge
+            cannot know whether it is tied.)
         TypeError: the state dict is not a mapping, or a matrix in it is not a float tensor.
     """
     together = called(state_dict, combine(params, *more), names)
@@ -109,15 +112,32 @@ def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> No
 
 
 def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group]) -> None:
-    """Warns where some names of a matrix hold its original rows, and others hold other rows."""
-    if len(groups) < 2 or torch.compiler.is_dynamo_compiling():
+    """Warns where some rows of a matrix are the originals, and others are not.
+
+    So it is where some of its names hold other rows, or where other adapters were merged before.
+    """
+    if torch.compiler.is_dynamo_compiling():
         return
     held = [state_dict[group.aliases[0]] for group in groups]
     if not all(map(_is_plain, [*held, groups[0].spec.originals])):
         return
-    original = [_holds(matrix, group.spec) for matrix, group in zip(held, groups, strict=True)]
-    if all(original) or not any(original):
-        return
+    spec = groups[0].spec
+    originals = [_holds(matrix, spec) for matrix in held]
+    if len({tuple(one) for one in originals}) > 1:
+        _warn_of_names(groups, [all(one) for one in originals])
+    elif held[0].dtype == spec.originals.dtype and len(set(originals[0])) > 1:  # not by rounding
+        ids = spec.known(spec.originals)[0].tolist()
+        other = [token for token, same in zip(ids, originals[0], strict=True) if not same]
+        warnings.warn(
+            f"the rows of tokens {shown(other)} in {groups[0].aliases} are not the originals of "
+            "the parameters, though those of its other tokens are: were other rows of these tokens "
+            "merged before, or were they trained since? The new rows replace them, and unmerge "
+            "will write the originals. Keep this state dict.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_names(groups: list[Group], original: list[bool]) -> None:
     pairs = list(zip(original, groups, strict=True))
     names = {
         have: [name for found, group in pairs if found == have for name in group.aliases]
@@ -128,7 +148,7 @@ def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group]) -> No
         f"the originals of the parameters, but those in {names[True]} are. These names are one "
         "matrix in the model, but not in this state dict. The trained rows replace both, and "
         "unmerge will write the originals to both. Keep this state dict.",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -137,12 +157,14 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_wrapped(tensor)
 
 
-def _holds(matrix: Tensor, spec: RowSpec) -> bool:
-    """Whether the matrix has the originals, in its dtype."""
+def _holds(matrix: Tensor, spec: RowSpec) -> list[bool]:
+    """For each row that is not new, whether the matrix has the original, in its dtype."""
     with outside_of_modes():
         ids, originals = spec.known(spec.originals.detach().to(matrix.device, matrix.dtype))
         found = matrix.detach().index_select(0, ids)
-        return torch.equal(found.view(torch.uint8), originals.contiguous().view(torch.uint8))
+        same = found.view(torch.uint8) == originals.contiguous().view(torch.uint8)
+        held: list[bool] = same.all(dim=1).tolist()
+        return held
 
 
 def _copied(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

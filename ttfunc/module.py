@@ -238,8 +238,9 @@ class TokenModule(nn.Module):
         memo[id(self)] = copied
         shared = {name: vars(self)[name] for name in ("base", "_trained", "_sizes")}
         state = {name: value for name, value in vars(self).items() if name not in shared}
-        state.pop("_modes")
+        del state["_modes"], state["_rows"]
         vars(copied).update(copy.deepcopy(state, memo), **shared, _modes=dict(modes))
+        vars(copied).update(_rows=dict(self._rows))
         return copied
 
     def __getstate__(self) -> NoReturn:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from reprlib import repr as shown
 
@@ -120,6 +120,33 @@ def advice(names: Sequence[str], held: Collection[str]) -> str:
         f" Did you mean {next(iter(found.values()))!r}{f', with the {who}' if who else ''}? Then "
         f"give names={found!r}."
     )
+
+
+def apart_among(spec: RowSpec, held: Iterable[str]) -> list[str]:
+    """Which `held` names are of matrices that were others than this one when its rows were made.
+
+    Parts that wrappers add, and a prefix before either name, make no difference, unless a name is
+    as near to those of the matrix itself.
+    """
+    found = []
+    for name in held:
+        nearest = max(_same_end(name, other) for other in spec.names)
+        known = name in spec.origin.apart or peft_twin(name) in spec.origin.apart
+        if known or any(_is_end(name, other) > nearest for other in spec.origin.apart):
+            found.append(name)
+    return found
+
+
+def _is_end(a: str, b: str) -> int:
+    """How many parts the shorter of two names has, if the longer one ends in it; else 0."""
+    parts = _same_end(a, b)
+    return parts if parts > min(_bare(a).count("."), _bare(b).count(".")) else 0
+
+
+def _same_end(a: str, b: str) -> int:
+    """How many parts of two names are equal, from the last one on."""
+    parts = zip(reversed(_bare(a).split(".")), reversed(_bare(b).split(".")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
 def through_wrappers(names: Iterable[str], held: Iterable[str]) -> dict[str, str]:

@@ -60,10 +60,12 @@ def find_slots(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Slot]:
         if engines_at_work() and not is_patch(weight) and _is_gathered_anyway(model, name, weight):
             continue
         for slot in _slots_of(model, name, weight, weights, others.get(name)):
-            if slots.setdefault(slot.name, slot).weight is not weight:
+            first = slots.setdefault(slot.name, slot).weight
+            if first is not weight:
+                other = next(known for known, one in weights.items() if one is first)
                 raise ValueError(
-                    f"{name!r} and another of the names {list(weights)} are one tied weight of "
-                    f"{type(model).__name__} ({slot.name!r}). Give it once."
+                    f"{other!r} and {name!r} are one tied weight of {type(model).__name__}. Give "
+                    "it once: leave out one of the two. A patch counts for both."
                 )
     _lengthen_beside(slots)
     found = list(slots.values())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
-from reprlib import repr as shown
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,7 +14,7 @@ from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import holds_floats
 from ttfunc.model.memory import same_memory
 from ttfunc.model.sizes import bias_names
-from ttfunc.names import advice, renamed, through_wrappers
+from ttfunc.names import advice, apart_among, renamed, through_wrappers
 
 
 class Group(NamedTuple):
@@ -55,16 +53,27 @@ def groups_of(
         _check_found(state_dict, spec, held)
         for alias, matrix in held.items():
             _check_matrix(alias, matrix, spec, merged)
-        groups += [Group(key, spec, aliases) for _, aliases in _distinct(state_dict, held)]
-    for one, other in itertools.combinations(groups, 2):
-        both = sorted(set(one.spec.indices.ids) & set(other.spec.indices.ids))
-        if both and one.aliases == other.aliases:
-            raise ValueError(
-                f"{one.key!r} and {other.key!r} are one tensor in the state dict, and both have "
-                f"rows for tokens {shown(both)}. Use the state dict of a model in which they are "
-                "two tensors."
-            )
+        found = [Group(key, spec, aliases) for _, aliases in _distinct(state_dict, held)]
+        for group in found:
+            _check_apart(group, params)
+        groups += found
     return groups
+
+
+def _check_apart(group: Group, params: TokenDeltas) -> None:
+    """Raise ValueError where the tensor is other matrices of the model as well."""
+    key, spec, aliases = group
+    others = (name for name, other in params.specs.items() if name != key)
+    apart = apart_among(spec, aliases) or [
+        name for other in others for name in params.specs[other].names if name in aliases
+    ]
+    if apart:
+        raise ValueError(
+            f"the rows of {key!r} cannot be written to {aliases} of the state dict, which are one "
+            f"tensor: {apart} was another matrix when the rows were made, and would change with "
+            "it. Use a state dict with a tensor for each, as the untied model gives it, or make "
+            "the parameters with init_deltas on the tied model."
+        )
 
 
 def _check_found(

@@ -78,6 +78,31 @@ def test_a_matrix_with_scales_in_another_file(suffix, tmp_path):
     check_refused(ValueError, match, source, random_rows(llama()), tmp_path / "b")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_another_matrix_beside_it_is_no_scale(dtype, tmp_path):
+    """An average of the weights, or the state of an optimizer; beside a wide float any other."""
+    model = llama()
+    weight = model.get_input_embeddings().weight.data.to(dtype)
+    more = {NAME + "_ema": torch.zeros(V, D), NAME + ".exp_avg": torch.zeros(V, D)}
+    if dtype != torch.float8_e4m3fn:
+        more[NAME + "_seen"] = torch.zeros(V)
+    source = written(tmp_path / "a", {NAME: weight, **more})
+    params = random_rows(model.to(dtype) if dtype == torch.bfloat16 else model)
+    with warnings.catch_warnings():  # of float8: the originals are rounded
+        warnings.filterwarnings("ignore", message=".*are not the originals")
+        merge_checkpoint(source, params, tmp_path / "b")
+    merged = load((tmp_path / "b" / "model.safetensors").read_bytes())
+    assert torch.equal(merged[NAME][7].float(), params.deltas[NAME][0].to(dtype).float())
+    assert merged.keys() == {NAME, *more}
+
+
+@pytest.mark.parametrize("suffix", ["_scale", ".absmax", "_zero_point", ".SCB"])
+def test_a_wide_matrix_with_scales(suffix, tmp_path):
+    source = written(tmp_path / "a", {NAME: torch.zeros(V, D), NAME + suffix: torch.zeros(V)})
+    match = "is F32 in the checkpoint, with .*beside it"
+    check_refused(ValueError, match, source, random_rows(llama()), tmp_path / "b")
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_rows_that_are_not_finite(bad, tied, tmp_path):
     source, params = tied

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.helpers.architectures import build
-from tests.helpers.checkpoints import HEAD, NAME, contents, names_in, raw_of, written
+from tests.helpers.checkpoints import (
+    HEAD,
+    NAME,
+    contents,
+    names_in,
+    raw_of,
+    saved,
+    tensors_of,
+    written,
+)
 from tests.helpers.llama import llama
 from tests.helpers.oracle import same_bits
 from tests.helpers.rows import random_rows
-from ttfunc import merge, patch
+from ttfunc import load, merge, patch, save
 from ttfunc.__main__ import main
 from ttfunc.disk import matrices
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
-from ttfunc.disk.rows_file import save
 
 OTHER = {NAME: "text.wte", HEAD: "text.output"}
 
@@ -132,6 +143,86 @@ def test_the_wrong_one_of_two_warns(tmp_path):
     source = written(tmp_path / "a", state)
     with pytest.warns(UserWarning, match="'text.other'.* are not the originals"):
         merge_checkpoint(source, random_rows(model), tmp_path / "b", names={NAME: "text.other"})
+
+
+# --- One end of a tie
+
+ENDS = {"head": HEAD, "input": NAME}
+
+
+@pytest.fixture(params=ENDS)
+def one_end(request, tmp_path):
+    """Rows of one end of an untied model, as a file has them, and the name of this end."""
+    save(random_rows(llama(tie=False), [7], targets=ENDS[request.param][: -len(".weight")]),
+         tmp_path / "rows")  # fmt: skip
+    return tmp_path / "rows", ENDS[request.param]
+
+
+def without_config(folder, change):
+    """The folder with another config: `change` of what it says of ties."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(change(config)))
+    return folder
+
+
+TIED_BY = {
+    "the whole": lambda config: config | {"tie_word_embeddings": True},
+    "a part": lambda config: {"text_config": {"tie_word_embeddings": True}},
+}
+
+
+@pytest.mark.parametrize("write", [merge_checkpoint, unmerge_checkpoint])
+@pytest.mark.parametrize("tied_by", TIED_BY)
+def test_a_tied_checkpoint_takes_no_rows_of_one_end(write, tied_by, one_end, tmp_path):
+    rows, name = one_end
+    source = without_config(saved(llama(), tmp_path / "a"), TIED_BY[tied_by])
+    match = "was another matrix|another matrix.*A checkpoint that stores the two as one tensor"
+    with pytest.raises((KeyError, ValueError), match=match) as error:
+        write(source, rows, tmp_path / "b")
+    assert "names" not in error.value.args[0].partition(" It has ")[2]  # which would be wrong too
+    if name == HEAD:
+        with pytest.raises(ValueError, match=r"cannot be written to \['model.embed_tokens"):
+            write(source, rows, tmp_path / "b", names={HEAD: NAME})
+    assert names_in(tmp_path) == ["a", "rows"]
+
+
+def test_an_untied_checkpoint_takes_them(one_end, tmp_path):
+    rows, name = one_end
+    model = llama(tie=False)
+    merge_checkpoint(saved(model, tmp_path / "a"), rows, tmp_path / "b")
+    loaded = type(model).from_pretrained(tmp_path / "b")
+    assert same_bits(loaded.state_dict(), merge(model.state_dict(), load(rows, model)))
+    assert not torch.equal(loaded.state_dict()[name], model.state_dict()[name])
+
+
+def test_a_checkpoint_without_the_head_takes_rows_of_the_input(tmp_path):
+    """Its config says that there is no tie; one that does not say is warned of."""
+    params = random_rows(llama(tie=False), [7])
+    model = llama(tie=False).model
+    model.save_pretrained(tmp_path / "a")
+    names = {NAME: "embed_tokens.weight"}
+    merge_checkpoint(tmp_path / "a", params, tmp_path / "b", names=names)
+    without_config(tmp_path / "a", lambda c: {k: v for k, v in c.items() if k[:4] != "tie_"})
+    with pytest.warns(UserWarning, match="does not say whether it ties") as caught:
+        merge_checkpoint(tmp_path / "a", params, tmp_path / "c", names=names)
+    assert caught[0].filename == __file__
+    assert (
+        contents(tmp_path / "b")["model.safetensors"]
+        == contents(tmp_path / "c")["model.safetensors"]
+    )
+    unmerge_checkpoint(tmp_path / "c", params, tmp_path / "d", names=names)
+    assert contents(tmp_path / "d") == contents(tmp_path / "a")
+
+
+def test_what_was_apart_may_have_any_name_in_the_checkpoint(tmp_path):
+    """Another tensor of the shape may be it: transformers renames some heads too."""
+    params, model = random_rows(llama(tie=False), [7]), llama(tie=False)
+    model.save_pretrained(tmp_path / "a")
+    state = {n.replace("lm_head", "text.out"): t for n, t in model.state_dict().items()}
+    save_file(state, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    without_config(tmp_path / "a", TIED_BY["the whole"])
+    merge_checkpoint(tmp_path / "a", params, tmp_path / "b")
+    assert same_bits(tensors_of(tmp_path / "b"), merge(state, params))
 
 
 def test_no_number_of_names_makes_an_error_slow(tmp_path, monkeypatch):

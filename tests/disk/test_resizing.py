@@ -167,3 +167,17 @@ def test_a_checkpoint_of_another_height(tmp_path):
     taller = init_deltas(model, [V + 1])
     with pytest.raises(ValueError, match=r"has shape \(23, 8\).* made for \(25, 8\)"):
         merge_checkpoint(tmp_path / "model", taller, tmp_path / "other")
+
+
+def test_a_config_that_is_not_utf_8_is_refused(tmp_path):
+    """Its sizes would follow; where nothing grows, it is copied as it is."""
+    model = llama()
+    model.save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_bytes(config.read_bytes().replace(b"{", '{"by": "André",'.encode("latin-1"), 1))
+    grown = random_rows(model, NEW, grow=True)
+    with pytest.raises(ValueError, match=r"config.json' is not UTF-8.*save it as UTF-8 first"):
+        merge_checkpoint(tmp_path / "model", grown, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    merge_checkpoint(tmp_path / "model", random_rows(model), tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").read_bytes() == config.read_bytes()

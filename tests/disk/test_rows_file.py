@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import optree
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.helpers.checkpoints import names_in
 from tests.helpers.models import CORPUS, D, Language, make, tokens
@@ -239,3 +241,31 @@ def test_rows_that_are_ready_to_be_trained(requires_grad: bool, saved: Path):
         functional_call(model, patch(loaded), (tokens(7),)).sum().backward()
         optimizer.step()
         assert not same_bits(loaded.deltas, load(saved, model).deltas)
+
+
+# --- What was apart
+
+
+def test_what_was_another_matrix_is_kept(tmp_path):
+    """So that a merge of the file knows a tie that the model of the rows did not have."""
+    params = random_rows(make("untied"), IDX, targets="lm_head")
+    save(params, tmp_path / "rows")
+    assert (
+        read(tmp_path / "rows").specs[HEAD].origin.apart
+        == params.specs[HEAD].origin.apart
+        == (NAME,)
+    )
+    assert load(tmp_path / "rows", make("untied")).specs[HEAD].origin.apart == (NAME,)
+    with pytest.raises(ValueError, match="was another matrix when the rows were made"):
+        merge(make("tied").state_dict(), read(tmp_path / "rows"))
+
+
+@pytest.mark.parametrize("apart", [[NAME], {HEAD: NAME}, {HEAD: [1]}, {HEAD: [""]}, 1])
+def test_names_that_are_none(apart, tmp_path):
+    save(random_rows(make("untied"), IDX, targets="lm_head"), tmp_path / "rows")
+    with safe_open(tmp_path / "rows", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        own = json.loads(file.metadata()["ttfunc"])
+    save_file(tensors, tmp_path / "rows", {"ttfunc": json.dumps(own | {"apart": apart})})
+    with pytest.raises(ValueError, match="lists of names that were apart"):
+        read(tmp_path / "rows")

@@ -104,6 +104,32 @@ def test_files_in_folders_of_their_own_go_along(lesson, tmp_path):
     assert (tmp_path / "merged/tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("made", ["file", "folder"])
+def test_no_file_of_the_source_is_in_the_way(made, lesson, tmp_path):
+    taken = tmp_path / "model" / ".tokenizer"
+    taken.write_text("its own") if made == "file" else taken.mkdir()
+    merge_checkpoint(tmp_path / "model", lesson[-1], tmp_path / "merged", tokenizer=lesson[2])
+    kept = tmp_path / "merged" / ".tokenizer"
+    assert (kept.read_text() == "its own") if made == "file" else not [*kept.iterdir()]
+    assert (tmp_path / "merged/tokenizer.json").exists()
+
+
+def test_a_file_and_a_folder_of_one_name_are_refused(lesson, tmp_path):
+    class Deep:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "templates").mkdir(parents=True)
+            (folder / "templates/tools.jinja").write_text("{{ tools }}")
+
+    for taken in ("templates", "templates/tools.jinja/more"):
+        source = tmp_path / taken.replace("/", "_")
+        shutil.copytree(tmp_path / "model", source)
+        (source / taken).parent.mkdir(parents=True, exist_ok=True)
+        (source / taken).write_text("of the model")
+        with pytest.raises(ValueError, match=r"would write \['templates/tools.jinja'\] over that"):
+            merge_checkpoint(source, lesson[-1], tmp_path / "merged", tokenizer=Deep())
+    assert not (tmp_path / "merged").exists()
+
+
 def test_what_is_no_tokenizer_is_refused(lesson, tmp_path):
     model, _, after, params = lesson
 

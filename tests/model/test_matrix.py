@@ -9,7 +9,7 @@ from torch import nn
 from tests.helpers.models import CORPUS, D, V, make, tokens
 from tests.helpers.unusual import UNUSUAL
 from ttfunc import functional_call, init_deltas, merge, patch, unmerge
-from ttfunc.model.matrix import count_same, count_slots, matrices_of, matrix_of
+from ttfunc.model.matrix import count_same, count_slots, matrices_of, matrix_of, names_apart
 
 
 @pytest.mark.parametrize(
@@ -111,3 +111,16 @@ def test_those_that_lie_in_the_same_memory_are_counted():
     assert (count_same(model, [weight]), count_slots(model, [weight])) == (2, 1)
     model.again = model.lm_head  # one module by two paths is one place
     assert count_same(model, [weight]) == 2
+
+
+def test_the_names_of_what_may_be_tied_elsewhere():
+    """Other matrices of the shape, in the state dict: not what is tied here already."""
+    model = make("untied")
+    matrix = matrix_of(model, model.lm_head.weight)
+    assert names_apart(model, matrix) == ("embed_tokens.weight",)
+    model.register_buffer("kept", torch.zeros(V, D))
+    model.register_buffer("passing", torch.zeros(V, D), persistent=False)
+    model.other = nn.LazyLinear(V)
+    assert names_apart(model, matrix) == ("kept", "embed_tokens.weight")
+    tied = make("tied")
+    assert names_apart(tied, matrix_of(tied, tied.lm_head.weight)) == ()

@@ -12,7 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from ttfunc.model.references import global_references, references, substituted
+from ttfunc.model.references import (
+    global_references,
+    references,
+    substitute_attributes,
+    substituted,
+)
 
 A, B = nn.Linear(1, 1), nn.Linear(2, 2)
 OTHERS = {id(A): B}
@@ -53,6 +58,7 @@ HELD = {
     "ordered": (OrderedDict(b=A), lambda v: v["b"]),
     "nested": ([{"a": (A,)}], lambda v: v[0]["a"][0]),
     "weak": (weakref.ref(A), lambda v: v()),
+    "proxy": (weakref.proxy(A), lambda v: v.forward.__self__),
     "method": (types.MethodType(method, A), lambda v: v(2)[0]),
     "partial": (functools.partial(method, A, more=3), lambda v: v()[0]),
     "partial of a method": (functools.partial(types.MethodType(method, A)), lambda v: v()[0]),
@@ -141,3 +147,26 @@ def test_modules_among_the_globals_of_a_function_are_told_of():
     assert list(global_references(functools.partial(function))) == [A]
     assert list(global_references([3])) == []
     assert list(references(function)) == []
+
+
+def test_a_proxy_among_the_globals_counts_as_what_it_is_for():
+    namespace = {"parent": weakref.proxy(A)}
+    exec("def function(x):\n    return parent(x)", namespace)  # noqa: S102
+    assert list(global_references(namespace["function"])) == [A]
+
+
+def test_a_proxy_of_a_function_is_told_of_and_left():
+    function = closure(A)
+    value = weakref.proxy(function)
+    assert A in list(references(value))
+    assert substituted(value, OTHERS) is value
+
+
+def test_a_proxy_of_what_is_gone_refers_to_nothing():
+    gone = weakref.proxy(nn.Linear(1, 1))
+    value = [gone, A]
+    assert [one for one in references(value) if one is not None] == [A]
+    assert substituted(value, OTHERS)[1] is B
+    holder = Holder(gone)
+    substitute_attributes(holder, OTHERS)
+    assert holder.held is gone

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from transformers import AutoModelForCausalLM
 
 from tests.helpers.llama import llama
 from tests.helpers.models import V
 from tests.helpers.rows import random_rows
-from ttfunc import TokenDeltas, TokenModule, functional_call, patch
+from ttfunc import TokenDeltas, TokenModule, functional_call, merge_checkpoint, patch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -76,3 +77,20 @@ def test_a_compiled_function_takes_both_by_torch_s_functional_call(both):
         torch.testing.assert_close(
             torch.compile(module, backend="eager")(X).logits, logits(params, lora, X)
         )
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("ids", [[7, 3], [V, V + 1], [V, 7]], ids=["old", "new", "both"])
+def test_a_lora_and_rows_go_to_one_plain_folder(tie: bool, ids: list[int], tmp_path):
+    """By way of the folder of the LoRA alone; the page's recipe."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    lora = peft.get_peft_model(llama(tie=tie), config).eval()
+    ends = None if max(ids) >= V else ["embed_tokens", "lm_head"]
+    params = random_rows(lora, ids, grow=max(ids) >= V, targets=ends)
+    x = torch.tensor([[1, ids[0], 5, ids[1]]])
+    expected = functional_call(lora, patch(params), (x,)).logits.detach()
+    lora.merge_and_unload().save_pretrained(tmp_path / "lora")
+    merge_checkpoint(tmp_path / "lora", params, tmp_path / "both")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "both").eval()
+    torch.testing.assert_close(loaded(x).logits, expected)
+    assert loaded.config.vocab_size == expected.shape[-1] == max(V, *(token + 1 for token in ids))

@@ -58,7 +58,8 @@ def test_peft_loads_what_is_saved(name: str, tmp_path):
 
     theirs = save_with_peft(peft_of(model, IDX, params), tmp_path / "theirs")
     ours = tmp_path / "ours"
-    assert sorted(files_of(ours)) == ["adapter_config.json", "adapter_model.safetensors"]
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(files_of(ours)) == files
     paths = [folder / "adapter_model.safetensors" for folder in (ours, theirs)]
     assert same_bits(*(load_file(path) for path in paths))
     for path in paths:

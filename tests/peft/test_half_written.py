@@ -22,6 +22,7 @@ def test_another_adapter_is_not_lost(saved: Path, tmp_path):
     save_peft(params, saved)
     assert same_bits(load_peft(saved, model).deltas, params.deltas)
     assert sorted(files_of(saved)) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "tokenizer.json",

@@ -22,6 +22,7 @@ from ttfunc.peft import writer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = [CONFIG, WEIGHTS]
+ALL = ["README.md", *FILES]
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_what_an_interrupted_save_left_is_replaced(model, saved):
     (saved / WEIGHTS).unlink()
     save_peft(params, saved)
     assert ids_in(saved, model) == [5, 6, 7]
-    assert names_in(saved) == FILES
+    assert names_in(saved) == ALL
 
 
 def test_what_cannot_be_read_is_kept_and_said_so(model, saved):
@@ -128,7 +129,7 @@ def test_a_wait_for_a_neighbour_can_be_interrupted(model, saved, monkeypatch):
         save_peft(init_deltas(model, [3]), saved)
     os.close(neighbour)
     assert ids_in(saved, model) == [1, 2]
-    assert names_in(saved) == FILES
+    assert names_in(saved) == ALL
 
 
 def test_a_directory_that_its_maker_removed_is_made_again(model, tmp_path, monkeypatch):
@@ -172,7 +173,7 @@ def test_a_failure_at_each_step_leaves_the_old_or_the_new(call, there, model, sa
             assert ids_in(directory, model) == [5, 6, 7]
         else:
             assert (ids_in(directory, model) == [1, 2]) if there else not directory.exists()
-            assert not there or names_in(directory) == FILES
+            assert not there or names_in(directory) == ALL
         if there:
             save_peft(init_deltas(model, [1, 2]), directory)
     assert step > (there or call != "rename")  # where nothing was, nothing is set aside

@@ -56,12 +56,14 @@ def merge_checkpoint(
 
     Warns:
         UserWarning: the rows in the checkpoint are not the originals, so `unmerge_checkpoint` will
-            not give them back; the tokenizer does not have the new tokens; or other files seem to
-            hold the same weights.
+            not give them back; the tokenizer does not have the new tokens; other files seem to hold
+            the same weights; or the checkpoint has one of two matrices alone, and its config does
+            not say whether they are tied.
 
     Raises:
         KeyError: the checkpoint has none of the names of a matrix, or lacks the one in `names`.
-        ValueError: a matrix of another shape, or quantised; rows that are not finite in its dtype;
+        ValueError: a matrix of another shape, or quantised; one that is tied in the checkpoint to
+            what was another matrix when the rows were made; rows that are not finite in its dtype;
             a broken file; a destination inside of the source; a `tokenizer` that would write over
             the model's files.
         FileExistsError, FileNotFoundError, OSError: the destination exists, the source does not,

@@ -112,6 +112,24 @@ def warn_of_copies(checkpoint: Checkpoint) -> None:
         )
 
 
+def says_tied(checkpoint: Checkpoint) -> bool | None:
+    """Whether its config ties the head to the embedding; None if there is one that does not say.
+
+    The config of a part, as of the language model in a larger one, counts where the whole one does
+    not say.
+    """
+    if "config.json" not in checkpoint.files:
+        return False
+    try:
+        with open_file(checkpoint.root / "config.json") as file:
+            config: Any = parse_json(file.read(LONGEST))
+    except ValueError:
+        return None
+    parts = [config, *config.values()] if isinstance(config, dict) else []
+    told = [one.get("tie_word_embeddings") for one in parts if isinstance(one, dict)]
+    return next((one for one in told if isinstance(one, bool)), None)
+
+
 def _settled(root: Path) -> tuple[list[str], dict[str, Stamp]]:
     """The result of `_walk`, at a time after which each write changes a stamp."""
     found = _walk(root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.disk.atomic import open_file
-from ttfunc.disk.folder import Checkpoint
+from ttfunc.disk.folder import Checkpoint, says_tied
 from ttfunc.disk.header import FLOATS, TensorEntry
 from ttfunc.disk.tensors import cpu_copy
 from ttfunc.growth import shape_in_weights
-from ttfunc.names import renamed
+from ttfunc.names import apart_among, renamed
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,11 @@ def find_matrices(
             if name in header
         ]
         if not found:
+            if tied := _tied_instead(checkpoint, spec):
+                raise KeyError(_missing(checkpoint, spec, *spec.names) + tied)
             absent.append(spec)
+            continue
+        _check_apart(checkpoint, found, merged)
         for stored in found:
             _check_rows(stored)
             _check_matrix(checkpoint, stored, merged)
@@ -137,6 +142,58 @@ def check_finite(stored: StoredMatrix) -> None:
         )
 
 
+# What is in the names of the tensors with which a quantised matrix is to be read.
+_SCALES = ("scale", "zero", "absmax", "quant", "packed", "codebook", "scb", "g_idx")
+
+_TIED = (
+    "A checkpoint that stores the two as one tensor cannot have rows for one of them. Save the "
+    "untied model, with tie_word_embeddings=False in its config, and merge that folder; or make "
+    "the parameters with init_deltas on the tied model."
+)
+
+
+def _tied_instead(checkpoint: Checkpoint, spec: RowSpec) -> str:
+    """What to do where the checkpoint has another matrix of the model alone; "" elsewhere."""
+    others = apart_among(spec, _shapes(checkpoint))
+    if others and not _of_shape(checkpoint, spec.shape, others):
+        return f" It has {others}, another matrix when the rows were made. {_TIED}"
+    return ""
+
+
+def _check_apart(checkpoint: Checkpoint, found: Sequence[StoredMatrix], merged: bool) -> None:
+    """Raise ValueError where what is found is another matrix of the model, or that one too.
+
+    A checkpoint stores tied matrices once, and its config says that they are tied.
+    """
+    key, spec, names = found[0].key, found[0].spec, [stored.name for stored in found]
+    if others := apart_among(spec, names):
+        raise ValueError(
+            f"the rows of {key!r} cannot be written to {others} in {str(checkpoint.root)!r}, "
+            f"another matrix when they were made. {_TIED}"
+        )
+    if not spec.origin.apart or _of_shape(checkpoint, found[0].entry.shape, names):
+        return
+    tied = says_tied(checkpoint)
+    alone = (
+        f"{str(checkpoint.root)!r} has {names} and not {list(spec.origin.apart)}, another matrix of this "
+        "shape when the rows were made"
+    )
+    if tied:
+        raise ValueError(f"{alone}: its config ties the two. {_TIED}")
+    if tied is None and not merged:
+        warnings.warn(
+            f"{alone}, and its config does not say whether it ties the two (tie_word_embeddings). "
+            "If it does, the rows of one are written for both.",
+            stacklevel=4,
+        )
+
+
+def _of_shape(
+    checkpoint: Checkpoint, shape: tuple[int, ...], without: Collection[str]
+) -> list[str]:
+    return [n for n, held in _shapes(checkpoint).items() if held == shape and n not in without]
+
+
 def _check_rows(stored: StoredMatrix) -> None:
     spec, rows = stored.spec, stored.rows
     needed = (len(spec.indices), spec.shape[1])
@@ -154,10 +211,17 @@ def _check_rows(stored: StoredMatrix) -> None:
 
 def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) -> None:
     entry, spec = stored.entry, stored.spec
-    # Scales and the like, such as weight_scale_inv and weight.absmax.
-    parts = (f"{stored.name}_", f"{stored.name}.")
-    beside = [name for name in _shapes(checkpoint) if name.startswith(parts)]
-    if entry.dtype.startswith("F8"):
+    # Scales and the like, such as weight_scale_inv and weight.absmax. Another matrix of the same
+    # shape is none, and beside a wide float what has another name is none.
+    parts, narrow = (f"{stored.name}_", f"{stored.name}."), entry.dtype.startswith("F8")
+    beside = [
+        name
+        for name, shape in _shapes(checkpoint).items()
+        if name.startswith(parts)
+        and shape != entry.shape
+        and (narrow or any(part in name[len(stored.name) :].lower() for part in _SCALES))
+    ]
+    if narrow:
         module = stored.name.rpartition(".")[0]
         beside += [n for n in _shapes(checkpoint) if n.startswith(f"{module}.") and "scale" in n]
     if entry.dtype not in FLOATS or beside:

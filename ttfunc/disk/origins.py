@@ -24,6 +24,8 @@ def as_json(origin: Origin) -> dict[str, Any]:
         found["biases"] = list(origin.biases)
     if origin.saved_as:
         found["saved_as"] = dict(origin.saved_as)
+    if origin.apart:
+        found["apart"] = list(origin.apart)
     sample = origin.sample
     if sample is not None and sample.numbers.double().isfinite().all():
         (dtype,) = (name for name, one in FLOATS.items() if one == sample.numbers.dtype)
@@ -51,6 +53,7 @@ def _origin(entry: dict[str, Any]) -> Origin:
         None if biases is None else tuple(biases),
         entry.get("saved_as", {}),
         _sample(entry["sample"]) if "sample" in entry else None,
+        tuple(entry.get("apart", ())),
     )
 
 
@@ -100,4 +103,5 @@ _FITS = {
     "biases": _are_strings,
     "saved_as": _are_renamed,
     "sample": _is_sample,
+    "apart": _are_strings,
 }

@@ -178,4 +178,11 @@ def _serialized(header: Mapping[str, Any]) -> bytes:
 
 def _text(checkpoint: Checkpoint, name: str) -> str:
     with open_file(checkpoint.root / name) as file:
-        return file.read().decode()
+        raw = file.read()
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{str(checkpoint.root / name)!r} is not UTF-8, as JSON is: {error}. Its sizes follow "
+            "the number of tokens: save it as UTF-8 first."
+        ) from None

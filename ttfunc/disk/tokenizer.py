@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterable
@@ -91,13 +92,13 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
     Raises ValueError for one that would write a file in `taken`, as a whole model does.
     """
     # First elsewhere: what save_pretrained writes over is not known before.
-    scratch = folder / ".tokenizer"
+    scratch = folder / f".ttfunc-{secrets.token_hex(8)}.tokenizer"
     if isinstance(tokenizer, (str, os.PathLike)):
         shutil.copytree(tokenizer, scratch)
     else:
         tokenizer.save_pretrained(scratch)
     names = [str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file()]
-    if wrong := sorted(set(names) & set(taken)):
+    if wrong := sorted(name for name in names if name in taken or _is_in_the_way(folder, name)):
         raise ValueError(
             f"tokenizer would write {wrong} over that of the model: give the tokenizer alone, or "
             "the folder that its save_pretrained wrote."
@@ -108,6 +109,11 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
         _sync(folder / name)
         sync_directory((folder / name).parent)
     shutil.rmtree(scratch)
+
+
+def _is_in_the_way(folder: Path, name: str) -> bool:
+    """Whether a folder has the name of this file, or a file that of its folder."""
+    return (folder / name).is_dir() or any((folder / up).is_file() for up in Path(name).parents)
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ttfunc.model.memory import memory_of, overlaps
 from ttfunc.model.owners import Kept, shape_of
@@ -129,6 +130,18 @@ def matrices_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[Matrix]:
         for key, p in wanted.items()
     }
     return [found[key] for key in keys]
+
+
+def names_apart(model: nn.Module, matrix: Matrix) -> tuple[str, ...]:
+    """The names of its other matrices of this shape, which may be tied to this one elsewhere."""
+    return tuple(
+        name
+        for name, module, attribute, one in _held(model)
+        if name not in matrix.names
+        and attribute not in module._non_persistent_buffers_set
+        and not (is_lazy(one) or one.is_nested)
+        and shape_of(one) == matrix.shape
+    )
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.model.beside import biases
-from ttfunc.model.matrix import Matrix, named_modules, way_to
+from ttfunc.model.matrix import Matrix, named_modules, names_apart, way_to
 from ttfunc.model.owners import is_sharded
 from ttfunc.model.probe import sizes_of
 from ttfunc.model.saved import saved_names
@@ -35,9 +35,10 @@ class Origin:
     model: its class and name, for a person. kind: the `model_type` of its config. sizes: for new
     tokens the entries of the config that say how high the matrix is, as `text_config.vocab_size`,
     and their values; None where that is not known. shared: other tensors that have their size from
-    these entries. biases: those of the logits, a number for
-    each token; None where that is not known. saved_as: the names of checkpoints for those of the
-    model, where transformers writes other ones. sample: of rows that are not trained.
+    these entries. biases: those of the logits, a number for each token; None where that is not
+    known. saved_as: the names of checkpoints for those of the model, where transformers writes
+    other ones. sample: of rows that are not trained. apart: the names of other matrices of this
+    shape, which other weights may tie to it.
     """
 
     model: str = ""
@@ -47,6 +48,7 @@ class Origin:
     biases: tuple[str, ...] | None = None
     saved_as: Mapping[str, str] = field(default_factory=dict)
     sample: Sample | None = None
+    apart: tuple[str, ...] = ()
 
     def joined(self, other: Origin) -> Origin:
         """What is known from either, for further rows of the same matrix."""
@@ -59,6 +61,7 @@ class Origin:
             other.biases if self.biases is None else self.biases,
             {**other.saved_as, **self.saved_as},
             self.sample or other.sample,
+            self.apart or other.apart,
         )
 
 
@@ -79,6 +82,7 @@ def origin_of(model: nn.Module, matrix: Matrix, trained: Sequence[int]) -> Origi
         biases=tuple(dict.fromkeys(named)),
         saved_as=saved_names(model, (*matrix.names, *named)),
         sample=_sample(matrix, trained),
+        apart=names_apart(model, matrix),
     )
 
 

@@ -1,7 +1,7 @@
 """What a value refers to, and the same value with references to other objects.
 
-Modules and tensors are found in lists, tuples, sets, dicts and weak references, and in callables:
-bound methods, partials and closures. An object of any other class is left as it is.
+Modules and tensors are found in lists, tuples, sets, dicts, weak references and proxies, and in
+callables: bound methods, partials and closures. An object of any other class is left as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ CONTAINERS = (list, set, deque, dict, OrderedDict)
 _MAPPINGS = (dict, OrderedDict)
 # Another class to follow needs branches in `parts_of` and `substituted`; one that can be changed in
 # place is also one of CONTAINERS, and needs a branch in `refill`.
-_FOLLOWED = {*CALLABLES, *_SEQUENCES, *_MAPPINGS, weakref.ref}
+_PROXIES = weakref.ProxyTypes
+_FOLLOWED = {*CALLABLES, *_SEQUENCES, *_MAPPINGS, weakref.ref, *_PROXIES}
 # What cannot be changed in place, though the objects in it may.
 FIXED = _FOLLOWED.difference(CONTAINERS)
 # What refers to nothing.
@@ -34,14 +35,14 @@ def references(value: object, seen: set[int] | None = None) -> Iterator[object]:
     """The modules, the tensors and the objects of other classes that `value` is or refers to."""
     seen = set() if seen is None else seen
     kind = type(value)
-    if kind in PLAIN or id(value) in seen or isinstance(value, (type, ModuleType)):
+    if kind in PLAIN or id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, (nn.Module, Tensor)) or kind not in _FOLLOWED:
+    if kind in _FOLLOWED:
+        for part in parts_of(value):
+            yield from references(part, seen)
+    elif not isinstance(value, (type, ModuleType)):
         yield value
-        return
-    for part in parts_of(value):
-        yield from references(part, seen)
 
 
 def substituted(value: Any, others: Mapping[int, Any]) -> Any:
@@ -56,7 +57,8 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
     if kind not in _FOLLOWED:
         return value
     held = parts_of(value)
-    if _FOLLOWED.isdisjoint(map(type, held)):  # true of most values
+    # What a proxy of a function leads to is left too: nothing would hold the function made anew.
+    if kind in _PROXIES or _FOLLOWED.isdisjoint(map(type, held)):  # true of most values
         if others.keys().isdisjoint(map(id, held)):
             return value
     elif kind is not MethodType and not any(id(one) in others for one in references(value)):
@@ -76,7 +78,8 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
     if kind is functools.partial:
         named = dict(zip(value.keywords, parts[1 + len(value.args) :], strict=True))
         return functools.partial(parts[0], *parts[1 : 1 + len(value.args)], **named)
-    return kind(*parts)  # a weak reference to another object
+    # A weak reference to another object. The class of a proxy cannot be called.
+    return weakref.proxy(*parts) if kind in _PROXIES else kind(*parts)
 
 
 def refill(container: Any, content: Any) -> None:
@@ -107,7 +110,9 @@ def substitute_attributes(value: Any, others: Mapping[int, Any], most: int = 100
     pending, seen = [value], {id(value)}
     while pending and len(seen) < most:
         one = pending.pop()
-        if isinstance(one, (nn.Module, Tensor, type, ModuleType, *CALLABLES)):
+        if type(one) in _PROXIES or isinstance(
+            one, (nn.Module, Tensor, type, ModuleType, *CALLABLES)
+        ):
             continue
         for name, held in list(getattr(one, "__dict__", {}).items()):
             other = substituted(held, others)
@@ -128,7 +133,8 @@ def global_references(value: object) -> Iterator[object]:
         seen.add(id(one))
         pending += parts_of(one)
         if isinstance(one, FunctionType):
-            found = (one.__globals__.get(name) for name in one.__code__.co_names)
+            named = (one.__globals__.get(name) for name in one.__code__.co_names)
+            found = (parts_of(it)[0] if type(it) in _PROXIES else it for it in named)
             yield from (held for held in found if isinstance(held, (nn.Module, Tensor)))
 
 
@@ -139,6 +145,8 @@ def parts_of(value: Any) -> list[Any]:
         return list(value.values())
     if kind is weakref.ref:
         return [value()]
+    if kind in _PROXIES:
+        return [_behind(value)]
     if kind is MethodType:
         return [value.__func__, value.__self__]
     if kind is functools.partial:
@@ -147,6 +155,14 @@ def parts_of(value: Any) -> list[Any]:
         given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
         return [*map(_content, value.__closure__ or ()), *given]
     return list(value)
+
+
+def _behind(proxy: Any) -> object:
+    """The object that a weak proxy passes everything on to; None if it is gone."""
+    try:
+        return proxy.__init__.__self__
+    except ReferenceError:
+        return None
 
 
 def _content(cell: CellType) -> object:

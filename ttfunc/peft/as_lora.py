@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -43,7 +42,8 @@ def save_as_lora(
     and know no token rows, and gives the logits of the rows to rounding, on a model that reads the
     matrix by its Embedding and Linear modules alone, with the rows W[S] that it has now. The
     factors with V entries make it far larger than the rows: 4 · rank · (V + D) bytes for each
-    module.
+    module. It is not for a merge: of a tied matrix there are two parts, one for each reading, and
+    PEFT's `merge_and_unload` adds both to the one matrix. Merge the rows themselves.
 
     Args:
         params: made from a model, which tells embeddings from heads. They are not changed.
@@ -76,8 +76,7 @@ def save_as_lora(
         **{"bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False},
         **{"inference_mode": True, "task_type": None},
     }
-    text = json.dumps(config, indent=2, sort_keys=True)
-    write_adapter(path, serialized(tensors, {"format": "pt"}), text.encode())
+    write_adapter(path, serialized(tensors, {"format": "pt"}), config)
     return sum(one.nbytes for one in tensors.values())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import warnings
@@ -67,7 +66,7 @@ def save_peft(
     Args:
         params: with deltas whose numbers are exact in float32.
         directory: is made if needed. An adapter there that has only token rows is replaced, and
-            other files stay.
+            other files stay. A README.md is written, a card for the hub, unless there is another.
         base_model: the folder or hub name of the model, or the model itself. For PEFT's
             AutoPeftModel… it must be a local folder or the model, because these tell the class.
         adapter: a PeftModel over the same model, of whose one active LoRA PEFT's own
@@ -117,8 +116,7 @@ def save_peft(
     if isinstance(base_model, nn.Module):
         check_ties(params, base_model)
     keyed = {f"{PREFIX}{module}{SUFFIX[kind]}": rows for module, rows in tensors.items()}
-    text = json.dumps(config, indent=2, sort_keys=True)
-    write_adapter(directory, serialized({**lora, **keyed}, {"format": "pt"}), text.encode())
+    write_adapter(directory, serialized({**lora, **keyed}, {"format": "pt"}), config)
 
 
 def _module_of(name: str) -> str:

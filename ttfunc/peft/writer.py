@@ -3,21 +3,25 @@
 An adapter is two files, and no file system replaces two at once. A directory without the config
 holds no adapter. So the old config is removed first, and the new one is put there last: a process
 that is killed in between leaves no adapter, never a mixed one. An interrupt or an error leaves the
-old adapter or the new one.
+old adapter or the new one. The model card goes along.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ttfunc.disk.atomic import replacement, sync_directory
 from ttfunc.disk.tensors import opened
 from ttfunc.disk.uninterrupted import to_the_end
 from ttfunc.peft.adapter import CONFIG, INDICES, PICKLE, SUFFIX, WEIGHTS, read_json
+from ttfunc.peft.card import README, card_of
 
 try:
     import fcntl
@@ -27,20 +31,23 @@ except ImportError:  # not on Windows
 _PAUSE = 0.01  # seconds between two tries at a directory while another thread or process writes
 
 
-def write_adapter(directory: Path, weights: bytes, config: bytes) -> None:
+def write_adapter(directory: Path, weights: bytes, config: Mapping[str, Any]) -> None:
     """Make the directory, or replace the adapter in it; on failure it is as it was.
 
-    Waits while another thread or process saves there.
+    A card is written too, but over no other than the one that the last adapter was given. Waits
+    while another thread or process saves there.
 
     Raises:
         FileExistsError: it has what would be lost, or is no directory.
         OSError: it cannot be written.
     """
-    while not to_the_end(lambda: _written(directory, weights, config)):
+    text = json.dumps(config, indent=2, sort_keys=True).encode()
+    files = {README: card_of(config), WEIGHTS: weights, CONFIG: text}  # the config comes last
+    while not to_the_end(lambda: _written(directory, files)):
         time.sleep(_PAUSE)  # here, where it can be interrupted
 
 
-def _written(directory: Path, weights: bytes, config: bytes) -> bool:
+def _written(directory: Path, files: Mapping[str, bytes]) -> bool:
     """Write the adapter. Returns whether it did; False while another writer is at work there."""
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{str(directory)!r} is a file. Name a directory for the adapter.")
@@ -52,7 +59,8 @@ def _written(directory: Path, weights: bytes, config: bytes) -> bool:
             alone = _locked(descriptor, directory)
             if alone:
                 _check_replaceable(directory)
-                _replace(directory, weights, config)
+                own = _has_own_card(directory)
+                _replace({directory / n: b for n, b in files.items() if own or n != README})
         finally:
             os.close(descriptor)  # this also releases the lock
     except BaseException:
@@ -75,19 +83,18 @@ def _locked(descriptor: int, directory: Path) -> bool:
     return there is not None and os.path.samestat(os.fstat(descriptor), there)
 
 
-def _replace(directory: Path, weights: bytes, config: bytes) -> None:
-    old_config, old_weights = directory / CONFIG, directory / WEIGHTS
-    with (
-        replacement(old_weights, weights) as new_weights,
-        replacement(old_config, config) as new_config,
-    ):
+def _replace(files: dict[Path, bytes]) -> None:
+    """Put these files there in their order; what was there is put aside before, in reverse."""
+    directory = next(iter(files)).parent
+    with contextlib.ExitStack() as stack:
+        new = {path: stack.enter_context(replacement(path, data)) for path, data in files.items()}
         aside: dict[Path, Path | None] = {}  # where the old files are meanwhile
         try:
-            for path in (old_config, old_weights):
+            for path in reversed(files):
                 aside[path] = _set_aside(path)
             sync_directory(directory)  # so a loss of power leaves no old file beside a new one
-            new_weights.replace(old_weights)
-            new_config.replace(old_config)
+            for path, file in new.items():
+                file.replace(path)
             sync_directory(directory)
         except BaseException:
             for path in aside:
@@ -98,6 +105,16 @@ def _replace(directory: Path, weights: bytes, config: bytes) -> None:
             raise
         for old in filter(None, aside.values()):
             old.unlink()
+
+
+def _has_own_card(directory: Path) -> bool:
+    """Whether a card may be written: there is none, or the one of the adapter that is there."""
+    card = directory / README
+    if not os.path.lexists(card):
+        return True
+    if card.is_symlink() or not card.is_file() or not (directory / CONFIG).exists():
+        return False
+    return card.read_bytes() == card_of(read_json(directory / CONFIG))
 
 
 def _set_aside(path: Path) -> Path | None:
