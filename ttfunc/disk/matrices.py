@@ -175,8 +175,8 @@ def _check_apart(checkpoint: Checkpoint, found: Sequence[StoredMatrix], merged: 
         return
     tied = says_tied(checkpoint)
     alone = (
-        f"{str(checkpoint.root)!r} has {names} and not {list(spec.origin.apart)}, another matrix of this "
-        "shape when the rows were made"
+        f"{str(checkpoint.root)!r} has {names} and not {list(spec.origin.apart)}, another matrix "
+        "of this shape when the rows were made"
     )
     if tied:
         raise ValueError(f"{alone}: its config ties the two. {_TIED}")
