@@ -107,8 +107,9 @@ def of_height(
 
 def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> None:
     if not isinstance(matrix, Tensor) or not holds_floats(matrix):
-        codes = isinstance(matrix, Tensor) and not matrix.is_floating_point()
-        what = matrix.dtype if codes else type(matrix).__name__
+        what: object = type(matrix).__name__
+        if isinstance(matrix, Tensor) and not matrix.is_floating_point():
+            what = matrix.dtype
         raise TypeError(
             f"{alias!r} in the state dict is {what}, which holds no rows to replace: a "
             "floating-point tensor is needed. Merge before quantising."
