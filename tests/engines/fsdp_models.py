@@ -132,7 +132,9 @@ LONGER: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def with_new_tokens(make: Callable[[], nn.Module], shard: Callable[[nn.Module], nn.Module]) -> Any:
+def with_new_tokens(
+    make: Callable[[], nn.Module], shard: Callable[[nn.Module], nn.Module], lora: bool = True
+) -> Any:
     """Logits and gradients of new tokens, rows' and LoRA's, in an engine and without it."""
     ids, x = [24, 7, 23], TEXT.clone()
     x[0, 2], x[1, 1] = 23, 24
@@ -142,15 +144,15 @@ def with_new_tokens(make: Callable[[], nn.Module], shard: Callable[[nn.Module], 
     found = {}
     for one, rows in ((plain, params), (shard(model), late)):
         for name, parameter in one.named_parameters():
-            parameter.requires_grad_("lora_" in name)
+            parameter.requires_grad_(lora and "lora_" in name)
         logits = logits_of(functional_call(one, patch(rows), x))
         logits.square().mean().backward()
-        lora = [p.grad for p in one.parameters() if p.requires_grad]
-        lora = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in lora]
-        found[one is plain] = logits, started(rows).grad, lora
-    (logits, rows, lora), truth = found[False], found[True]
+        of_lora = [p.grad for p in one.parameters() if p.requires_grad]
+        of_lora = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in of_lora]
+        found[one is plain] = logits, started(rows).grad, of_lora
+    (logits, rows, of_lora), truth = found[False], found[True]
     distances = {
-        str(i): distance(a, b) for i, (a, b) in enumerate(zip(lora, truth[2], strict=True))
+        str(i): distance(a, b) for i, (a, b) in enumerate(zip(of_lora, truth[2], strict=True))
     }
     return {**compared(logits, rows, truth[:2]), **distances}
 
