@@ -181,3 +181,29 @@ def test_a_config_that_is_not_utf_8_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     merge_checkpoint(tmp_path / "model", random_rows(model), tmp_path / "merged")
     assert (tmp_path / "merged" / "config.json").read_bytes() == config.read_bytes()
+
+
+def test_what_has_the_new_length_by_chance_is_left_and_given_back(tmp_path):
+    model = llama(tie=False)
+    params = random_rows(model, NEW, grow=True)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    state["lm_head.other_bias"] = torch.randn(V + 2)
+    (tmp_path / "model").mkdir()
+    save_file(state, tmp_path / "model/model.safetensors", {"format": "pt"})
+    config = {"model_type": "llama", "vocab_size": V, "audio_config": {"vocab_size": V + 2}}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    merge_checkpoint(tmp_path / "model", params, tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged/config.json").read_text())
+    assert merged == config | {"vocab_size": V + 2}
+    unmerge_checkpoint(tmp_path / "merged", params, tmp_path / "back")
+    assert bytes_of(tmp_path / "back") == bytes_of(tmp_path / "model")
+
+
+def test_a_config_of_another_size_is_refused_before_anything_is_written(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(path.read_text().replace(f'"vocab_size": {V}', '"vocab_size": 30'))
+    with pytest.raises(ValueError, match="config.json has 30 for 'vocab_size', and the model"):
+        merge_checkpoint(tmp_path / "model", random_rows(model, NEW, grow=True), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
