@@ -19,16 +19,14 @@ from ttfunc.torch_private import (
     first_order,
     is_traced,
     is_wrapped,
-    keeps_signature,
     no_torch_function,
     outside_of_modes,
     transform_depth,
-    transforms_active,
     tree_leaves,
     tree_map,
     version_of,
 )
-from ttfunc.weight.logits_placeholder import LogitsPlaceholder
+from ttfunc.weight.logits_placeholder import LogitsPlaceholder, kept
 from ttfunc.weight.loss import Steps, in_steps
 from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER, OfEach, registry
 from ttfunc.weight.reads import SharedRows, autocast, cast_like
@@ -225,44 +223,8 @@ def defer(hidden: Tensor, rows: SharedRows, base: Tensor, bias: Tensor | None) -
     bias = None if bias is None else autocast(bias)
     hidden, base = autocast(hidden), autocast(base)
     versions = tuple((one, version_of(one)) for one in (hidden, base, bias) if one is not None)
-    rows = rows.map(lambda values: _kept(values, base))
+    rows = rows.map(lambda values: kept(values, base))
     return _wrap(Undone(hidden, rows, base, bias, (), versions), constant=False)
-
-
-def _kept(values: Tensor, base: Tensor) -> Tensor:
-    """Rows as the product takes them, in a memory of their own.
-
-    A step of an optimizer writes to the rows, often past their version, and the logits of the step
-    are those from before.
-    """
-    cast = cast_like(values, base)
-    if cast is not values:
-        return cast
-    return values.clone() if transforms_active() else _Kept.apply(values)  # type: ignore[no-untyped-call]
-
-
-class _Kept(torch.autograd.Function):
-    """A copy of the rows. It gives no gradient to rows that were written to since.
-
-    torch says the same of an operand that a product has kept for its backward.
-    """
-
-    @staticmethod
-    @keeps_signature
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        # Not by save_for_backward: several losses may be made of the same logits.
-        ctx.values, ctx.version = values, version_of(values)
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if version_of(ctx.values) != ctx.version:
-            raise RuntimeError(
-                "the gradient of deferred logits is asked for only now that the rows that they are "
-                "made of have been modified by an inplace operation (a step of an optimizer, a "
-                "clamp). Call backward before that, or make the logits anew."
-            )
-        return grad
 
 
 def can_defer(hidden: Tensor, rows: RowPatch, bias: Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""What stands for deferred logits: one NaN in their shape, with their gradient."""
+"""What deferred logits hold: one NaN in their shape, with their gradient, and a copy of the rows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttfunc.torch_private import forbid_writes, keeps_signature
+from ttfunc.torch_private import forbid_writes, keeps_signature, transforms_active, version_of
 from ttfunc.weight.loss import Steps, gradients, made_of
 from ttfunc.weight.placeholder import placeholder_of
+from ttfunc.weight.reads import cast_like
 
 
 class LogitsPlaceholder(torch.autograd.Function):
@@ -58,3 +59,39 @@ class LogitsPlaceholder(torch.autograd.Function):
             return nan, 0
         made = torch.vmap(made_of, in_dims[:-2], randomness=info.randomness)
         return made(*operands[:-2]), 0
+
+
+def kept(values: Tensor, base: Tensor) -> Tensor:
+    """Rows as the product takes them, in a memory of their own.
+
+    A step of an optimizer writes to the rows, often past their version, and the logits of the step
+    are those from before.
+    """
+    cast = cast_like(values, base)
+    if cast is not values:
+        return cast
+    return values.clone() if transforms_active() else _Kept.apply(values)  # type: ignore[no-untyped-call]
+
+
+class _Kept(torch.autograd.Function):
+    """A copy of the rows. It gives no gradient to rows that were written to since.
+
+    torch says the same of an operand that a product has kept for its backward.
+    """
+
+    @staticmethod
+    @keeps_signature
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        # Not by save_for_backward: several losses may be made of the same logits.
+        ctx.values, ctx.version = values, version_of(values)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if version_of(ctx.values) != ctx.version:
+            raise RuntimeError(
+                "the gradient of deferred logits is asked for only now that the rows that they are "
+                "made of have been modified by an inplace operation (a step of an optimizer, a "
+                "clamp). Call backward before that, or make the logits anew."
+            )
+        return grad
