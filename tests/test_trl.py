@@ -20,6 +20,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.experimental import sdft, sdpo
 
 import tests.helpers.oracle as oracle
 from tests.helpers.trl import (
@@ -295,6 +296,28 @@ def test_a_trainer_that_takes_no_reference_is_told_another_way(tmp_path, kind):
     assert apart[0] == pytest.approx(0, abs=1e-6)
     assert max(map(abs, apart)) > 1e-6
     assert torch.equal(parts(trainer.ref_model)[0], first[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*experimental:UserWarning")
+@pytest.mark.parametrize("kind", ["base", "ema"])
+def test_a_teacher_loaded_without_the_rows_is_refused(tmp_path, kind):
+    module = named(tmp_path)
+    data = dataset("completion").rename_column("completion", "privileged_context")
+    options = {"train_dataset": data, "processing_class": pupil_tokenizer()}
+    settings = {"num_generations": 2, "max_completion_length": 4, **SETTINGS}
+    for make, config, more in (
+        (sdft.SDFTTrainer, sdft.SDFTConfig, {}),
+        (sdpo.SDPOTrainer, sdpo.SDPOConfig, {"reward_funcs": rewards}),
+    ):
+        given = config(folder_of(tmp_path), teacher_model_kind=kind, **settings)
+        with pytest.raises(ValueError, match=r"Trainer would load its teacher_model .*'live', and"):
+            make(module, args=given, **options, **more)
+    given = config(folder_of(tmp_path), teacher_model_kind="live", **settings)
+    trainer = make(module, args=given, **options, **more)
+    trainer.teacher_model = copy.deepcopy(module).eval()  # as the message says
+    first = parts(module)
+    trainer.train()
+    assert torch.equal(parts(trainer.teacher_model)[0], first[0])
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["rows", "rows and LoRA"])

@@ -15,7 +15,7 @@ from ttfunc.growth import config_entries
 from ttfunc.merging import merge
 from ttfunc.model.owners import engines_at_work, is_sharded
 from ttfunc.model.sizes import with_entries
-from ttfunc.module_callers import check_adapter, check_reference
+from ttfunc.module_callers import check_adapter, check_reference, check_teacher
 from ttfunc.module_merged import can_merge, without_adapter
 from ttfunc.module_parts import WRITERS, Bridge, is_fusing, part, stand_ins
 from ttfunc.names import innermost
@@ -51,6 +51,8 @@ def shown(bridge: Bridge, name: str) -> Any:
     inner = innermost(base)
     if name == "peft_config":
         check_adapter()
+    if name == "dtype":
+        check_teacher(base)
     # A private attribute that a tool has set on the model does not hold for the module.
     if name.startswith("__") or (name.startswith("_") and not hasattr(type(inner), name)):
         raise AttributeError(f"a TokenModule of {type(base).__name__} has no attribute {name!r}.")

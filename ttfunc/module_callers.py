@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -39,9 +40,9 @@ def check_reference(base: nn.Module) -> None:
         )
     raise ValueError(
         f"{type(trainer).__name__} has loaded its {made} by the name of the model, "
-        f"{_name(innermost(base))!r}, and so without the rows of this TokenModule: it would be "
-        "another model than the one that is trained was at the start, and has no new tokens. Give "
-        f"{way}. That copy keeps the rows of the start, over the same base."
+        f"{_name(innermost(base))!r}, and so without the rows of this TokenModule: that is not the "
+        f"model as it was at the start, and it lacks new tokens. Give {way}. That copy keeps the "
+        "rows of the start, over the same base."
     )
 
 
@@ -62,12 +63,35 @@ def _name(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
 
 
-def check_adapter() -> None:
-    """Raise TypeError where PEFT is about to put its layers into a TokenModule."""
-    frame: FrameType | None = sys._getframe(1)
+def check_teacher(base: nn.Module) -> None:
+    """Raise ValueError where a method of a trainer is about to load the model a second time.
+
+    TRL's trainers of self-distillation ask for the dtype before they do, and for nothing after.
+    """
+    for frame in _asking():
+        names = frame.f_code.co_names
+        if frame.f_code.co_name == "_setup_teacher_model" and "create_model_from_path" in names:
+            raise ValueError(
+                f"{type(frame.f_locals.get('self')).__name__} would load its teacher_model by the "
+                f"name of the model, {_name(innermost(base))!r}, and so without the rows of this "
+                "TokenModule. Give it teacher_model_kind='live', and then, for a teacher with the "
+                "rows of the start: trainer.teacher_model = copy.deepcopy(module).eval()."
+            )
+
+
+def _asking() -> Iterator[FrameType]:
+    """The frames that an attribute is asked from, the nearest first."""
+    frame: FrameType | None = sys._getframe(2)
     for _ in range(_NEAR):
         if frame is None:
             return
+        yield frame
+        frame = frame.f_back
+
+
+def check_adapter() -> None:
+    """Raise TypeError where PEFT is about to put its layers into a TokenModule."""
+    for frame in _asking():
         asking = type(frame.f_locals.get("self")).__module__.partition(".")[0]
         if asking == "peft" and frame.f_code.co_name == "__init__":
             raise TypeError(
@@ -75,4 +99,3 @@ def check_adapter() -> None:
                 "Make the adapter first, and leave out peft_config=: TokenModule("
                 "peft.get_peft_model(module.base, peft_config), module.params(), train_base=True)."
             )
-        frame = frame.f_back

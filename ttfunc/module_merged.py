@@ -83,8 +83,8 @@ def _check_ties(base: nn.Module) -> None:
     names: dict[int, list[str]] = {}
     for name, one in base.named_parameters(remove_duplicate=False):
         names.setdefault(id(one), []).append(name)
-    for merged in _merged_into(base):
-        if len(tied := names.get(id(merged), [])) > 1:
+    for written in _merged_into(base):
+        if len(tied := names.get(id(written), [])) > 1:
             raise ValueError(
                 f"{tied} are one matrix, and the adapter is on it: merged, it would be at "
                 "each of these places. Save the adapter with the rows (save_peft(module.params(), "
