@@ -164,23 +164,29 @@ class Trial:
                         gradient[key] = gradient.get(key, 0) + row
         return torch.cat(logits), torch.stack(losses).mean(), gradient
 
-    def generated(self) -> Tensor:
-        """The tokens that the oracle says."""
-        return torch.cat(
-            [
-                self.oracle(part.adapters).generate(**self.generation(part.ids))
-                for part in self.parts()
-            ]
-        )
+    def generated(self) -> tuple[Tensor, Tensor]:
+        """The tokens that the oracle says, and the logits that it chose them by."""
+        each = [
+            said(self.oracle(part.adapters).generate(**self.generation(part.ids)))
+            for part in self.parts()
+        ]
+        tokens, logits = zip(*each, strict=True)
+        return torch.cat(tokens), torch.cat(logits)
 
     def generation(self, ids: Tensor | None = None) -> dict[str, Any]:
         options = {"max_new_tokens": GENERATED, "do_sample": False, "pad_token_id": 0}
+        options |= {"return_dict_in_generate": True, "output_logits": True}
         return {"input_ids": self.text if ids is None else ids, **options}
 
 
 def shard(model: nn.Module) -> None:
     """By FSDP2, as one group, over ranks that read the same text."""
     fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+
+
+def said(out: Any) -> tuple[Tensor, Tensor]:
+    """The tokens that were generated, `(B, L)`, and the logits of each, `(B, steps, V)`."""
+    return out.sequences, torch.stack(out.logits, 1)
 
 
 @torch.no_grad()
