@@ -14,7 +14,7 @@ from torch import Tensor
 from ttfunc.ends import told_half
 from ttfunc.indices import TokenIndices, check_apart, union
 from ttfunc.model.given import refuse_token_module
-from ttfunc.model.matrix import Matrix, held_under, matrix_of
+from ttfunc.model.matrix import Matrix
 from ttfunc.model.origin import Origin
 from ttfunc.torch_private import OPTREE_GLOBAL, is_dtensor, outside_of_modes, torch_pytree
 
@@ -79,14 +79,8 @@ class RowSpec:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowSpec:
         """Itself; of a copy of the model, if that was made before in the same call."""
-        model = None if self.matrix is None else self.matrix.path.model()
-        copied = None if model is None else memo.get(id(model))
-        if self.matrix is None or copied is None or "_modules" not in vars(copied):
-            return self  # (also within the model, of which the copy is not made yet)
-        held = held_under(copied, self.matrix.slots[0][0])
-        matrix = None if held is None else matrix_of(copied, held)
-        same = matrix is not None and matrix.names == self.matrix.names
-        return replace(self, matrix=matrix) if same else self
+        matrix = None if self.matrix is None else self.matrix.in_copy(memo)
+        return self if matrix is self.matrix else replace(self, matrix=matrix)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RowSpec, (self.names, self.shape, self.indices, self.originals, None, self.origin)

@@ -6,9 +6,10 @@ same memory. No config is read for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -79,6 +80,20 @@ class Matrix:
         for name, tensor in self.slots:
             first.setdefault(id(tensor), (name, tensor))
         return dict(first.values())
+
+    def in_copy(self, memo: Mapping[int, Any]) -> Matrix:
+        """The same matrix in the copy of its model that deepcopy has made; itself without one.
+
+        Also itself within the model, of which the copy is not made yet, and where the copy is tied
+        in another way.
+        """
+        model = self.path.model()
+        copied = None if model is None else memo.get(id(model))
+        if copied is None or "_modules" not in vars(copied):
+            return self
+        held = held_under(copied, self.slots[0][0])
+        matrix = self if held is None else matrix_of(copied, held)
+        return matrix if matrix.names == self.names else self
 
 
 def is_stand_in(now: Tensor, tensor: Tensor) -> bool:
