@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ttfunc.deltas import RowSpec
-from ttfunc.model.sizes import resize
+from ttfunc.model.sizes import Resized
 
 
 class Sizes:
@@ -62,7 +62,7 @@ class Sizes:
         """The class of one config, which is taken for that of the model's config."""
         kind = type(config)
         resized = {"config": config}
-        resize(resized, self.new, {})
+        Resized(self.new).put_into(resized)
         names = _differing_from(vars(config), vars(resized["config"]))
         space: dict[str, Any] = {
             **self.properties(config, names),
@@ -86,7 +86,7 @@ def own(config: Any) -> Any:
 def _differing(state: Mapping[str, Any], sizes: Mapping[int, int]) -> list[str]:
     """The attributes that are others in a call, or configs in which there are such."""
     resized = dict(state)
-    resize(resized, sizes, {})
+    Resized(sizes).put_into(resized)
     return _differing_from(state, resized)
 
 
@@ -95,5 +95,12 @@ def _differing_from(state: Mapping[str, Any], resized: Mapping[str, Any]) -> lis
         name
         for name, value in resized.items()
         if value is not state[name]
-        and (type(value) is int or _differing_from(vars(state[name]), vars(value)))
+        and (type(value) is int or _is_shown(value, state[name]))
     ]
+
+
+def _is_shown(resized: Any, own: Any) -> bool:
+    """Whether it is a config, of which some attributes are others in a call."""
+    if isinstance(own, dict) or not hasattr(own, "__dict__"):
+        return False
+    return bool(_differing_from(vars(own), vars(resized)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 from ttfunc.model.beside import beside
-from ttfunc.model.sizes import bias_names, resize
+from ttfunc.model.sizes import Resized, bias_names
 
 
 class Config:
@@ -18,7 +20,7 @@ def test_a_config_and_those_in_it_are_copied_and_resized():
     text = Config(vocab_size=23, hidden_size=23)
     config = Config(vocab_size=23, text_config=text, other_config=Config(vocab_size=7), n=23)
     state = {"config": config, "text_config": text, "out_features": 23, "in_features": 23}
-    resize(state, {23: 25}, made := {})
+    (resized := Resized({23: 25})).put_into(state)
     assert (state["out_features"], state["in_features"]) == (25, 23)
     assert (state["config"].vocab_size, state["config"].n) == (25, 23)
     assert state["config"].other_config.vocab_size == 7
@@ -26,7 +28,7 @@ def test_a_config_and_those_in_it_are_copied_and_resized():
     assert (state["text_config"].vocab_size, state["text_config"].hidden_size) == (25, 23)
     assert (config.vocab_size, text.vocab_size) == (23, 23)
     again = {"config": config}
-    resize(again, {23: 25}, made)
+    resized.put_into(again)
     assert again["config"] is state["config"]
 
 
@@ -35,14 +37,16 @@ def test_what_is_called_so_and_is_no_config_stays():
 
     state = {"get_config": get_config, "config": dict, "path_config": "a", "other_config": None}
     before = dict(state)
-    resize(state, {23: 25}, {})
+    Resized({23: 25}).put_into(state)
     assert state == before
 
 
 def test_a_size_under_another_name():
-    names = {"vocab_size": "symbols"}
-    state = {"config": Config(symbols=23, vocab_size=7, attribute_map=names)}
-    resize(state, {23: 25}, {})
+    class Renamed(Config):
+        attribute_map: ClassVar = {"vocab_size": "symbols"}
+
+    state = {"config": Renamed(symbols=23, vocab_size=7)}
+    Resized({23: 25}).put_into(state)
     assert (state["config"].symbols, state["config"].vocab_size) == (25, 7)
 
 

@@ -19,7 +19,7 @@ from ttfunc.model.live import LiveParameters
 from ttfunc.model.owners import counts_on_module
 from ttfunc.model.path import HELD, HOOKS, Visit
 from ttfunc.model.references import CONTAINERS, refill, substitute_attributes, substituted
-from ttfunc.model.sizes import resize
+from ttfunc.model.sizes import Resized
 from ttfunc.torch_private import fsdp_manages, share_engine_state
 
 _NONE: Mapping[str, Any] = {}
@@ -47,13 +47,15 @@ class Copies:
         self._others: dict[int, Any] = dict(others)
         self._others.update(zip(map(id, self._originals), self._copies, strict=True))
         self._placed = []
-        configs: dict[int, Any] = {}
+        self._resized = Resized(sizes)
+        if sizes:
+            for visit in visits:
+                self._resized.put_into(visit.state, visit.watched)
+            self._others.update(self._resized.others)
         for visit, copy in zip(visits, self._copies, strict=True):
             state = _state(visit, self._others)
             if modes:
                 state["training"] = modes.get(visit.module, visit.module.training)
-            if sizes:
-                resize(state, sizes, configs)
             hidden = shown.get(visit.module, _NONE)
             if "forward" in state and not fsdp_manages(visit.module):
                 # A tool's forward may put a part in the parameter's place (transformers' plans do).
@@ -91,6 +93,7 @@ class Copies:
         back: dict[int, Any] = {id(self._others[id(tensor)]): tensor for tensor in tensors}
         stand_ins = frozenset(back)
         back.update(zip(map(id, self._copies), self._originals, strict=True))
+        back.update(self._resized.own)
         traced = torch.compiler.is_dynamo_compiling()
         for original, copy, (state, held, containers) in zip(
             self._originals, self._copies, self._placed, strict=True
@@ -108,6 +111,7 @@ class Copies:
                 _refill_all(found, vars(original), back, containers)
                 if type(copy) is not type(original):  # lazy modules change their class
                     original.__class__ = type(copy)
+        self._resized.carry_over(lambda value: own(substituted(value, back)))
 
 
 def _empty_copy(module: nn.Module, slot_names: Iterable[str]) -> nn.Module:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ttfunc.model.references import PLAIN
 
 # Attributes that are the number of tokens: of configs, and of modules.
 USUAL = ("vocab_size", "decoder_vocab_size", "n_words")
 _OF_MODULES = (*USUAL, "num_embeddings", "out_features")
+_OF_ALL = frozenset(vars(nn.Module()))
 
 
 class Entry(NamedTuple):
@@ -23,38 +28,99 @@ class Entry(NamedTuple):
         return Entry(self.new, self.old, self.start)
 
 
-def resize(state: dict[str, Any], sizes: Mapping[int, int], made: dict[int, Any]) -> None:
-    """Give a module's dictionary other sizes of the vocabulary, from the old one to the new one.
+class Resized:
+    """Copies of what says the size of a vocabulary, for one call in which it is another.
 
-    The configs in it are replaced by copies; `made` has those that there are, by the identity of
-    the original, so that what was one config is one still.
+    That is a config or another object, or a dict, which has the size under a usual name, or holds
+    such an object. `others` has the copies by the identity of the originals, so that what was one
+    config is one still; `own` has the originals by that of the copies.
+
+    sizes: of the vocabulary, from the old one to the new one.
     """
-    for name, value in list(state.items()):
-        if name in _OF_MODULES and type(value) is int:
-            state[name] = sizes.get(value, value)
-        elif _is_config(name, value):
-            state[name] = _resized(value, sizes, made)
+
+    def __init__(self, sizes: Mapping[int, int]) -> None:
+        self._sizes = sizes
+        self.others: dict[int, Any] = {}
+        self.own: dict[int, Any] = {}
+        self._placed: list[tuple[Any, Any, list[dict[str, Any]]]] = []
+
+    def put_into(self, state: dict[str, Any], apart: Container[str] = ()) -> None:
+        """Give a module's dictionary the new sizes, but for the attributes that are kept apart."""
+        for name, value in list(state.items()):
+            if type(value) in PLAIN:
+                if name in _OF_MODULES:
+                    state[name] = self._new(value)
+            elif name not in _OF_ALL and name not in apart:
+                state[name] = self._of(value, 2)
+
+    def carry_over(self, fixed: Callable[[Any], Any]) -> None:
+        """Write what the call has set on the copies to the originals, each value as `fixed`."""
+        for original, copied, placed in self._placed:
+            for was, found, into in zip(placed, _held(copied), _held(original), strict=True):
+                for name, value in found.items():
+                    if name not in was or not _same(was[name], value):
+                        into[name] = fixed(value)
+                for name in was.keys() - found.keys():
+                    into.pop(name, None)
+
+    def _new(self, value: Any) -> Any:
+        return self._sizes.get(value, value) if type(value) is int else value
+
+    def _of(self, value: Any, depth: int) -> Any:
+        """The copy of a value, or itself where neither it nor what it holds says a size."""
+        if id(value) in self.others:
+            return self.others[id(value)]
+        if issubclass(type(value), (nn.Module, Tensor, type)) or callable(value):
+            return value
+        changed = [self._changed(held, _names(value), depth) for held in _held(value)]
+        if not any(changed) or (copied := _copied(value)) is None:
+            return value
+        held = _held(copied)
+        for own, new in zip(held, changed, strict=True):
+            own.update(new)
+        self.others[id(value)], self.own[id(copied)] = copied, value
+        self._placed.append((value, copied, [dict(own) for own in held]))
+        return copied
+
+    def _changed(self, held: dict[Any, Any], names: Container[Any], depth: int) -> dict[Any, Any]:
+        """What is to be another value in an object, of its attributes or of its items."""
+        found = {}
+        for key, one in held.items():
+            if type(one) in PLAIN:
+                found[key] = self._new(one) if key in names else one
+            elif id(one) in self.others or (depth and str(key).endswith("config")):
+                found[key] = self._of(one, depth - 1)
+        return {key: new for key, new in found.items() if new is not held[key]}
 
 
-def _is_config(name: str, value: Any) -> bool:
-    if not name.endswith("config") or isinstance(value, dict):  # Dynamo asks no more of one
-        return False
-    return hasattr(value, "__dict__") and not callable(value)
+def _held(value: Any) -> list[dict[Any, Any]]:
+    """The dictionaries in which an object has its attributes and items."""
+    # By its class: a proxy would answer for what it stands for.
+    own = [vars(value)] if type(value).__dictoffset__ else []
+    return [*own, value] if issubclass(type(value), dict) else own
 
 
-def _resized(config: Any, sizes: Mapping[int, int], made: dict[int, Any]) -> Any:
-    if id(config) in made:
-        return made[id(config)]
-    new = made[id(config)] = object.__new__(type(config))
-    vars(new).update(vars(config))
-    # Some of transformers' configs have it under another name.
-    names = (*USUAL, getattr(config, "attribute_map", {}).get("vocab_size"))
-    for attribute, value in vars(config).items():
-        if attribute in names and type(value) is int:
-            vars(new)[attribute] = sizes.get(value, value)
-        elif _is_config(attribute, value):
-            vars(new)[attribute] = _resized(value, sizes, made)
-    return new
+def _names(value: Any) -> tuple[str, ...]:
+    # Some of transformers' configs have the size under another name.
+    other = getattr(type(value), "attribute_map", None)
+    return (*USUAL, other["vocab_size"]) if other and "vocab_size" in other else USUAL
+
+
+def _copied(value: Any) -> Any:
+    """A shallow copy of an object; None of one that cannot be copied."""
+    try:
+        made = object.__new__(type(value))  # which runs no code of its class
+        vars(made).update(vars(value))
+    except TypeError:  # a class over dict, say
+        try:
+            made = copy.copy(value)
+        except Exception:
+            return None
+    return made
+
+
+def _same(was: Any, value: Any) -> bool:
+    return was is value or (type(value) is int and type(was) is int and was == value)
 
 
 def with_entries(config: Any, entries: Mapping[str, Entry]) -> Any:
