@@ -14,7 +14,10 @@ PACKAGE = Path(ttfunc.__file__).parent
 ALLOWED = {
     "model": {"torch_private"},
     "weight": {"torch_private", "indices", "model"},
-    "disk": {"torch_private", "indices", "deltas", "growth", "names", "merging", "model"},
+    "disk": {
+        *("torch_private", "indices", "deltas", "growth", "names", "merging", "model"),
+        "module_keys",
+    },
     "peft": {"torch_private", "indices", "deltas", "names", "model", "disk"},
 }
 

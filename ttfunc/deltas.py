@@ -15,6 +15,7 @@ from ttfunc.ends import told_half
 from ttfunc.indices import TokenIndices, check_apart, union
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix
+from ttfunc.model.memory import same_bits
 from ttfunc.model.origin import Origin
 from ttfunc.torch_private import OPTREE_GLOBAL, is_dtensor, outside_of_modes, torch_pytree
 
@@ -248,18 +249,6 @@ def _joined_rows(a: RowSpec, b: RowSpec) -> RowSpec:
 
 def _other_model(a: Matrix | None, b: Matrix | None) -> bool:
     return a is not None and b is not None and a.tensor is not b.tensor
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bytes, wherever they are."""
-    if a is b:
-        return True
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.is_meta or b.is_meta:  # no values to compare
-        return a.is_meta and b.is_meta
-    # As bytes, so that a NaN equals itself.
-    return torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8))
 
 
 def _flatten(params: TokenDeltas) -> tuple[list[Tensor], Any]:

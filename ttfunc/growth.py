@@ -11,7 +11,9 @@ from torch import nn
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.indices import TokenIndices
 from ttfunc.model.matrix import Matrix
+from ttfunc.model.owners import shape_of
 from ttfunc.model.sizes import Entry
+from ttfunc.model.targets import both_ends
 from ttfunc.names import names_of
 
 
@@ -59,6 +61,23 @@ def numbered_on(spec: RowSpec, after: TokenDeltas, matrix: Matrix) -> RowSpec:
     on = start - height - spec.follows
     ids = tuple(token + on if token >= height else token for token in spec.indices.ids)
     return replace(spec, indices=TokenIndices(ids))
+
+
+def check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) -> None:
+    """Raise ValueError where one end of the model grows otherwise than the other."""
+    sizes: dict[str, int] = {}
+    for name, module in both_ends(model).items():
+        weight = module.get_parameter("weight")
+        sizes[name] = shape_of(weight)[0]
+        for matrix, indices in requests:
+            if any(weight is one for _, one in matrix.slots):
+                sizes[name] = max(sizes[name], *(token + 1 for token in indices.ids))
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"with these rows the matrices of {type(model).__name__} would have {sizes} rows: a "
+            f"new token needs one at both ends. Give the same new ids to both: "
+            f"targets={list(sizes)}, or leave targets out."
+        )
 
 
 def check_complete(params: TokenDeltas) -> None:

@@ -11,13 +11,13 @@ from torch import nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.ends import half
-from ttfunc.growth import check_after, next_token
+from ttfunc.growth import check_after, check_ends, next_token
 from ttfunc.indices import TokenIndices, check_dtype, token_indices
 from ttfunc.model.beside import check_beside
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix, matrix_of
 from ttfunc.model.origin import origin_of
-from ttfunc.model.owners import check_engine, shape_of
+from ttfunc.model.owners import check_engine
 from ttfunc.model.shards import rows_or_zeros
 from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
 from ttfunc.starts import Init, delta_dtype, start_of_each, start_rows
@@ -194,23 +194,6 @@ def _first_new(grow: bool, after: TokenDeltas | None, matrix: Matrix) -> int | N
     if after is not None:
         return next_token(after, matrix)
     return matrix.shape[0] if grow else None
-
-
-def check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) -> None:
-    """Raise ValueError where one end of the model grows otherwise than the other."""
-    sizes: dict[str, int] = {}
-    for name, module in both_ends(model).items():
-        weight = module.get_parameter("weight")
-        sizes[name] = shape_of(weight)[0]
-        for matrix, indices in requests:
-            if any(weight is one for _, one in matrix.slots):
-                sizes[name] = max(sizes[name], *(token + 1 for token in indices.ids))
-    if len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"with these rows the matrices of {type(model).__name__} would have {sizes} rows: a "
-            f"new token needs one at both ends. Give the same new ids to both: "
-            f"targets={list(sizes)}, or leave targets out."
-        )
 
 
 def _each_module(

@@ -94,8 +94,7 @@ def _differing_from(state: Mapping[str, Any], resized: Mapping[str, Any]) -> lis
     return [
         name
         for name, value in resized.items()
-        if value is not state[name]
-        and (type(value) is int or _is_shown(value, state[name]))
+        if value is not state[name] and (type(value) is int or _is_shown(value, state[name]))
     ]
 
 

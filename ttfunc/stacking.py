@@ -19,6 +19,7 @@ from ttfunc.deltas import (
 )
 from ttfunc.growth import check_same_new
 from ttfunc.indices import TokenIndices, outside_of_autocast, union, with_rows
+from ttfunc.model.memory import same_bits
 from ttfunc.model.owners import is_sharded, unreadable
 from ttfunc.torch_private import outside_of_modes
 

@@ -35,9 +35,8 @@ from ttfunc.disk.tensors import (
     rows_device,
     tensor_of,
 )
-from ttfunc.growth import check_after, next_token, numbered_on
+from ttfunc.growth import check_after, check_ends, next_token, numbered_on
 from ttfunc.indices import token_indices
-from ttfunc.init import check_ends
 from ttfunc.model.given import check_model
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.origin import origin_of

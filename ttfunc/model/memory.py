@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -31,6 +32,18 @@ def _may_share_memory(tensor: Tensor) -> bool:
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same storage, offset, shape, strides and dtype."""
     return memory_of(a) == memory_of(b)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bytes, wherever they are."""
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta or b.is_meta:  # no values to compare
+        return a.is_meta and b.is_meta
+    # As bytes, so that a NaN equals itself.
+    return torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8))
 
 
 def overlaps(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What deferred logits hold: a NaN in their shape, with their gradient, and a copy of the rows."""
+"""What deferred logits hold: one NaN in their shape, with their gradient, and their rows."""
 
 from __future__ import annotations
 

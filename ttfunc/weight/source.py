@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from ttfunc.deltas import same_bits
 from ttfunc.indices import outside_of_autocast
 from ttfunc.model.matrix import Matrix
+from ttfunc.model.memory import same_bits
 from ttfunc.torch_private import in_backward, is_traced, transforms_active, version_of
 
 # So many tensors, and so many bytes of them in all, are compared at each read to what they were.
