@@ -7,7 +7,8 @@ from ttfunc.call import functional_call
 from ttfunc.counts import Summary, summary
 from ttfunc.deltas import TokenDeltas, combine
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
-from ttfunc.disk.rows_file import load, save
+from ttfunc.disk.load import load
+from ttfunc.disk.rows_file import save
 from ttfunc.exportable import Exportable
 from ttfunc.init import init_deltas
 from ttfunc.merging import merge, unmerge

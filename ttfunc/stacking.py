@@ -15,7 +15,6 @@ from ttfunc.deltas import (
     check_one_model,
     check_shapes,
     check_type,
-    same_bits,
 )
 from ttfunc.growth import check_same_new
 from ttfunc.indices import TokenIndices, outside_of_autocast, union, with_rows

@@ -18,7 +18,8 @@ from tests.helpers.oracle import bits
 from tests.helpers.rows import random_rows
 from tests.helpers.rows_files import IDX, same
 from ttfunc import TokenDeltas
-from ttfunc.disk.rows_file import load, read, save
+from ttfunc.disk.load import load
+from ttfunc.disk.rows_file import read, save
 
 NAME, HEAD = "embed_tokens.weight", "lm_head.weight"
 

@@ -14,7 +14,8 @@ from tests.helpers.checkpoints import names_in
 from tests.helpers.models import make
 from tests.helpers.rows import random_rows
 from tests.helpers.rows_files import IDX, same
-from ttfunc.disk.rows_file import load, read, save
+from ttfunc.disk.load import load
+from ttfunc.disk.rows_file import read, save
 
 
 def test_the_file_is_made_with_the_usual_permissions(tmp_path):

@@ -19,7 +19,8 @@ from tests.helpers.rows import random_rows
 from tests.helpers.rows_files import IDX, same, stacked
 from ttfunc import TokenDeltas, functional_call, init_deltas, merge, patch, unmerge
 from ttfunc.disk.header import FLOATS
-from ttfunc.disk.rows_file import load, read, save
+from ttfunc.disk.load import load
+from ttfunc.disk.rows_file import read, save
 
 NAME, HEAD = "embed_tokens.weight", "lm_head.weight"
 

@@ -15,7 +15,8 @@ from tests.helpers.oracle import same_bits
 from tests.helpers.rows import random_rows
 from tests.helpers.rows_files import IDX, same, stacked
 from ttfunc import TokenDeltas, init_deltas, unmerge
-from ttfunc.disk.rows_file import load, read, save
+from ttfunc.disk.load import load
+from ttfunc.disk.rows_file import read, save
 
 NAME, HEAD = "embed_tokens.weight", "lm_head.weight"
 
