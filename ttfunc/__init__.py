@@ -16,7 +16,8 @@ from ttfunc.mixing import patch_mixed
 from ttfunc.module import TokenModule
 from ttfunc.patching import patch
 from ttfunc.peft.as_lora import save_as_lora
-from ttfunc.peft.convert import load_peft, save_peft
+from ttfunc.peft.load_peft import load_peft
+from ttfunc.peft.save_peft import save_peft
 from ttfunc.pieces import mean_of_pieces
 from ttfunc.stacking import stack
 from ttfunc.weight.deferred import PatchedWeight

@@ -15,7 +15,7 @@ from torch import nn
 from tests.helpers.oracle import same_bits, snapshot
 from tests.helpers.peft_reference import far, inputs_of, logits, peft_deltas, quiet, run, toy
 from ttfunc import TokenDeltas, merge, unmerge
-from ttfunc.peft.convert import load_peft
+from ttfunc.peft.load_peft import load_peft
 
 APART = {"embed_tokens": [7, 3], "lm_head": [3, 41, 0]}
 

@@ -21,7 +21,8 @@ from tests.helpers.peft_folders import (
 )
 from tests.helpers.peft_reference import IDX, V, inputs_of, logits, peft_of, toy
 from tests.helpers.rows import random_rows
-from ttfunc.peft.convert import load_peft, save_peft
+from ttfunc.peft.load_peft import load_peft
+from ttfunc.peft.save_peft import save_peft
 
 
 def test_the_least_config(tmp_path):

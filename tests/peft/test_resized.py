@@ -14,7 +14,7 @@ from torch import nn
 from tests.helpers.peft_folders import change_config, check_loaded, on_meta, save_with_peft
 from tests.helpers.peft_reference import EMBEDDING, V, peft_of, quiet, toy
 from tests.helpers.rows import random_rows
-from ttfunc.peft.convert import load_peft
+from ttfunc.peft.load_peft import load_peft
 
 
 def resized(name: str, folder: Path, **options) -> tuple[nn.Module, peft.PeftModel]:

@@ -27,7 +27,8 @@ from tests.helpers.peft_folders import (
 from tests.helpers.peft_reference import EMBEDDING, HEAD, IDX, D, V, filled, peft_of, quiet, toy
 from tests.helpers.rows import random_rows
 from ttfunc import init_deltas
-from ttfunc.peft.convert import load_peft, save_peft
+from ttfunc.peft.load_peft import load_peft
+from ttfunc.peft.save_peft import save_peft
 
 KEY = "base_model.model.{}.trainable_tokens_delta"
 

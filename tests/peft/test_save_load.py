@@ -40,7 +40,8 @@ from tests.helpers.peft_reference import (
 )
 from tests.helpers.rows import random_rows
 from ttfunc import TokenDeltas, init_deltas, merge
-from ttfunc.peft.convert import load_peft, save_peft
+from ttfunc.peft.load_peft import load_peft
+from ttfunc.peft.save_peft import save_peft
 
 TWO = ["embed_tokens", "lm_head"]
 
