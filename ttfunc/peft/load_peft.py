@@ -91,9 +91,8 @@ def load_peft(
             _check_weights(directory / WEIGHTS, adapter.weights, model, specs)
     if innermost(model) is model:
         warn_of_other_keys(adapter.other_keys, directory)
-    deltas = {name: delta.to(dtype or delta.dtype) for name, delta in deltas.items()}
-    for delta in deltas.values():
-        delta.requires_grad_(requires_grad)
+    for name, delta in deltas.items():
+        deltas[name] = delta.to(dtype or delta.dtype).requires_grad_(requires_grad)
     return TokenDeltas(deltas, specs)
 
 
@@ -105,9 +104,8 @@ def _check_has_none(model: nn.Module, directory: Path) -> None:
             raise ValueError(
                 f"this {type(model).__name__} has rows of tokens already, which PEFT trains, in "
                 f"{module!r}: PeftModel.from_pretrained loads those of {str(directory)!r} itself. "
-                "Call it as it is; or take the rows on the plain model: load_peft(directory, "
-                "model.unload()), which leaves out the rest of the adapter. For a LoRA that stays "
-                "with PEFT, make its PeftModel of a config without trainable_token_indices."
+                "Call it as it is; or load_peft(directory, model.unload()) on the plain model. For "
+                "a LoRA that stays, make a PeftModel of a config without trainable_token_indices."
             )
 
 
@@ -123,8 +121,8 @@ def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, Ro
     if beyond := [token for token in found.indices if token >= shape[0]]:
         raise ValueError(
             f"token indices {shortened(beyond)} are past the end of {name!r}, which has {shape[0]} "
-            "rows. An adapter of new tokens is for a model that was resized: "
-            "model.resize_token_embeddings(len(tokenizer)). (ttfunc.save and load need no resizing)"
+            "rows. Resize the model first: model.resize_token_embeddings(len(tokenizer)). (A file "
+            "of ttfunc.save needs no resizing: load takes new tokens)"
         )
     indices = token_indices(found.indices, shape[0], name)
     with outside_of_modes():
