@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-VIEWS = {"detach", "alias", "expand", "permute", "t", "transpose", "view", "lift_fresh_copy"}
+VIEWS = {"detach", "alias", "expand", "mT", "permute", "t", "transpose", "view", "lift_fresh_copy"}
 
 
 class Of(nn.Module):
