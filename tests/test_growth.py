@@ -186,6 +186,24 @@ def test_a_file_of_new_rows(tmp_path):
     )
 
 
+def test_a_file_is_not_loaded_where_its_rows_are_new_at_one_end_alone(tmp_path):
+    resized = llama(tie=False)
+    resized.resize_token_embeddings(V + 2, mean_resizing=False)
+    path = tmp_path / "rows"
+    save(random_rows(resized.requires_grad_(False), [V, V + 1]), path)  # of the input alone
+    model = llama(tie=False)
+    match = r"rows' has rows that are new tokens on this model: .* a new token needs one at both"
+    with pytest.raises(ValueError, match=match):
+        load(path, model)
+    save(random_rows(resized, [V, V + 1], targets=["embed_tokens", "lm_head"]), path)
+    loaded = load(path, model)
+    assert [spec.grown for spec in loaded.specs.values()] == [2, 2]
+    torch.testing.assert_close(
+        functional_call(model, patch(loaded), X).logits,
+        functional_call(resized, patch(load(path, resized)), X).logits,
+    )
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
 def test_a_peft_adapter_of_new_tokens_is_for_a_model_that_was_resized(tmp_path):
     model = llama()

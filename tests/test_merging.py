@@ -5,16 +5,20 @@ from __future__ import annotations
 import collections
 from types import MappingProxyType
 
+import hypothesis.strategies as st
 import numpy as np
 import optree
 import pytest
 import torch
+from hypothesis import given, settings
+from torch import nn
 
 from tests.helpers.llama import llama
 from tests.helpers.models import D, V, make, tokens
 from tests.helpers.oracle import same_bits
 from tests.helpers.rows import random_rows
-from ttfunc import functional_call, merge, patch, unmerge
+from ttfunc import functional_call, merge, patch, save, unmerge
+from ttfunc.disk.rows_file import read
 
 NAME = "embed_tokens.weight"
 
@@ -275,3 +279,57 @@ def test_transforms_and_traces_are_not_warned_in():
 
     with pytest.warns(UserWarning, match="are not the originals"):
         torch.func.grad(of_rows)(params)
+
+
+# What is as long as the vocabulary, beside the matrix
+
+
+class Biased(nn.Module):
+    """An untied model with one bias of the logits above both of its matrices, as BART's."""
+
+    def __init__(self, height: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(height, D)
+        self.lm_head = nn.Linear(D, height, bias=False)
+        self.register_buffer("final_logits_bias", torch.randn(1, height))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.embed_tokens(x)) + self.final_logits_bias
+
+
+def test_a_bias_that_two_matrices_have_in_common_gets_longer_once(tmp_path):
+    model, resized = Biased(V), Biased(V + 2)
+    params = random_rows(model, [V, V + 1], grow=True)
+    assert len(params.specs) == 2
+    merged = merge(model.state_dict(), params)
+    resized.load_state_dict(merged)
+    x = tokens(V, V + 1)
+    torch.testing.assert_close(resized(x), functional_call(model, patch(params), x))
+    assert same_bits(unmerge(merged, params), model.state_dict())
+    save(params, tmp_path / "rows")  # as well without the model
+    assert same_bits(merge(model.state_dict(), read(tmp_path / "rows")), merged)
+
+
+PLACES = st.sampled_from(["", "lm_head", "embed_tokens", "body"])
+BUFFERS = st.dictionaries(
+    st.tuples(PLACES, st.sampled_from(["bias", "final_logits_bias", "other"])),
+    st.sampled_from([(V,), (V + 2,), (1, V), (1, V + 2), (3,)]),
+)
+
+
+@given(tie=st.booleans(), buffers=BUFFERS)
+@settings(max_examples=40)
+def test_every_entry_of_a_state_dict_is_given_back(tie: bool, buffers):
+    model = make("tied" if tie else "untied")
+    for (place, name), shape in buffers.items():
+        module = model.get_submodule(place)
+        if name not in module._parameters or module._parameters[name] is None:
+            module._parameters.pop(name, None)
+            module.register_buffer(name, torch.randn(shape))
+    params = random_rows(model, [V, 7, V + 1], grow=True)
+    state = model.state_dict()
+    merged = merge(state, params)
+    changed = {name for name in state if merged[name] is not state[name]}
+    matrices = {name for spec in params.specs.values() for name in spec.names}
+    assert all(name.endswith("bias") and state[name].shape[-1] == V for name in changed - matrices)
+    assert same_bits(unmerge(merged, params), state)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from ttfunc.deltas import RowSpec, TokenDeltas
+from ttfunc.model.sizes import Entry
 
 
 def check_complete(params: TokenDeltas) -> None:
@@ -39,18 +39,6 @@ def shape_in_weights(spec: RowSpec, merged: bool) -> tuple[int, int]:
     if spec.height > start + spec.grown:
         raise _left_out(spec, start)
     return start + spec.grown * merged, spec.shape[1]
-
-
-class Entry(NamedTuple):
-    """A size in a config: before the new tokens, with them, and in the model itself."""
-
-    old: int
-    new: int
-    start: int
-
-    @property
-    def back(self) -> Entry:
-        return Entry(self.new, self.old, self.start)
 
 
 def config_entries(specs: Mapping[str, RowSpec], merged: bool = False) -> dict[str, Entry] | None:

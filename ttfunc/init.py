@@ -129,7 +129,7 @@ def _requests(
         _warn_of_padding(target, module, indices)
     found = [(matrix, indices) for _, matrix, indices in requests.values()]
     if longer := [matrix for matrix, indices in found if max(indices.ids) >= matrix.shape[0]]:
-        _check_ends(model, found)
+        check_ends(model, found)
         for matrix in longer:
             check_beside(model, matrix)
     return found
@@ -179,7 +179,7 @@ def _first_new(grow: bool | TokenDeltas, matrix: Matrix) -> int | None:
     return matrix.shape[0] if grow else None
 
 
-def _check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) -> None:
+def check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) -> None:
     """Raise ValueError where one end of the model grows otherwise than the other."""
     sizes: dict[str, int] = {}
     for name, module in both_ends(model).items():

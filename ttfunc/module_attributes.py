@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttfunc.growth import config_entries
 from ttfunc.merging import merge
 from ttfunc.model.owners import engines_at_work, is_sharded
+from ttfunc.model.sizes import with_entries
 from ttfunc.module_parts import WRITERS, Bridge, is_fusing, part, stand_ins
 from ttfunc.names import innermost
 from ttfunc.weight.deferred import PatchedWeight
@@ -140,6 +142,7 @@ def _save_merged(bridge: Bridge, save: MethodType, *args: Any, **kwargs: Any) ->
             "what is saved is the model with the rows in it."
         )
     owner = bridge.base
+    entries = config_entries(bridge.params().specs)
     if engines_at_work() and any(map(is_sharded, owner.state_dict(keep_vars=True).values())):
         raise RuntimeError(
             f"each rank has a part of this {type(owner).__name__}, and save_pretrained writes it "
@@ -155,8 +158,17 @@ def _save_merged(bridge: Bridge, save: MethodType, *args: Any, **kwargs: Any) ->
             for name, tensor in owner.state_dict().items()
         }
         merged = merge(state, bridge.params())
-    # On the copy, whose config has the size of the vocabulary.
-    bridge._call((), {**options, "state_dict": merged}, "save_pretrained", at=owner)
+
+    def write(model: Any) -> None:  # a copy, whose config has a size of the vocabulary
+        config = model.config
+        try:
+            if entries:
+                model.config = with_entries(owner.config, entries)
+            model.save_pretrained(**{**options, "state_dict": merged})
+        finally:  # what the copy keeps, the model keeps
+            model.config = config
+
+    bridge._call((), {}, write, at=owner)
 
 
 def _plain(other: Tensor, tensor: Tensor) -> Tensor:

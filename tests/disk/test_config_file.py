@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ttfunc.disk.config_file import kind_of, with_sizes
-from ttfunc.growth import Entry
+from ttfunc.model.sizes import Entry
 
 SIZES = {23: 25}
 BACK = {25: 23}

@@ -167,3 +167,29 @@ def test_a_checkpoint_of_another_height(tmp_path):
     taller = init_deltas(model, [V + 1])
     with pytest.raises(ValueError, match=r"has shape \(23, 8\).* made for \(25, 8\)"):
         merge_checkpoint(tmp_path / "model", taller, tmp_path / "other")
+
+
+def test_what_has_the_new_length_by_chance_is_left_and_given_back(tmp_path):
+    model = llama(tie=False)
+    params = random_rows(model, NEW, grow=True)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    state["lm_head.other_bias"] = torch.randn(V + 2)
+    (tmp_path / "model").mkdir()
+    save_file(state, tmp_path / "model/model.safetensors", {"format": "pt"})
+    config = {"model_type": "llama", "vocab_size": V, "audio_config": {"vocab_size": V + 2}}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    merge_checkpoint(tmp_path / "model", params, tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged/config.json").read_text())
+    assert merged == config | {"vocab_size": V + 2}
+    unmerge_checkpoint(tmp_path / "merged", params, tmp_path / "back")
+    assert bytes_of(tmp_path / "back") == bytes_of(tmp_path / "model")
+
+
+def test_a_config_of_another_size_is_refused_before_anything_is_written(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(path.read_text().replace(f'"vocab_size": {V}', '"vocab_size": 30'))
+    with pytest.raises(ValueError, match="config.json has 30 for 'vocab_size', and the model"):
+        merge_checkpoint(tmp_path / "model", random_rows(model, NEW, grow=True), tmp_path / "m")
+    assert not (tmp_path / "m").exists()

@@ -37,10 +37,10 @@ def merge_checkpoint(
     """A copy of a checkpoint with the trained rows in it, made without building the model.
 
     The bytes are those of `ttfunc.merge` on the loaded tensors. With new tokens the tensors get
-    longer, and the sizes in the index of the shards and `vocab_size` in `config.json` follow. All
-    else is copied byte for byte, and memory does not grow with the checkpoint. The source is only
-    read; the destination appears whole or not at all. Permissions are kept, times are those of the
-    copy.
+    longer, and the sizes in the index of the shards follow, and those in `config.json` that are the
+    matrix's. All else is copied byte for byte, and memory does not grow with the checkpoint. The
+    source is only read; the destination appears whole or not at all. Permissions are kept, times
+    are those of the copy.
 
     Args:
         source: a Hugging Face folder with `.safetensors` files, sharded or not, or one such file.
@@ -61,7 +61,8 @@ def merge_checkpoint(
 
     Raises:
         KeyError: the checkpoint has none of the names of a matrix, or lacks the one in `names`.
-        ValueError: a matrix of another shape, or quantised; rows that are not finite in its dtype;
+        ValueError: a matrix of another shape, or quantised; new rows for a part of what the config
+            gives one size; a config of another size; rows that are not finite in its dtype;
             a broken file; a destination inside of the source; a `tokenizer` that would write over
             the model's files.
         FileExistsError, FileNotFoundError, OSError: the destination exists, the source does not,

@@ -12,8 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from ttfunc.growth import Entry
-from ttfunc.model.sizes import USUAL
+from ttfunc.model.sizes import USUAL, Entry
 
 _HAD_IT, _ADDED = "\t", "\t\t"
 _VALUE = json.JSONDecoder()

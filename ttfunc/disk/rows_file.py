@@ -28,14 +28,15 @@ from ttfunc.disk.tensors import (
     check_model,
     check_rows,
     cpu_copy,
-    differing,
     opened,
+    other_base,
     path_of,
     prefix_errors,
     rows_device,
     tensor_of,
 )
 from ttfunc.indices import token_indices
+from ttfunc.init import check_ends
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.origin import origin_of
 from ttfunc.model.shards import rows_at
@@ -115,19 +116,22 @@ def load(
         TokenDeltas with the deltas and originals of the file, bit for bit and in its dtypes. They
         are on the device of the matrix; for a model on `meta` they are on the CPU, so that they can
         be merged into real weights. Warns where the model's rows are not the originals of the file:
-        `unmerge` writes those of the file. On a matrix of another height the ids decide: those past
+        `unmerge` writes those of the file; and where most others are not those of the model that
+        was trained. On a matrix of another height the ids decide: those past
         its end are new tokens, and new tokens that it has by now are replaced ones.
 
     Raises:
         KeyError: the model has no parameter with a name in the file, or in `names`.
         ValueError: the model has the matrix in another width, without room for the ids, or tied to
-            other names than in the file; or the file cannot be `read`.
+            other names than in the file; the rows are new tokens of one end of the model alone; or
+            the file cannot be `read`.
         FileNotFoundError: there is no file.
     """
     path = path_of(path, "load(path, model)")
     check_model(model, "load(path, model)")
     params = _called(read(path), model, names, path)
     deltas, specs = {}, {}
+    told, grown = [], []
     for name, spec in params.specs.items():
         matrix = _same_matrix(model, spec, path)
         spec = _at_height_of(matrix, spec, path)
@@ -137,20 +141,16 @@ def load(
             delta = params.deltas[name].to(rows_device(weight))
             deltas[first] = delta.requires_grad_(requires_grad)
         origin = origin_of(model, matrix, spec.indices.ids).joined(spec.origin)
-        specs[first] = replace(
+        specs[first] = loaded = replace(
             spec, names=matrix.names, originals=originals, matrix=matrix, origin=origin
         )
-        if weight.is_meta:
-            continue
-        ids, known = spec.known(originals)
-        found = rows_at(weight, ids.to(weight.device))
-        if other := [ids.tolist()[i] for i in differing(found, known)]:
-            warnings.warn(
-                f"the rows of tokens {shown(other)} in {first!r} are not those that {str(path)!r} "
-                "was trained from: this is another model, or one resized and initialised anew. The "
-                "trained rows replace them anyway; unmerge writes the file's originals.",
-                stacklevel=2,
-            )
+        told.append(other_base(matrix, loaded, spec.origin, path))
+        grown += [(matrix, loaded.indices)] * bool(loaded.grown)
+    if grown:
+        with prefix_errors(f"{str(path)!r} has rows that are new tokens on this model"):
+            check_ends(model, grown)
+    for message in filter(None, told):
+        warnings.warn(message, stacklevel=2)
     return TokenDeltas(deltas, specs)
 
 

@@ -6,14 +6,18 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ttfunc.deltas import GATHER
+from ttfunc.deltas import GATHER, RowSpec
 from ttfunc.disk.header import FLOATS
+from ttfunc.model.matrix import Matrix
+from ttfunc.model.origin import Origin, is_other
+from ttfunc.model.shards import rows_at
 from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
 
 
@@ -41,6 +45,28 @@ def differing(a: Tensor, b: Tensor) -> list[int]:
     coarse = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     a, b = (rows.to(coarse).contiguous().view(torch.uint8) for rows in (a, b))
     return (a != b).any(1).nonzero().ravel().tolist()
+
+
+def other_base(matrix: Matrix, spec: RowSpec, saved: Origin, path: Path) -> str:
+    """What to say where a matrix is not the one that the rows of a file belong to; else nothing."""
+    weight, first = matrix.tensor, spec.names[0]
+    if weight.is_meta:
+        return ""
+    ids, known = spec.known(spec.originals)
+    found = rows_at(weight, ids.to(weight.device))
+    if other := [ids.tolist()[i] for i in differing(found, known)]:
+        return (
+            f"the rows of tokens {shown(other)} in {first!r} are not those that {str(path)!r} was "
+            "trained from: this is another model, or one resized and initialised anew. The trained "
+            "rows replace them anyway; unmerge writes the file's originals."
+        )
+    if saved.sample is not None and is_other(weight, saved.sample, spec.indices.ids):
+        return (
+            f"{first!r} has other rows than in the model that {str(path)!r} was trained on "
+            f"({saved.model}), also where nothing was trained: is this {spec.origin.model} another "
+            "model of the same shape? Use the one that was trained."
+        )
+    return ""
 
 
 def check_rows(tensor: Tensor, k: int, width: int, what: str) -> None:

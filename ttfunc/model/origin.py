@@ -89,11 +89,13 @@ def _saved_whole(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _names(model: nn.Module) -> list[str]:
-    return [
-        f"{path}.{a}" if path else a
-        for path, m in named_modules(model)
-        for a in chain(m._parameters, m._buffers)
-    ]
+    """One for each parameter and buffer: the first, where it has several."""
+    first: dict[int, str] = {}
+    for path, module in named_modules(model):
+        for attribute, one in chain(module._parameters.items(), module._buffers.items()):
+            if one is not None:
+                first.setdefault(id(one), f"{path}.{attribute}" if path else attribute)
+    return [*first.values()]
 
 
 def _biases(model: nn.Module, name: str, height: int) -> Iterator[str]:
@@ -114,9 +116,30 @@ def _sample(matrix: Matrix, trained: Sequence[int]) -> Sample | None:
     if tensor.is_meta or is_sharded(tensor):  # numbers of other ranks cost a message
         return None
     even = dict.fromkeys(height * place // _SAMPLED for place in range(_SAMPLED))
-    rows = tuple(row for row in even if row not in set(trained))
+    rows = tuple(sorted(even.keys() - set(trained)))
     with outside_of_modes():
         return Sample(rows, numbers_at(tensor, rows))
+
+
+def is_other(matrix: Tensor, sample: Sample, trained: Sequence[int]) -> bool:
+    """Whether most numbers of the sample are others in the matrix, in the coarser dtype.
+
+    A model that differs in a few rows, as one that other rows were merged into, is the same one.
+    """
+    kept = [
+        (row, place)
+        for place, row in enumerate(sample.rows)
+        if row < matrix.shape[0] and row not in trained
+    ]
+    if not kept or is_sharded(matrix):
+        return False
+    rows, places = zip(*kept, strict=True)
+    with outside_of_modes():
+        found = numbers_at(matrix, rows).cpu()
+        known = sample.numbers.cpu()[list(places)]
+        coarse = max(found.dtype, known.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        differing = found.to(coarse).double() != known.to(coarse).double()
+    return int(differing.sum()) * 2 > len(kept)
 
 
 def numbers_at(matrix: Tensor, rows: tuple[int, ...]) -> Tensor:

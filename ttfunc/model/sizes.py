@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,6 +14,18 @@ from ttfunc.model.references import PLAIN
 USUAL = ("vocab_size", "decoder_vocab_size", "n_words")
 _OF_MODULES = (*USUAL, "num_embeddings", "out_features")
 _OF_ALL = frozenset(vars(nn.Module()))
+
+
+class Entry(NamedTuple):
+    """A size in a config: before the new tokens, with them, and in the model itself."""
+
+    old: int
+    new: int
+    start: int
+
+    @property
+    def back(self) -> Entry:
+        return Entry(self.new, self.old, self.start)
 
 
 class Resized:
@@ -109,6 +121,21 @@ def _copied(value: Any) -> Any:
 
 def _same(was: Any, value: Any) -> bool:
     return was is value or (type(value) is int and type(was) is int and was == value)
+
+
+def with_entries(config: Any, entries: Mapping[str, Entry]) -> Any:
+    """A copy of a config with the new numbers at these paths."""
+    changed = copy.deepcopy(config)
+    for path, entry in entries.items():
+        *outer, last = path.split(".")
+        holder = changed
+        for part in outer:
+            holder = holder[part] if isinstance(holder, dict) else getattr(holder, part)
+        if isinstance(holder, dict):
+            holder[last] = entry.new
+        else:
+            setattr(holder, last, entry.new)
+    return changed
 
 
 def is_bias(name: str, shape: Sequence[int], height: int) -> bool:
