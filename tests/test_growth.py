@@ -496,3 +496,151 @@ def test_a_compiled_call_with_new_tokens_reads_the_new_size():
     compiled = torch.compile(loss, backend="eager")
     torch.testing.assert_close(compiled(params), expected)
     assert model.config.vocab_size == V
+
+
+class OwnHead(nn.Module):
+    """A head of a class of its own."""
+
+    def __init__(self, height: int = V) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(height, D))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h @ self.weight.T
+
+
+class Named(CORPUS["tied"]):  # type: ignore[misc]
+    """A model that names both of its ends."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__(tie=False)
+        self.lm_head = head
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+def test_a_head_of_a_class_of_its_own():
+    torch.manual_seed(0)
+    model = Named(OwnHead())
+    params = grown(model, requires_grad=True)
+    assert list(params.deltas) == [NAME, "lm_head.weight"]
+    reference = lengthened(model, params)
+    expected, logits = reference(X), functional_call(model, patch(params), X)
+    torch.testing.assert_close(logits, expected)
+    loss_of(expected).backward()
+    loss_of(logits).backward()
+    for name, wanted in row_gradients(reference, params).items():
+        torch.testing.assert_close(params.deltas[name].grad, wanted)
+
+
+@pytest.mark.parametrize("height", [V - 3, V + 3])
+def test_a_head_of_another_height_is_refused(height: int):
+    model = Named(nn.Linear(D, height))
+    match = rf"'embed_tokens' of Named has 23 rows, and the head 'lm_head' has one of \({height}, 8"
+    with pytest.raises(ValueError, match=match):
+        init_deltas(model, NEW, grow=True)
+    with pytest.raises(ValueError, match="the head 'lm_head' has no weight of its own"):
+        init_deltas(Named(nn.Sequential(nn.Linear(D, V))), NEW, grow=True)
+    rows = random_rows(model, [7, 3])  # of tokens that it has
+    torch.testing.assert_close(
+        functional_call(model, patch(rows), X % V), edited(model, rows)(X % V)
+    )
+    read = grown(model, targets="embed_tokens")  # what is to be read alone
+    assert functional_call(model, patch(read), X).shape == (*X.shape, height)
+    each = {"embed_tokens": [V, V + 1], "lm_head": list(range(height, height + 5))}
+    both = init_deltas(model, each, grow=True)
+    assert functional_call(model, patch(both), X).shape == (*X.shape, height + 5)
+
+
+class Codes(torch.Tensor):
+    """As torchao's: it says a float's dtype, and has codes."""
+
+    def dequantize(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_head_of_codes_is_refused():
+    model = Named(nn.Linear(D, V))
+    model.lm_head.weight = nn.Parameter(torch.zeros(V, D).as_subclass(Codes), False)
+    with pytest.raises(TypeError, match=r"'lm_head' has a weight of dtype torch.float32 \(Codes\)"):
+        init_deltas(model, NEW, grow=True)
+    with pytest.raises(TypeError, match="'lm_head.weight' in the state dict is .*Codes"):
+        merge(model.state_dict(), random_rows(Named(nn.Linear(D, V)), targets="lm_head"))
+
+
+@pytest.mark.parametrize("sizes", [(V, V), (V, V + 4)])
+def test_two_vocabularies(sizes: tuple[int, int]):
+    config = transformers.FSMTConfig(
+        src_vocab_size=sizes[0],
+        tgt_vocab_size=sizes[1],
+        langs=["a", "b"],
+        d_model=D,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=D,
+        decoder_ffn_dim=D,
+    )
+    model = transformers.FSMTForConditionalGeneration(config).eval()
+    params = grown(model)
+    assert list(params.deltas) == ["model.encoder.embed_tokens.weight"]
+    inputs = {"input_ids": X.clamp(min=3), "decoder_input_ids": X % V}
+    if sizes[0] == sizes[1]:
+        with pytest.warns(UserWarning, match="If they are only to be read, all is well"):
+            functional_call(model, patch(params), kwargs=inputs)
+    logits = functional_call(model, patch(params), kwargs=inputs).logits  # it is said once
+    reference = copy.deepcopy(model)
+    table = nn.Parameter(torch.cat([model.model.encoder.embed_tokens.weight, torch.zeros(2, D)]))
+    reference.model.encoder.embed_tokens.weight = table
+    torch.testing.assert_close(logits, edited(reference, params)(**inputs).logits)
+
+
+class Cut(CORPUS["tied"]):  # type: ignore[misc]
+    """It cuts its logits by a count of its own."""
+
+    def head(self, h: torch.Tensor) -> torch.Tensor:
+        return super().head(h)[..., :V]
+
+
+class Apart(CORPUS["tied"]):  # type: ignore[misc]
+    """With two heads, of which nothing says that they are."""
+
+    def __init__(self) -> None:
+        super().__init__(tie=False)
+        self.other_head = nn.Linear(D, V)
+
+
+@pytest.mark.parametrize("made", [Cut, Apart])
+def test_new_tokens_without_logits_are_told_of_once(made: Any):
+    model = made()
+    params = grown(model)
+    with pytest.warns(UserWarning, match=r"\{23: 25\}, and made no logits for them") as caught:
+        assert functional_call(model, patch(params), X).shape == (*X.shape, V)
+    assert caught[0].filename == __file__
+    functional_call(model, patch(params), X)
+    # What is no logits needs none.
+    model = made()
+    params = grown(model)
+    assert functional_call(model, patch(params), (X,), method="embed").shape == (*X.shape, D)
+
+
+def test_a_generate_that_cannot_say_new_tokens_tells_of_them():
+    model = llama(tie=False)
+    model.get_output_embeddings = lambda: None
+    model.twin = nn.Linear(D, V)  # so that the head is not the only one of its height
+    params = random_rows(model, NEW, grow=True)
+    options = {"max_new_tokens": 2, "do_sample": False}
+    with pytest.warns(UserWarning, match="it can never say one"):
+        functional_call(model, patch(params), (X.clamp(min=3),), options, method="generate")
+
+
+def test_an_error_that_has_nothing_to_do_with_sizes_has_no_note():
+    model = make("tied")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'") as caught:
+        functional_call(model, patch(grown(model)), kwargs={"x": X, "y": 3})
+    assert not getattr(caught.value, "__notes__", [])

@@ -7,17 +7,20 @@ longer there: what an adapter learnt says nothing of a token that it has never s
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
+import optree
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel, VeraConfig
 from peft import get_peft_model as with_adapter
 from torch import Tensor, nn
+from torch.func import grad, vmap
 
 from tests.helpers.llama import llama
-from tests.helpers.models import D, Language, V, make, tokens
-from tests.helpers.oracle import edited, row_gradients, snapshot
+from tests.helpers.models import D, Language, V, loss_of, make, tokens
+from tests.helpers.oracle import edited, row_gradients, same_bits, snapshot
 from tests.helpers.rows import random_rows
 from ttfunc import (
     TokenDeltas,
@@ -25,9 +28,13 @@ from ttfunc import (
     functional_call,
     init_deltas,
     load,
+    merge,
     merge_checkpoint,
     patch,
+    patch_mixed,
     save,
+    stack,
+    unmerge,
 )
 
 pytestmark = [
@@ -155,6 +162,17 @@ def test_a_module_trains_both(end: str, tie: bool):
     copied = {name: p.grad for name, p in again.named_parameters() if "lora_" in name}
     for name, gradient in ((n, p.grad) for n, p in module.named_parameters() if "lora_" in n):
         torch.testing.assert_close(copied[name], gradient)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_merged_state_dict_is_that_of_a_longer_model_and_goes_back(end: str, tie: bool):
+    plain, config = llama(tie=tie), LoraConfig(r=2, **ENDS[end])
+    model = filled(with_adapter(copy.deepcopy(plain), config))
+    params, state = random_rows(model, NEW, grow=True), model.state_dict()
+    merged = merge(state, params)
+    assert same_bits(merged, resized(model, plain, params, config).state_dict())
+    assert same_bits(unmerge(merged, params), state)
 
 
 def test_adapters_that_are_switched():
@@ -309,3 +327,23 @@ def test_a_file_of_rows_beside_an_adapter_goes_into_the_folder_of_the_model(tmp_
     torch.testing.assert_close(
         functional_call(plain, patch(load(tmp_path / "rows", plain)), X).logits, expected
     )
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_transforms(tie: bool):
+    plain = llama(tie=tie, attn_implementation="eager")
+    model = filled(with_adapter(plain, LoraConfig(r=2, **ENDS["both"]))).requires_grad_(False)
+    each = [random_rows(model, NEW, seed, grow=True) for seed in range(2)]
+
+    def loss(params: TokenDeltas, dense: bool = True) -> Tensor:
+        return loss_of(functional_call(model, patch(params, dense=dense), X).logits)
+
+    wanted = [grad(loss)(params) for params in each]
+    found = vmap(grad(partial(loss, dense=False)))(stack(each))
+    optree.tree_map(torch.testing.assert_close, found, stack(wanted))
+    compiled = torch.compile(grad(partial(loss, dense=False)), fullgraph=True, backend="aot_eager")
+    optree.tree_map(torch.testing.assert_close, compiled(each[0]), wanted[0])
+    mixed = functional_call(model, patch_mixed(each, [1, 0, 1]), X).logits
+    for row, adapter in enumerate([1, 0, 1]):
+        alone = functional_call(model, patch(each[adapter]), X[row : row + 1]).logits
+        torch.testing.assert_close(mixed[row : row + 1], alone)

@@ -65,6 +65,10 @@ def functional_call(
             some of them, it warns); or it read the model's own matrix, through an object that
             cannot be copied.
         AttributeError: the model has no such method.
+
+    Warns:
+        UserWarning: the call read one of several patched matrices and not another; or it read new
+            tokens and made no logits for them (once for a model).
     """
     _check_arguments(model, weights, kwargs, method, misplaced)
     given = args if isinstance(args, tuple) else (args,)

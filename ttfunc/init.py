@@ -49,7 +49,8 @@ def init_deltas(
         idx: k token ids, or a mapping from target to its own ids (then without `targets`).
         targets: Embedding and Linear modules: a module name or the end of one, a compiled pattern,
             or a list of them. By default the input embedding. A matrix that is tied to a target, by
-            identity or memory, is trained with it.
+            identity or memory, is trained with it. A layer that PEFT has put around another means
+            the one within.
         init: where the rows start. `"base"`: as they are, and new ones at the mean. `"mean"`: the
             mean of the matrix. `"normal"`: drawn with the mean and the standard deviation of each
             of its columns. A
@@ -60,8 +61,9 @@ def init_deltas(
         requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
         grow: allows new tokens. Their ids follow on the last one of the matrix: V, V+1, … without a
             gap. The patched matrix has one row more for each, and the model stays as it is. An
-            untied head grows with the input embedding. Or TokenDeltas that have new tokens
-            already: these ids follow on theirs, and `patch(first, these)` is the model with both.
+            untied head grows with the input embedding, also within a LoRA. Or TokenDeltas that have
+            new tokens already: these ids follow on theirs, and `patch(first, these)` is the model
+            with both.
 
     Returns:
         TokenDeltas with a `(k, D)` delta on the device of each distinct matrix.
@@ -69,7 +71,7 @@ def init_deltas(
     Raises:
         TypeError, ValueError, IndexError: for ids that are not token ids, targets that are unknown
         or ambiguous, tied targets with different ids, an `init` of another shape, a `dtype` that
-        is not a float.
+        is not a float, new tokens where the head or an adapter has no place for them.
     """
     warn_of_untested()
     if not isinstance(model, nn.Module):

@@ -15,7 +15,7 @@ from ttfunc.deltas import RowSpec, TokenDeltas, combine
 from ttfunc.growth import shape_in_weights
 from ttfunc.indices import TokenIndices, with_rows
 from ttfunc.model.shards import rows_at
-from ttfunc.state_dict import Group, biases_of, called, groups_of
+from ttfunc.state_dict import Group, biases_of, called, groups_of, of_height
 from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
 from ttfunc.weight.sharded import ShardedRows, like
 
@@ -176,6 +176,7 @@ def _written(
             for names in biases_of(result, group, shape_in_weights(spec, False)[0]):
                 bias = F.pad(result[names[0]], (0, longer))
                 result.update(dict.fromkeys(names, bias))
+            result.update(of_height(state_dict, aliases, len(matrix), len(matrix) + longer))
     return result
 
 
@@ -190,6 +191,7 @@ def _shortened(state_dict: Mapping[str, Tensor], groups: list[Group]) -> dict[st
         result.update(dict.fromkeys(aliases, state_dict[aliases[0]][:height]))
         for names in biases_of(state_dict, group, height + spec.grown):
             result.update(dict.fromkeys(names, state_dict[names[0]][..., :height]))
+        result.update(of_height(state_dict, aliases, height + spec.grown, height))
     return result
 
 

@@ -185,7 +185,8 @@ def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
         )
     if not holds_floats(held[name]):
         raise ValueError(
-            f"{name!r} is {held[name].dtype} in this {type(model).__name__}, and a floating-point "
-            "dtype is needed. Leave the token matrices out of the quantisation."
+            f"{name!r} is {held[name].dtype} ({type(held[name]).__name__}) in this "
+            f"{type(model).__name__}, and floating-point numbers are needed. Leave the token "
+            "matrices out of the quantisation."
         )
     return matrix_of(model, held[name])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes
 from ttfunc.growth import shape_in_weights
+from ttfunc.model.beside import adapters_in, lengthened
 from ttfunc.model.matrix import holds_floats
 from ttfunc.model.memory import same_memory
 from ttfunc.model.sizes import bias_names
@@ -93,9 +94,22 @@ def biases_of(state_dict: Mapping[str, Tensor], group: Group, height: int) -> li
     return [same for _, same in _distinct(state_dict, {name: state_dict[name] for name in names})]
 
 
+def of_height(
+    state_dict: Mapping[str, Tensor], aliases: list[str], height: int, now: int
+) -> dict[str, Tensor]:
+    """What LoRAs around the matrix have for each token, for `now` tokens: 0 for new ones."""
+    shapes = {name: one.shape for name, one in state_dict.items() if isinstance(one, Tensor)}
+    return {
+        name: lengthened(state_dict[name], dimension, now - height)
+        for name, dimension in adapters_in(shapes, aliases, height).items()
+    }
+
+
 def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> None:
     if not isinstance(matrix, Tensor) or not holds_floats(matrix):
-        what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        what: object = type(matrix).__name__
+        if isinstance(matrix, Tensor) and not matrix.is_floating_point():
+            what = matrix.dtype
         raise TypeError(
             f"{alias!r} in the state dict is {what}, which holds no rows to replace: a "
             "floating-point tensor is needed. Merge before quantising."

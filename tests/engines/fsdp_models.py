@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from tests.engines.fsdp import shard
@@ -99,6 +101,71 @@ for name, (make, options) in MODELS.items():
                 found = logits_of(functional_call(model, patch(late), TEXT, options))
                 found.square().mean().backward()
             return compared(found, started(late).grad, (oracle.detach(), started(params).grad))
+
+
+class Added(nn.Module):
+    """Tied, with a bias of its own that it adds to the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(23, 8), nn.Linear(8, 23, bias=False)
+        self.head.weight = self.embed.weight
+        self.bias = nn.Parameter(torch.randn(23))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x)) + self.bias
+
+
+def adapted(*targets: str) -> nn.Module:
+    config = peft.LoraConfig(target_modules=list(targets), r=2, lora_bias="lm_head" in targets)
+    with warnings.catch_warnings():  # of ties, and of merging
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(llama(), config)
+
+
+LONGER: dict[str, Callable[[], nn.Module]] = {
+    "a bias, and a parameter of the root": Scaled,
+    "a bias that is added to the logits": Added,
+    "BERT": bert,
+    "a LoRA on the head": lambda: adapted("lm_head"),
+    "a LoRA on the embedding": lambda: adapted("embed_tokens"),
+}
+
+
+def with_new_tokens(
+    make: Callable[[], nn.Module], shard: Callable[[nn.Module], nn.Module], lora: bool = True
+) -> Any:
+    """Logits and gradients of new tokens, rows' and LoRA's, in an engine and without it."""
+    ids, x = [24, 7, 23], TEXT.clone()
+    x[0, 2], x[1, 1] = 23, 24
+    plain, model = whole(make()), whole(make())
+    params = random_rows(plain, ids, grow=True, requires_grad=True)
+    late = init_deltas(model, ids, grow=True, init=started(params).detach(), requires_grad=True)
+    found = {}
+    for one, rows in ((plain, params), (shard(model), late)):
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_(lora and "lora_" in name)
+        logits = logits_of(functional_call(one, patch(rows), x))
+        logits.square().mean().backward()
+        of_lora = [p.grad for p in one.parameters() if p.requires_grad]
+        of_lora = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in of_lora]
+        found[one is plain] = logits, started(rows).grad, of_lora
+    (logits, rows, of_lora), truth = found[False], found[True]
+    distances = {
+        str(i): distance(a, b) for i, (a, b) in enumerate(zip(of_lora, truth[2], strict=True))
+    }
+    return {**compared(logits, rows, truth[:2]), **distances}
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+for name, make in LONGER.items():
+
+    @RECIPES.recipe(f"new tokens, {name}", make=make)
+    def new_tokens(make: Any) -> dict[str, float]:
+        return with_new_tokens(make, sharded)  # type: ignore[no-any-return]
 
 
 def logits_of(out: Any) -> Tensor:

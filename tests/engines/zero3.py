@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from tests.engines.fsdp_models import LONGER, with_new_tokens
 from tests.engines.work import (
     IDS,
     TEXT,
@@ -120,6 +121,21 @@ def grown() -> dict[str, float]:
     found = said(partitioned(model), params, x)
     found.loss.backward()
     return compared(found.logits, started(params).grad, truth)
+
+
+for name in LONGER.keys() - {"a bias, and a parameter of the root"}:  # reads the head elsewhere
+
+    @RECIPES.recipe(f"new tokens, {name}", make=LONGER[name])
+    def new_tokens(make: Any) -> dict[str, float]:
+        return with_new_tokens(make, partitioned, lora=False)  # type: ignore[no-any-return]
+
+
+@RECIPES.recipe("new tokens, a LoRA on the head that is trained")
+def trained_lora() -> dict[str, float]:
+    model = LONGER["a LoRA on the head"]()
+    params = random_rows(model, [24, 23], grow=True)
+    model = partitioned(model)
+    return refused(RuntimeError, "would get no gradient", lambda: said(model, params))
 
 
 @RECIPES.recipe("where rows start")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttfunc.model.matrix import Matrix, way_to
@@ -14,6 +16,7 @@ from ttfunc.model.sizes import is_bias
 
 # The dimension of a LoRA's parts that has the tokens; the others have none.
 _OF_LORA = {"lora_B": 0, "lora_embedding_A": 1, "lora_A": None, "lora_embedding_B": None}
+_LAYERS = re.compile(r"(?<=\.)base_layer\.")
 
 
 class Beside(NamedTuple):
@@ -54,6 +57,25 @@ def check_beside(model: nn.Module, matrix: Matrix) -> None:
     for name, _ in matrix.slots:
         for _ in beside(way_to(model, name), name, matrix.shape[0]):
             pass
+
+
+def lengthened(tensor: Tensor, dimension: int, by: int) -> Tensor:
+    """With `by` zeros at the end of the dimension, or so many numbers less."""
+    return F.pad(tensor, (*(0, 0) * (tensor.ndim - 1 - dimension), 0, by))
+
+
+def adapters_in(
+    shapes: Mapping[str, Sequence[int]], matrix: Iterable[str], height: int
+) -> dict[str, int]:
+    """The parts of LoRAs around a matrix in a state dict, each with the dimension of the tokens."""
+    around = {name[: one.start()] for name in matrix for one in _LAYERS.finditer(name)}
+    found = {}
+    for name, shape in shapes.items():
+        part = next((name[len(one) :].split(".")[0] for one in around if name.startswith(one)), "")
+        dimension = _OF_LORA.get(part)
+        if dimension is not None and dimension < len(shape) and shape[dimension] == height:
+            found[name] = dimension
+    return found
 
 
 def _of_adapters(

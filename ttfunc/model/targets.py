@@ -175,7 +175,7 @@ def both_ends(model: nn.Module, likely: bool = False) -> dict[str, nn.Module]:
     (first,) = found.values()
     height = shape_of(first.get_parameter("weight"))[0]
     head = _head(model) or (_only_linear(model, height) if likely else None)
-    if head is None or head[1] is first:
+    if head is None or isinstance(head[1], nn.Embedding):  # itself, or of another vocabulary
         return found
     name, module = head
     if likely and "modules_to_save" in module._modules:

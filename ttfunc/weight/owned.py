@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttfunc.model.owners import Kept, is_owned, shape_of
+from ttfunc.model.beside import lengthened
+from ttfunc.model.owners import Kept, is_owned, is_zero3, shape_of
 from ttfunc.torch_private import fsdp_manages, is_dtensor, no_torch_function, tree_map
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER, SIZES
@@ -99,7 +99,8 @@ class OwnedLonger(Tensor):
     """A parameter that an engine owns, with zeros at the end of what is there at each read."""
 
     place: Place
-    by: tuple[int, ...]  # as F.pad takes it
+    dimension: int
+    by: int
 
     @classmethod
     def __torch_function__(
@@ -117,14 +118,22 @@ class OwnedLonger(Tensor):
 
 def longer(tensor: Tensor, dimension: int, by: int, place: Place | None) -> Tensor:
     """The tensor with `by` zeros at the end of a dimension; in its place when it is read."""
-    shape = list(shape_of(tensor))
-    padding = (*(0, 0) * (len(shape) - 1 - dimension), 0, by)
     if place is None:
-        return F.pad(tensor, padding)
+        return lengthened(tensor, dimension, by)
+    if is_zero3(tensor) and tensor.requires_grad and torch.is_grad_enabled():
+        # DeepSpeed's F.linear knows the gradients of a module's own parameters alone.
+        raise RuntimeError(
+            f"{by} new tokens, and a {place.attribute} of {type(place.module).__name__} "
+            f"{tuple(shape_of(tensor))} with a number for each token, which ZeRO-3 has split and "
+            "which is trained: it would get no gradient. Freeze it, leave the head and the "
+            "embedding out of the adapter's target_modules, or resize the model before it is "
+            "split (model.resize_token_embeddings)."
+        )
+    shape = list(shape_of(tensor))
     shape[dimension] += by
     nan = torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(shape)
     made = nan.as_subclass(OwnedLonger)
-    made.place, made.by = place, padding
+    made.place, made.dimension, made.by = place, dimension, by
     return made
 
 
@@ -158,10 +167,14 @@ def gathered(value: Any) -> Any:
 
 
 def _made_longer(value: OwnedLonger) -> Tensor:
-    held = value.place.held()
-    found = None if held is None or is_dtensor(held) else F.pad(held, value.by)
-    if found is None or found.shape != value.shape:
-        raise _not_gathered(value.place)
+    held, place = value.place.held(), value.place
+    if is_zero3(held):  # its dictionary gathers what is taken from it in a forward
+        held = place.module._parameters[place.attribute]
+    if held is None or is_dtensor(held) or held.ndim != value.ndim:
+        raise _not_gathered(place)
+    found = lengthened(held, value.dimension, value.by)
+    if found.shape != value.shape:
+        raise _not_gathered(place)
     return found
 
 
