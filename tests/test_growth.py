@@ -378,6 +378,130 @@ def test_a_config_is_one_in_all_modules_of_the_call():
     assert seen[0].hidden_size == config.hidden_size
 
 
+class Items(dict):
+    """As EasyDict and others: every item is an attribute too."""
+
+    def __init__(self, **items: object) -> None:
+        super().__init__(items)
+        self.__dict__.update(items)
+
+
+class Held:
+    """An object of a class of its own that holds a config."""
+
+    def __init__(self, config: object) -> None:
+        self.config = config
+
+
+def size_in(config: Any) -> int:
+    return config["vocab_size"] if type(config) is dict else config.vocab_size
+
+
+CONFIGS = {
+    "namespace": SimpleNamespace,
+    "items": Items,
+    "dict": dict,
+    "transformers": transformers.LlamaConfig,
+}
+WAYS = {
+    "config": lambda model, config: setattr(model, "config", config),
+    "args": lambda model, config: setattr(model, "args", config),
+    "object": lambda model, config: setattr(model, "held", Held(config)),
+    "both": lambda model, config: vars(model).update(config=config, kept={"its": config}),
+}
+READS = {
+    "config": lambda model: model.config,
+    "args": lambda model: model.args,
+    "object": lambda model: model.held.config,
+    "both": lambda model: model.kept["its"],
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_config_of_any_class_and_wherever_it_is_held_says_the_new_size(way: str, kind: str):
+    config = CONFIGS[kind](vocab_size=V)
+
+    class Counted(CORPUS["tied"]):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).view(-1, size_in(READS[way](self)))
+
+    model = Counted()
+    WAYS[way](model, config)
+    params = grown(model)
+    expected = lengthened(model.__class__.__base__(), params)  # type: ignore[misc]
+    expected.load_state_dict(merge(model.state_dict(), params))
+    logits = functional_call(model, patch(params), X)
+    torch.testing.assert_close(logits, expected(X).view(-1, V + 2))
+    assert READS[way](model) is config
+    assert size_in(config) == V
+    assert model(X % V).shape[-1] == V
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_what_a_model_keeps_of_its_config_is_its_own_and_what_it_writes_there_stays(raises: bool):
+    part = SimpleNamespace(vocab_size=V, calls=0)
+    config = SimpleNamespace(vocab_size=V, calls=0, text_config=part, old=1)
+
+    class Keeps(CORPUS["tied"]):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.config.calls += 1
+            self.config.text_config.calls += 2
+            self.config.seen = self.config.vocab_size is not None
+            self.config.first = self.config.text_config
+            self.config.vocab_size = int(str(self.config.vocab_size))
+            vars(self.config).pop("old", None)
+            self.options["config"] = self.config
+            self.options["calls"] = self.config.calls
+            self.held, self.parts = Held(self.config.text_config), [self.config]
+            if raises:
+                raise ValueError("in between")
+            return super().forward(x)[..., : self.config.vocab_size]
+
+    model = Keeps()
+    model.config, model.options = config, {"vocab_size": V}
+    params = grown(model)
+    for calls in (1, 2):
+        with pytest.raises(ValueError, match="in between") if raises else nullcontext():
+            assert functional_call(model, patch(params), X).shape[-1] == V + 2
+        assert model.config is config
+        assert config.text_config is part
+        assert vars(config) == {
+            "vocab_size": V, "calls": calls, "text_config": part, "seen": True, "first": part
+        }  # fmt: skip
+        assert vars(part) == {"vocab_size": V, "calls": 2 * calls}
+        assert model.options == {"vocab_size": V, "config": config, "calls": calls}
+        assert model.options["config"] is config
+        assert model.held.config is part
+        assert model.parts[0] is config
+
+
+def test_a_config_that_cannot_be_copied_is_left_as_it_is():
+    class Fixed(dict):
+        def __reduce_ex__(self, protocol: object) -> Any:
+            raise TypeError("cannot be copied")
+
+    model = make("tied")
+    model.config = Fixed(vocab_size=V)
+    params = grown(model)
+    assert functional_call(model, patch(params), X).shape[-1] == V + 2
+    assert model.config == {"vocab_size": V}
+
+
+def test_a_compiled_call_with_new_tokens_reads_the_new_size():
+    model = llama().requires_grad_(False)
+    x = X.clamp(min=3)
+    params = grown(model)
+    expected = functional_call(model, patch(params), x, {"labels": x}).loss
+
+    def loss(params: TokenDeltas) -> torch.Tensor:
+        return functional_call(model, patch(params), x, {"labels": x}).loss
+
+    compiled = torch.compile(loss, backend="eager")
+    torch.testing.assert_close(compiled(params), expected)
+    assert model.config.vocab_size == V
+
+
 class OwnHead(nn.Module):
     """A head of a class of its own."""
 
@@ -524,127 +648,3 @@ def test_an_error_that_has_nothing_to_do_with_sizes_has_no_note():
     with pytest.raises(TypeError, match="unexpected keyword argument 'y'") as caught:
         functional_call(model, patch(grown(model)), kwargs={"x": X, "y": 3})
     assert not getattr(caught.value, "__notes__", [])
-
-
-class Items(dict):
-    """As EasyDict and others: every item is an attribute too."""
-
-    def __init__(self, **items: object) -> None:
-        super().__init__(items)
-        self.__dict__.update(items)
-
-
-class Held:
-    """An object of a class of its own that holds a config."""
-
-    def __init__(self, config: object) -> None:
-        self.config = config
-
-
-def size_in(config: Any) -> int:
-    return config["vocab_size"] if type(config) is dict else config.vocab_size
-
-
-CONFIGS = {
-    "namespace": SimpleNamespace,
-    "items": Items,
-    "dict": dict,
-    "transformers": transformers.LlamaConfig,
-}
-WAYS = {
-    "config": lambda model, config: setattr(model, "config", config),
-    "args": lambda model, config: setattr(model, "args", config),
-    "object": lambda model, config: setattr(model, "held", Held(config)),
-    "both": lambda model, config: vars(model).update(config=config, kept={"its": config}),
-}
-READS = {
-    "config": lambda model: model.config,
-    "args": lambda model: model.args,
-    "object": lambda model: model.held.config,
-    "both": lambda model: model.kept["its"],
-}
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("way", WAYS)
-def test_a_config_of_any_class_and_wherever_it_is_held_says_the_new_size(way: str, kind: str):
-    config = CONFIGS[kind](vocab_size=V)
-
-    class Counted(CORPUS["tied"]):  # type: ignore[misc]
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x).view(-1, size_in(READS[way](self)))
-
-    model = Counted()
-    WAYS[way](model, config)
-    params = grown(model)
-    expected = lengthened(model.__class__.__base__(), params)  # type: ignore[misc]
-    expected.load_state_dict(merge(model.state_dict(), params))
-    logits = functional_call(model, patch(params), X)
-    torch.testing.assert_close(logits, expected(X).view(-1, V + 2))
-    assert READS[way](model) is config
-    assert size_in(config) == V
-    assert model(X % V).shape[-1] == V
-
-
-@pytest.mark.parametrize("raises", [False, True])
-def test_what_a_model_keeps_of_its_config_is_its_own_and_what_it_writes_there_stays(raises: bool):
-    part = SimpleNamespace(vocab_size=V, calls=0)
-    config = SimpleNamespace(vocab_size=V, calls=0, text_config=part, old=1)
-
-    class Keeps(CORPUS["tied"]):  # type: ignore[misc]
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.config.calls += 1
-            self.config.text_config.calls += 2
-            self.config.seen = self.config.vocab_size is not None
-            self.config.first = self.config.text_config
-            self.config.vocab_size = int(str(self.config.vocab_size))
-            vars(self.config).pop("old", None)
-            self.options["config"] = self.config
-            self.options["calls"] = self.config.calls
-            self.held, self.parts = Held(self.config.text_config), [self.config]
-            if raises:
-                raise ValueError("in between")
-            return super().forward(x)[..., : self.config.vocab_size]
-
-    model = Keeps()
-    model.config, model.options = config, {"vocab_size": V}
-    params = grown(model)
-    for calls in (1, 2):
-        with pytest.raises(ValueError, match="in between") if raises else nullcontext():
-            assert functional_call(model, patch(params), X).shape[-1] == V + 2
-        assert model.config is config
-        assert config.text_config is part
-        assert vars(config) == {
-            "vocab_size": V, "calls": calls, "text_config": part, "seen": True, "first": part
-        }  # fmt: skip
-        assert vars(part) == {"vocab_size": V, "calls": 2 * calls}
-        assert model.options == {"vocab_size": V, "config": config, "calls": calls}
-        assert model.options["config"] is config
-        assert model.held.config is part
-        assert model.parts[0] is config
-
-
-def test_a_config_that_cannot_be_copied_is_left_as_it_is():
-    class Fixed(dict):
-        def __reduce_ex__(self, protocol: object) -> Any:
-            raise TypeError("cannot be copied")
-
-    model = make("tied")
-    model.config = Fixed(vocab_size=V)
-    params = grown(model)
-    assert functional_call(model, patch(params), X).shape[-1] == V + 2
-    assert model.config == {"vocab_size": V}
-
-
-def test_a_compiled_call_with_new_tokens_reads_the_new_size():
-    model = llama().requires_grad_(False)
-    x = X.clamp(min=3)
-    params = grown(model)
-    expected = functional_call(model, patch(params), x, {"labels": x}).loss
-
-    def loss(params: TokenDeltas) -> torch.Tensor:
-        return functional_call(model, patch(params), x, {"labels": x}).loss
-
-    compiled = torch.compile(loss, backend="eager")
-    torch.testing.assert_close(compiled(params), expected)
-    assert model.config.vocab_size == V
