@@ -190,7 +190,8 @@ def test_a_file_is_not_loaded_where_its_rows_are_new_at_one_end_alone(tmp_path):
     resized = llama(tie=False)
     resized.resize_token_embeddings(V + 2, mean_resizing=False)
     path = tmp_path / "rows"
-    save(random_rows(resized.requires_grad_(False), [V, V + 1]), path)  # of the input alone
+    alone = random_rows(resized.requires_grad_(False), [V, V + 1], targets="embed_tokens")
+    save(alone, path)
     model = llama(tie=False)
     match = r"rows' has rows that are new tokens on this model: .* a new token needs one at both"
     with pytest.raises(ValueError, match=match):
@@ -551,7 +552,7 @@ def test_a_head_of_another_height_is_refused(height: int):
         init_deltas(model, NEW, grow=True)
     with pytest.raises(ValueError, match="the head 'lm_head' has no weight of its own"):
         init_deltas(Named(nn.Sequential(nn.Linear(D, V))), NEW, grow=True)
-    rows = random_rows(model, [7, 3])  # of tokens that it has
+    rows = random_rows(model, [7, 3], targets="embed_tokens")  # of tokens that it has
     torch.testing.assert_close(
         functional_call(model, patch(rows), X % V), edited(model, rows)(X % V)
     )
@@ -593,7 +594,8 @@ def test_two_vocabularies(sizes: tuple[int, int]):
         decoder_ffn_dim=D,
     )
     model = transformers.FSMTForConditionalGeneration(config).eval()
-    params = grown(model)
+    with pytest.warns(UserWarning, match="rows of 'model.encoder.embed_tokens' alone are trained"):
+        params = grown(model)
     assert list(params.deltas) == ["model.encoder.embed_tokens.weight"]
     inputs = {"input_ids": X.clamp(min=3), "decoder_input_ids": X % V}
     if sizes[0] == sizes[1]:
