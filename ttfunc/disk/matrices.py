@@ -212,13 +212,14 @@ def _check_rows(stored: StoredMatrix) -> None:
 def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) -> None:
     entry, spec = stored.entry, stored.spec
     # Scales and the like, such as weight_scale_inv and weight.absmax. Another matrix of the same
-    # shape is none, and beside a wide float what has another name is none.
+    # shape is none, nor is what the model itself has, and beside a wide float no other name is.
     parts, narrow = (f"{stored.name}_", f"{stored.name}."), entry.dtype.startswith("F8")
     beside = [
         name
         for name, shape in _shapes(checkpoint).items()
         if name.startswith(parts)
         and shape != entry.shape
+        and (narrow or name.removeprefix(stored.name) not in spec.origin.beside)
         and (narrow or any(part in name[len(stored.name) :].lower() for part in _SCALES))
     ]
     if narrow:

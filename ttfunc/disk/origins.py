@@ -26,6 +26,8 @@ def as_json(origin: Origin) -> dict[str, Any]:
         found["saved_as"] = dict(origin.saved_as)
     if origin.apart:
         found["apart"] = list(origin.apart)
+    if origin.beside:
+        found["beside"] = list(origin.beside)
     sample = origin.sample
     if sample is not None and sample.numbers.double().isfinite().all():
         (dtype,) = (name for name, one in FLOATS.items() if one == sample.numbers.dtype)
@@ -54,6 +56,7 @@ def _origin(entry: dict[str, Any]) -> Origin:
         entry.get("saved_as", {}),
         _sample(entry["sample"]) if "sample" in entry else None,
         tuple(entry.get("apart", ())),
+        tuple(entry.get("beside", ())),
     )
 
 
@@ -104,4 +107,5 @@ _FITS = {
     "saved_as": _are_renamed,
     "sample": _is_sample,
     "apart": _are_strings,
+    "beside": _are_strings,
 }

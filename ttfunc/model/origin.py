@@ -38,7 +38,8 @@ class Origin:
     these entries. biases: those of the logits, a number for each token; None where that is not
     known. saved_as: the names of checkpoints for those of the model, where transformers writes
     other ones. sample: of rows that are not trained. apart: the names of other matrices of this
-    shape, which other weights may tie to it.
+    shape, which other weights may tie to it. beside: how the names of other tensors go on after
+    that of the matrix, as I-BERT's `_scaling_factor`: the matrix has floats all the same.
     """
 
     model: str = ""
@@ -49,6 +50,7 @@ class Origin:
     saved_as: Mapping[str, str] = field(default_factory=dict)
     sample: Sample | None = None
     apart: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def joined(self, other: Origin) -> Origin:
         """What is known from either, for further rows of the same matrix."""
@@ -62,6 +64,7 @@ class Origin:
             {**other.saved_as, **self.saved_as},
             self.sample or other.sample,
             self.apart or other.apart,
+            self.beside or other.beside,
         )
 
 
@@ -83,6 +86,7 @@ def origin_of(model: nn.Module, matrix: Matrix, trained: Sequence[int]) -> Origi
         saved_as=saved_names(model, (*matrix.names, *named)),
         sample=_sample(matrix, trained),
         apart=names_apart(model, matrix),
+        beside=tuple(dict.fromkeys(_beside(model, matrix))),
     )
 
 
@@ -104,6 +108,14 @@ def _names(model: nn.Module) -> list[str]:
 
 def _biases(model: nn.Module, name: str, height: int) -> Iterator[str]:
     return (bias.name for bias in biases(way_to(model, name), name, height))
+
+
+def _beside(model: nn.Module, matrix: Matrix) -> Iterator[str]:
+    for name in matrix.names:
+        module, attribute = way_to(model, name)[-1], name.rpartition(".")[2]
+        for other in chain(module._parameters, module._buffers):
+            if other.startswith(f"{attribute}_"):
+                yield other.removeprefix(attribute)
 
 
 def _name(model: nn.Module) -> str:
