@@ -103,8 +103,13 @@ def test_the_advice_is_one_that_works():
 
     own = llama(tie=False)
     own.lm_head = Head()
-    with pytest.warns(UserWarning, match="The head has no rows that can be trained"):
+    with pytest.warns(UserWarning, match=r"targets=\['model.embed_tokens', 'lm_head'\]"):
         init_deltas(own, [7])
+    assert len(init_deltas(own, [7], targets=["model.embed_tokens", "lm_head"]).deltas) == 2
+    whole = llama(tie=False)
+    whole.lm_head.weight = nn.Parameter(torch.zeros(V, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.warns(UserWarning, match="The head has no rows that can be trained"):
+        init_deltas(whole, [7])
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of PEFT's

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.models import loss_of, make, tokens
+from tests.helpers.models import D, V, loss_of, make, tokens
+from tests.helpers.oracle import edited
 from tests.helpers.rows import random_rows
-from ttfunc import functional_call, init_deltas, patch
+from ttfunc import functional_call, patch
 from ttfunc.stale import check_fresh
 
 NAME = "embed_tokens.weight"
@@ -27,7 +28,8 @@ def test_a_fresh_patch_is_fresh():
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.inner."])
-def test_a_wrapper_is_told_with_the_name_that_the_matrix_has_in_it(prefix: str):
+def test_a_wrapper_or_a_part_is_called_with_the_matrix_that_it_has(prefix: str):
+    """Whatever its name is there."""
     model = make("tied")
     wrapper = model
     for name in reversed(prefix.removesuffix(".").split(".")):
@@ -35,12 +37,18 @@ def test_a_wrapper_is_told_with_the_name_that_the_matrix_has_in_it(prefix: str):
         outer.add_module(name, wrapper)
         wrapper = outer
     wrapper.forward = lambda x: model(x)
-    found = f"{prefix}{NAME}"
-    match = rf"is not there.*here its name is '{found}'.*\{{'{found}': patch\(params\)\['{NAME}'"
-    with pytest.raises(ValueError, match=match):
-        functional_call(wrapper, patch(random_rows(model)), X)
-    with pytest.raises(ValueError, match=f"here its name is '{NAME}', in a wrapper, a part"):
-        functional_call(model, patch(init_deltas(wrapper, [7], targets="embed_tokens")), X)
+    params = random_rows(model)
+    expected = edited(model, params)(X)
+    torch.testing.assert_close(functional_call(wrapper, patch(params), X), expected)
+    outside = random_rows(wrapper, targets="embed_tokens")
+    torch.testing.assert_close(functional_call(model, patch(outside), X), expected)
+    embedded = functional_call(model.embed_tokens, patch(params), X)
+    torch.testing.assert_close(embedded, edited(model, params).embed_tokens(X))
+    other = nn.ModuleDict({"embed_tokens": nn.Embedding(V, D)})
+    with pytest.raises(
+        ValueError, match="stale patch: the parameter 'embed_tokens.weight' .*is an"
+    ):
+        functional_call(other, patch(params), X)
 
 
 def test_a_copy_is_told():

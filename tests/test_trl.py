@@ -101,7 +101,7 @@ def test_sft_of_an_untied_model_trains_both_ends(tmp_path):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_sft_trains_tokens_that_the_model_does_not_have(tmp_path, tied):
     module = module_of(tied, lora=True, grown=True)
-    vocabulary = module.config.vocab_size
+    vocabulary = module.base.config.vocab_size
     trainer = sft(tmp_path, module)
     batches = list(trainer.get_train_dataloader())
     assert max(batch["input_ids"].max() for batch in batches) > vocabulary

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas
+from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.model.matrix import matrix_of
+from ttfunc.model.origin import origin_of
 from ttfunc.model.shards import rows_or_zeros
 from ttfunc.module_parts import Bridge
 from ttfunc.names import innermost
@@ -67,7 +67,8 @@ def _rows_on(plain: nn.Module, params: TokenDeltas, matrices: dict[str, Tensor])
         delta = params.deltas[name].detach().to(tensor.device, tensor.dtype)
         first = matrix.names[0]
         deltas[first] = torch.where((ids < spec.shape[0]).unsqueeze(-1), there, delta)
-        specs[first] = replace(spec, names=matrix.names, originals=there, matrix=matrix)
+        origin = origin_of(plain, matrix, spec.indices.ids)
+        specs[first] = RowSpec(matrix.names, matrix.shape, spec.indices, there, matrix, origin)
     return TokenDeltas(deltas, specs)
 
 

@@ -59,7 +59,9 @@ def is_readable(path: Path, params: TokenDeltas) -> bool:
 def test_every_bit_of_the_header_flipped(saved: Path):
     params, whole = random_rows(make("tied"), IDX), saved.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    readable = []
+    # What the model said of its matrix is in words that any other words are as good as.
+    told = whole.index(b"origins"), whole.index(b"}", whole.index(b"origins"))
+    readable, other_words = [], 0
     for position in range(header):
         for bit in range(8):
             spoilt = bytearray(whole)
@@ -67,7 +69,8 @@ def test_every_bit_of_the_header_flipped(saved: Path):
             saved.write_bytes(spoilt)
             if is_readable(saved, params):
                 readable.append(saved.read_bytes()[8:header])
-    assert len(readable) < header  # of eight times as many
+                other_words += told[0] <= position < told[1]
+    assert len(readable) - other_words < header - (told[1] - told[0])  # of eight times as many
     model = make("tied")
     for text in readable:
         saved.write_bytes(whole[:8] + text + whole[header:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from tests.helpers.checkpoints import (
 from tests.helpers.llama import llama
 from tests.helpers.oracle import same_bits
 from tests.helpers.rows import random_rows
-from ttfunc import load, merge, patch, save
+from ttfunc import TokenDeltas, load, merge, patch, save
 from ttfunc.__main__ import main
 from ttfunc.disk import matrices
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
+from ttfunc.model.origin import Origin
 
 OTHER = {NAME: "text.wte", HEAD: "text.output"}
 
@@ -78,17 +80,19 @@ def test_what_transformers_renames(name: str, tmp_path):
     model, _ = build(name)
     params, names = random_rows(model), RENAMED[name]
     model.save_pretrained(tmp_path / "a")
-    with pytest.raises(
-        KeyError, match=f"none of the names.*Nearest: '{next(iter(names.values()))}'"
-    ):
-        merge_checkpoint(tmp_path / "a", params, tmp_path / "b")
-    merge_checkpoint(tmp_path / "a", params, tmp_path / "b", names=names)
+    merge_checkpoint(tmp_path / "a", params, tmp_path / "b")
     loaded, info = type(model).from_pretrained(tmp_path / "b", output_loading_info=True)
     assert not info["missing_keys"]
     plain = type(model).from_pretrained(tmp_path / "a")
     assert same_bits(loaded.state_dict(), merge(plain.state_dict(), params))
     unmerge_checkpoint(tmp_path / "b", params, tmp_path / "c", names=names)
     assert contents(tmp_path / "c") == contents(tmp_path / "a")
+    # Rows that do not know where they come from, as of an earlier version.
+    specs = {key: replace(spec, origin=Origin()) for key, spec in params.specs.items()}
+    with pytest.raises(
+        KeyError, match=f"none of the names.*Nearest: '{next(iter(names.values()))}'"
+    ):
+        merge_checkpoint(tmp_path / "a", TokenDeltas(params.deltas, specs), tmp_path / "d")
 
 
 def test_from_the_command_line(given, tmp_path, capsys):

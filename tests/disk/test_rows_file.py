@@ -222,7 +222,7 @@ def test_a_matrix_of_integers(saved: Path):
     del model.embed_tokens.weight, model.lm_head.weight
     for module in (model.embed_tokens, model.lm_head):
         module.register_buffer("weight", torch.zeros(23, D, dtype=torch.int8))
-    with pytest.raises(ValueError, match=r"'embed_tokens.weight' is torch.int8 in this Language"):
+    with pytest.raises(ValueError, match=r"'embed_tokens.weight' is torch.int8 \(Tensor\) in this"):
         load(saved, model)
 
 
@@ -261,12 +261,13 @@ def test_what_was_another_matrix_is_kept(tmp_path):
         merge(make("tied").state_dict(), read(tmp_path / "rows"))
 
 
-@pytest.mark.parametrize("apart", [[NAME], {HEAD: NAME}, {HEAD: [1]}, {HEAD: [""]}, 1])
+@pytest.mark.parametrize("apart", [{HEAD: NAME}, [1], 1])
 def test_names_that_are_none(apart, tmp_path):
     save(random_rows(make("untied"), IDX, targets="lm_head"), tmp_path / "rows")
     with safe_open(tmp_path / "rows", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         own = json.loads(file.metadata()["ttfunc"])
-    save_file(tensors, tmp_path / "rows", {"ttfunc": json.dumps(own | {"apart": apart})})
-    with pytest.raises(ValueError, match="lists of names that were apart"):
+    own["origins"][0]["apart"] = apart
+    save_file(tensors, tmp_path / "rows", {"ttfunc": json.dumps(own)})
+    with pytest.raises(ValueError, match="its metadata say of the model what no version does"):
         read(tmp_path / "rows")

@@ -50,6 +50,8 @@ class Cell:
             return False  # refused as the rows are made, whatever is then called
         if self.family == "max_norm" and self.ends == "head" and untied:
             return False  # the embedding, with no row of it trained, rescales the model's own
+        if self.family == "max_norm" and self.wrap == "lora_embedding":
+            return False  # PEFT rescales the adapter in place, in any call
         looks = {
             "generate": family.generates
             and self.way not in ("vmap", "program", "program_mixed", *COMPILED),

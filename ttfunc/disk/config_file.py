@@ -57,10 +57,14 @@ def with_sizes(text: str, known: Mapping[str, Entry] | None, by_value: Mapping[i
 
 def _changed(text: str, known: Mapping[str, Entry] | None, by_value: Mapping[int, int]) -> str:
     if known is not None:
-        back = any(entry.new < entry.old for entry in known.values())
-        # Several may be one in an older form of the config.
-        for path in reversed([*known]) if back else known:
-            text = _with_entry(text, path, known[path])
+        done = set()
+        for path, entry in known.items():
+            objects = _objects(text, path)
+            # Several may be one in an older form of the config.
+            place = (*path.split(".")[: len(objects) - 1], path.rpartition(".")[2])
+            if place not in done:
+                done.add(place)
+                text = _with_entry(text, objects, path, entry)
         return text
     for old, new in by_value.items():
         had_it = new if new > old else old
@@ -86,8 +90,11 @@ class _Member(NamedTuple):
     end: int
 
 
-def _with_entry(text: str, path: str, entry: Entry) -> str:
-    """The text with another number at the path, or where an older form of the config has it."""
+def _objects(text: str, path: str) -> list[int]:
+    """Where the objects begin that lead to the entry at the path, the outermost first.
+
+    An older form of the config may have the entry in one of the objects outside.
+    """
     *outer, key = path.split(".")
     objects = [_after(text, 0)]
     for part in outer:
@@ -95,16 +102,24 @@ def _with_entry(text: str, path: str, entry: Entry) -> str:
         if inner is None or text[inner.start] != "{":
             break
         objects.append(inner.start)
-    whole = len(objects) == len(outer) + 1
-    for place in objects[-1:] if whole else reversed(objects):
-        if member := _members(text, place).get(key):
-            return _with_number(text, place, member, path, entry)
-    if not whole:
+    if len(objects) > len(outer):
+        return objects
+    while objects and key not in _members(text, objects[-1]):
+        objects.pop()
+    if not objects:
         raise ValueError(
             f"config.json has no place for {path!r}, which says how high the matrix is in the "
             "model that the rows were made from. Save that model with "
             "model.save_pretrained(folder), and merge into this folder."
         )
+    return objects
+
+
+def _with_entry(text: str, objects: list[int], path: str, entry: Entry) -> str:
+    """The text with another number under the last part of the path, in the last of the objects."""
+    key = path.rpartition(".")[2]
+    if member := _members(text, objects[-1]).get(key):
+        return _with_number(text, objects[-1], member, path, entry)
     if entry.new == entry.start:
         return text
     # Left out, as transformers does where it has the value that its class starts with.

@@ -171,7 +171,10 @@ def _check_apart(checkpoint: Checkpoint, found: Sequence[StoredMatrix], merged: 
             f"the rows of {key!r} cannot be written to {others} in {str(checkpoint.root)!r}, "
             f"another matrix when they were made. {_TIED}"
         )
-    if not spec.origin.apart or _of_shape(checkpoint, found[0].entry.shape, names):
+    shapes = _shapes(checkpoint)
+    if not spec.origin.apart or apart_among(spec, shapes):  # stored beside it
+        return
+    if _of_shape(checkpoint, found[0].entry.shape, names):
         return
     tied = says_tied(checkpoint)
     alone = (

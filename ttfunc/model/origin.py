@@ -15,7 +15,7 @@ from ttfunc.model.matrix import Matrix, named_modules, names_apart, way_to
 from ttfunc.model.owners import is_sharded
 from ttfunc.model.probe import sizes_of
 from ttfunc.model.saved import saved_names
-from ttfunc.torch_private import outside_of_modes
+from ttfunc.torch_private import is_fake, is_wrapped, outside_of_modes
 
 # How many numbers of a matrix are kept, to know it again by.
 _SAMPLED = 16
@@ -129,7 +129,10 @@ def _name(model: nn.Module) -> str:
 
 def _sample(matrix: Matrix, trained: Sequence[int]) -> Sample | None:
     tensor, height = matrix.tensor, matrix.shape[0]
-    if tensor.is_meta or is_sharded(tensor):  # numbers of other ranks cost a message
+    known = not (tensor.is_meta or is_fake(tensor) or is_wrapped(tensor))
+    if not (known and tensor.numel()) or is_sharded(
+        tensor
+    ):  # numbers of other ranks cost a message
         return None
     even = dict.fromkeys(height * place // _SAMPLED for place in range(_SAMPLED))
     rows = tuple(sorted(even.keys() - set(trained)))

@@ -19,6 +19,8 @@ from ttfunc.model.sizes import USUAL
 from ttfunc.torch_private import outside_of_modes
 
 Shapes = dict[str, tuple[int, ...]]
+# Parts of names that wrappers add within a model. (What an adapter has beside a layer is no layer.)
+_BETWEEN = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 
 
 class Sizes(NamedTuple):
@@ -73,8 +75,9 @@ def _plain(name: str, plain: Iterable[str]) -> str | None:
 
 
 def _is_within(some: list[str], parts: list[str]) -> bool:
-    left = iter(parts)
-    return all(part in left for part in some)
+    """Whether a name ends in another, but for what wrappers put between its parts."""
+    some, parts = ([one for one in name if one not in _BETWEEN] for name in (some, parts))
+    return parts[-len(some) :] == some
 
 
 @functools.lru_cache(maxsize=8)

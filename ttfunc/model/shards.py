@@ -150,10 +150,11 @@ def rows_at(matrix: Tensor, ids: Tensor) -> Tensor:
 def rows_or_zeros(matrix: Tensor, ids: Tensor) -> Tensor:
     """The same, with zeros for ids past the end, which are new tokens."""
     height = shape_of(matrix)[0]
-    rows = rows_at(matrix, ids.clamp(max=height - 1))
-    # As bytes: masked_fill does not support 8-bit floats.
-    kept = rows.view(torch.uint8).masked_fill((ids >= height).unsqueeze(-1), 0)
-    return kept.view(rows.dtype)
+    rows, new = rows_at(matrix, ids.clamp(max=height - 1)), (ids >= height).unsqueeze(-1)
+    if rows.element_size() > 1:
+        return rows.masked_fill(new, 0)
+    # masked_fill does not support 8-bit floats, so their bytes are filled.
+    return rows.view(torch.uint8).masked_fill(new, 0).view(rows.dtype)
 
 
 def mean_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:

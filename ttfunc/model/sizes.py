@@ -70,7 +70,9 @@ class Resized:
         """The copy of a value, or itself where neither it nor what it holds says a size."""
         if id(value) in self.others:
             return self.others[id(value)]
-        if issubclass(type(value), (nn.Module, Tensor, type)) or callable(value):
+        if issubclass(type(value), (nn.Module, Tensor, type)):
+            return value
+        if not isinstance(value, dict) and callable(value):  # (Dynamo does not ask it of a dict)
             return value
         changed = [self._changed(held, _names(value), depth) for held in _held(value)]
         if not any(changed) or (copied := _copied(value)) is None:

@@ -80,7 +80,7 @@ class LongerWeight(Tensor):
     def part(self, start: int, stop: int) -> Tensor:
         """Its rows from `start` to `stop`."""
         source = self.weight.source
-        source.check_and_note("product")
+        source.reads.product = True  # also late: the rows are a copy of their own
         base, values = source.base, source.rows.values
         indices = source.rows.indices  # type: ignore[attr-defined]
         width, known = base.shape[1], min(stop, len(base))
