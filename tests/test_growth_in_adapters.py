@@ -13,7 +13,16 @@ from typing import Any
 import optree
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel, VeraConfig
+from peft import (
+    AdaLoraConfig,
+    FourierFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+)
 from peft import get_peft_model as with_adapter
 from torch import Tensor, nn
 from torch.func import grad, vmap
@@ -224,6 +233,8 @@ REFUSED = {
     "scales": (IA3Config(target_modules=["lm_head"], feedforward_modules=[]), "ia3_l"),
     "Hadamard": (LoHaConfig(target_modules=["lm_head"], r=2), "hada_w1_a"),
     "vectors": (VeraConfig(target_modules=["lm_head"], r=2), "vera_lambda_b"),
+    # Its matrix of another size would be another one, although no part of it has V numbers.
+    "a spectrum": (FourierFTConfig(target_modules=["lm_head"], n_frequency=20), "fourierft_spec"),
 }
 
 

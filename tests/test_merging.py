@@ -17,7 +17,7 @@ from tests.helpers.llama import llama
 from tests.helpers.models import D, V, make, tokens
 from tests.helpers.oracle import same_bits
 from tests.helpers.rows import random_rows
-from ttfunc import functional_call, merge, patch, save, unmerge
+from ttfunc import functional_call, init_deltas, merge, patch, save, unmerge
 from ttfunc.disk.rows_file import read
 
 NAME = "embed_tokens.weight"
@@ -268,6 +268,10 @@ def test_tokens_that_another_adapter_has_written_are_warned_of(case: str):
     assert not same_bits(unmerge(twice, b), once)  # which is why
     apart = random_rows(model, [5, 4], seed=1)
     assert same_bits(unmerge(merge(once, apart), apart), once)  # a warning would be an error
+    params = init_deltas(model, [7, 3], targets="embed_tokens")  # of which one is trained
+    params.deltas[NAME][0] += 1
+    once = merge(model.state_dict(), params)
+    assert same_bits(merge(once, params), once)
 
 
 def test_rows_elsewhere_in_a_tied_matrix_may_differ():

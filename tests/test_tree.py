@@ -16,7 +16,7 @@ ALLOWED = {
     "weight": {"torch_private", "indices", "model"},
     "disk": {
         *("torch_private", "indices", "deltas", "growth", "names", "merging", "model"),
-        "module_keys",
+        *("module_keys", "ends"),
     },
     "peft": {"torch_private", "indices", "deltas", "names", "model", "disk"},
 }

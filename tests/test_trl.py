@@ -280,6 +280,17 @@ def test_a_reference_that_the_caller_gives_is_the_caller_s(tmp_path):
     dpo(tmp_path, module, plain).train()
     dpo(tmp_path, module, None, precompute_ref_log_probs=True)  # none is loaded
 
+    class Distilled(DPOTrainer):
+        """With a model of the same name that its own `__init__` was given."""
+
+        def __init__(self, teacher, *args, **kwargs) -> None:
+            self.teacher = teacher
+            super().__init__(*args, **kwargs)
+
+    settings = DPOConfig(folder_of(tmp_path), **SETTINGS, precompute_ref_log_probs=True)
+    given = {"train_dataset": dataset("preference"), "processing_class": pupil_tokenizer()}
+    assert Distilled(plain, module, args=settings, **given).teacher is plain
+
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_a_trainer_that_takes_no_reference_is_told_another_way(tmp_path, kind):

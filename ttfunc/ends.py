@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Collection
 from typing import Protocol
+
+from torch import nn
 
 from ttfunc.indices import TokenIndices
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.targets import head_apart
+
+# Models that were told of a head whose rows are not trained.
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class _Rows(Protocol):
@@ -43,3 +50,23 @@ def told_half(spec: _Rows, all_specs: Collection[_Rows]) -> str:
     embedding, head, target = found
     both = "" if target is None else f"; targets={[embedding, target]} trains both"
     return f" (of the input alone, not of the head {head}{both})"
+
+
+def warn_of_half(model: nn.Module, specs: Collection[_Rows]) -> None:
+    """Warn, once for a model, where its head is not trained with the input embedding."""
+    found = next(filter(None, (half(spec, specs) for spec in specs)), None)
+    if found is None or model in _told:
+        return
+    _told.add(model)
+    embedding, head, target = found
+    way = (
+        "The head has no rows that can be trained"
+        if target is None
+        else (f"For both give targets={[embedding, target]}")
+    )
+    warnings.warn(
+        f"rows of {embedding!r} alone are trained: the head {head!r} of {type(model).__name__} is "
+        f"not tied to it, so the model learns to read these tokens and not to say them. {way}; "
+        f"where the input alone is meant, targets={embedding!r} says so.",
+        stacklevel=3,
+    )

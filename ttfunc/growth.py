@@ -10,6 +10,7 @@ from torch import nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.indices import TokenIndices
+from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.owners import shape_of
 from ttfunc.model.sizes import Entry
@@ -24,6 +25,7 @@ def check_after(model: nn.Module, after: object) -> None:
     """
     if after is None:
         return
+    refuse_token_module(after, "after=module.params()")
     if not isinstance(after, TokenDeltas):
         raise TypeError(
             f"after is a {type(after).__name__}: give the TokenDeltas whose new tokens these are "

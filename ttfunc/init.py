@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from ttfunc.deltas import RowSpec, TokenDeltas
-from ttfunc.ends import half
+from ttfunc.ends import warn_of_half
 from ttfunc.growth import check_after, check_ends, next_token
 from ttfunc.indices import TokenIndices, check_dtype, token_indices
 from ttfunc.model.beside import check_beside
@@ -22,9 +21,6 @@ from ttfunc.model.shards import rows_or_zeros
 from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
 from ttfunc.starts import Init, delta_dtype, start_of_each, start_rows
 from ttfunc.torch_private import warn_of_untested
-
-# Models that were told of a head whose rows are not trained.
-_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def init_deltas(
@@ -104,7 +100,7 @@ def init_deltas(
         specs[name] = RowSpec(matrix.names, matrix.shape, indices, originals, matrix, origin)
     params = TokenDeltas(deltas, specs)
     if targets is None and not isinstance(idx, Mapping):
-        _warn_of_half(model, params)
+        warn_of_half(model, specs.values())
     return params
 
 
@@ -214,24 +210,3 @@ def _warn_of_padding(target: str, module: nn.Module, indices: TokenIndices) -> N
             "input side, so it trains only through a tied head, if there is one.",
             stacklevel=4,
         )
-
-
-def _warn_of_half(model: nn.Module, params: TokenDeltas) -> None:
-    """Warn, once for a model, where its head is not trained with the input embedding."""
-    specs = params.specs.values()
-    found = next(filter(None, (half(spec, specs) for spec in specs)), None)
-    if found is None or model in _told:
-        return
-    _told.add(model)
-    embedding, head, target = found
-    way = (
-        "The head has no rows that can be trained"
-        if target is None
-        else (f"For both give targets={[embedding, target]}")
-    )
-    warnings.warn(
-        f"rows of {embedding!r} alone are trained: the head {head!r} of {type(model).__name__} is "
-        f"not tied to it, so the model learns to read these tokens and not to say them. {way}; "
-        f"where the input alone is meant, targets={embedding!r} says so.",
-        stacklevel=3,
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Mapping
 from reprlib import repr as shown
@@ -69,7 +70,8 @@ def merge(
     together = called(state_dict, combine(params, *more), names)
     groups = groups_of(state_dict, together)
     for key in together.specs:
-        _warn_of_others(state_dict, [group for group in groups if group.key == key])
+        own = [group for group in groups if group.key == key]
+        _warn_of_others(state_dict, own, together.deltas[key])
     merged = _written(state_dict, groups, together.deltas)
     if check_finite:
         for name, spec, aliases in groups:  # each has a dtype of its own
@@ -111,23 +113,26 @@ def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> No
         )
 
 
-def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group]) -> None:
-    """Warns where some rows of a matrix are the originals, and others are not.
+def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group], delta: Tensor) -> None:
+    """Warns where some rows of a matrix are the originals, and others are neither these nor new.
 
     So it is where some of its names hold other rows, or where other adapters were merged before.
     """
     if torch.compiler.is_dynamo_compiling():
         return
     held = [state_dict[group.aliases[0]] for group in groups]
-    if not all(map(_is_plain, [*held, groups[0].spec.originals])):
-        return
     spec = groups[0].spec
-    originals = [_holds(matrix, spec) for matrix in held]
+    if not all(map(_is_plain, [*held, spec.originals])):
+        return
+    originals = [_holds(matrix, spec, spec.originals) for matrix in held]
     if len({tuple(one) for one in originals}) > 1:
         _warn_of_names(groups, [all(one) for one in originals])
     elif held[0].dtype == spec.originals.dtype and len(set(originals[0])) > 1:  # not by rounding
         ids = spec.known(spec.originals)[0].tolist()
-        other = [token for token, same in zip(ids, originals[0], strict=True) if not same]
+        merged = _holds(held[0], spec, delta) if _is_plain(delta) else originals[0]
+        known = map(operator.or_, originals[0], merged)
+        if not (other := [token for token, one in zip(ids, known, strict=True) if not one]):
+            return
         warnings.warn(
             f"the rows of tokens {shown(other)} in {groups[0].aliases} are not the originals of "
             "the parameters, though those of its other tokens are: were other rows of these tokens "
@@ -157,12 +162,12 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_wrapped(tensor)
 
 
-def _holds(matrix: Tensor, spec: RowSpec) -> list[bool]:
-    """For each row that is not new, whether the matrix has the original, in its dtype."""
+def _holds(matrix: Tensor, spec: RowSpec, rows: Tensor) -> list[bool]:
+    """For each of the rows that is not new, whether the matrix has it, in its dtype."""
     with outside_of_modes():
-        ids, originals = spec.known(spec.originals.detach().to(matrix.device, matrix.dtype))
+        ids, known = spec.known(rows.detach().to(matrix.device, matrix.dtype))
         found = matrix.detach().index_select(0, ids)
-        same = found.view(torch.uint8) == originals.contiguous().view(torch.uint8)
+        same = found.view(torch.uint8) == known.contiguous().view(torch.uint8)
         held: list[bool] = same.all(dim=1).tolist()
         return held
 

@@ -69,7 +69,7 @@ def shown(bridge: Bridge, name: str) -> Any:
         return _method(bridge, name, value, owner)
     if name.startswith("_") and not isinstance(value, (nn.Module, Tensor)):
         raise AttributeError(f"{name!r} of {type(base).__name__} is private to it.")
-    if name in bridge._sizes.names_in(holder):
+    if bridge._sizes.new and name in bridge._sizes.names_in(holder):
         return bridge._sizes.of(value)
     return part(bridge, value) if _has_modules(value) else value
 

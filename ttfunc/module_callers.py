@@ -48,7 +48,11 @@ def check_reference(base: nn.Module) -> None:
 
 def _second_model(trainer: Any, frame: FrameType, model: nn.Module) -> str:
     """Under which attribute a trainer has another model of the name that it was not given."""
-    given = {id(value) for value in frame.f_locals.values()}
+    given: set[int] = set()
+    own: FrameType | None = frame
+    while own is not None and own.f_locals.get("self") is trainer:  # also of a subclass
+        given.update(map(id, own.f_locals.values()))
+        own = own.f_back
     name: str
     for name, one in getattr(trainer, "__dict__", {}).items():
         if not isinstance(one, nn.Module) or is_token_module(one) or id(one) in given:

@@ -53,8 +53,7 @@ def renamed(
     if names is None:
         rows = {key: _beside_peft(_called(spec, held), held) for key, spec in params.specs.items()}
         return TokenDeltas(params.deltas, rows)
-    if not isinstance(names, Mapping) or not all(isinstance(n, str) for n in names.values()):
-        raise TypeError(f"names must map strings to strings, got {shown(names)}.")
+    check_names(names)
     known = {name: spec for spec in params.specs.values() for name in spec.names}
     for name, other in names.items():
         told = f"names has {other!r} for {name!r}, but "
@@ -74,13 +73,19 @@ def renamed(
     return TokenDeltas(params.deltas, rows)
 
 
+def check_names(names: object) -> None:
+    """Raise TypeError for anything but a mapping from names to names."""
+    if not isinstance(names, Mapping) or not all(isinstance(n, str) for n in names.values()):
+        raise TypeError(f"names must map strings to strings, got {shown(names)}.")
+
+
 def _called(spec: RowSpec, held: Collection[str], names: Mapping[str, str] = _NONE) -> RowSpec:
     """Under the given names, else the model's own, else those of the model's folder."""
     origin = spec.origin
+    if names and not origin.biases:  # another model may have some where this one had none
+        origin = replace(origin, biases=None)
     saved = origin.saved_as
     own = {name: saved[name] for name in saved if name not in held and saved[name] in held}
-    if own and origin.biases is not None:
-        origin = replace(origin, biases=tuple(own.get(name, name) for name in origin.biases))
     called = (names.get(name, own.get(name, name)) for name in spec.names)
     return replace(spec, names=tuple(dict.fromkeys(called)), origin=origin)
 

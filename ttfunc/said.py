@@ -23,14 +23,14 @@ def check_said(
     sources = [source for source in sources if source.rows.grown]
     uses = set().union(*(source.uses for source in sources))
     if isinstance(out, Tensor):  # hidden states may be as wide as the matrix was high
-        short = out.ndim > 1 and out.is_floating_point()
+        short = out.ndim > 2 and out.is_floating_point()
         short = short and out.shape[-1] in sizes.keys() - {one.base.shape[1] for one in sources}
     else:
         logits = getattr(out, "logits", None)
         short = isinstance(logits, Tensor) and logits.ndim > 1 and logits.shape[-1] in sizes
     silent = short or (method == "generate" and uses == {"lookup"})
     if not silent or model in _TOLD or not all(source.uses for source in sources):
-        return  # of one that was not read at all `call._check_read` has told
+        return  # of one that was not read at all `check_read` has told
     _TOLD.add(model)
     warnings.warn(
         f"this {type(model).__name__} read a matrix with new tokens, rows from {dict(sizes)}, and "

@@ -101,7 +101,7 @@ def _check_found(
 def biases_of(state_dict: Mapping[str, Tensor], group: Group, height: int) -> list[list[str]]:
     """The biases of the logits in a state dict, each with all its names; see `sizes.bias_names`."""
     shapes = {name: one.shape for name, one in state_dict.items() if isinstance(one, Tensor)}
-    names = bias_names(shapes, group.aliases, height, group.spec.origin.biases)
+    names = bias_names(shapes, group.aliases, height, group.spec.origin.biases_among(shapes))
     return [same for _, same in _distinct(state_dict, {name: state_dict[name] for name in names})]
 
 

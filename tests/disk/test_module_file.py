@@ -135,7 +135,7 @@ def test_where_it_cannot_be_read(tmp_path):
     ):
         load_peft(tmp_path, student())
     with pytest.raises(
-        ValueError, match=r"a trainer saved it, for save\(load\(path, model\), other"
+        ValueError, match=r"a trainer saved it, .* give what load\(path, model\) returns"
     ):
         read(path)
     with torch.device("meta"):

@@ -13,11 +13,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration
 
 from tests.helpers.llama import llama
-from tests.helpers.models import V, make
+from tests.helpers.models import D, V, make
 from tests.helpers.rows import random_rows
-from ttfunc import combine, init_deltas, load, merge, save
+from ttfunc import (
+    combine,
+    functional_call,
+    init_deltas,
+    load,
+    merge,
+    merge_checkpoint,
+    patch,
+    save,
+)
 from ttfunc.disk.rows_file import read
 from ttfunc.model.origin import Origin
 
@@ -179,3 +189,45 @@ def test_a_matrix_with_numbers_that_are_none_is_saved(tmp_path):
     model.weight.fill_(float("nan"))
     save(init_deltas(model, [3]), tmp_path / "rows")
     assert read(tmp_path / "rows").specs["weight"].origin.sample is None
+
+
+class Wrapped(nn.Module):
+    """A model beside others, which are no part of its folder."""
+
+    def __init__(self, tie: bool) -> None:
+        super().__init__()
+        self.policy, self.reference = llama(tie=tie), llama(tie=tie)
+        self.score = nn.Linear(D, V)
+
+
+@pytest.mark.parametrize("idx", [[5], NEW])
+@pytest.mark.parametrize("tie", [True, False])
+def test_what_is_beside_the_model_of_a_folder_is_none_of_it(tie: bool, idx: list[int], tmp_path):
+    model = Wrapped(tie)
+    model.policy.save_pretrained(tmp_path / "a")
+    heads = [] if tie else ["policy.lm_head"]
+    targets = ["policy.model.embed_tokens", *heads]
+    params = random_rows(model, idx, targets=targets, grow=True)
+    names = {name: name.removeprefix("policy.") for name in params.specs}
+    merge_checkpoint(tmp_path / "a", params, tmp_path / "b", names=names)
+    loaded = type(model.policy).from_pretrained(tmp_path / "b")
+    x = torch.tensor([[1, *idx, 3]])
+    weights = {n.removeprefix("policy."): one for n, one in patch(params).items()}
+    expected = functional_call(model.policy, weights, x).logits
+    torch.testing.assert_close(loaded(x).logits, expected)
+
+
+def test_rows_of_a_model_without_the_head_s_bias_lengthen_that_of_one_with_it(tmp_path):
+    config = BartConfig(
+        vocab_size=V, d_model=D, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "a")
+    params = random_rows(model.model, NEW, grow=True)
+    names = {n: f"model.{n}" for n in params.tied["shared.weight"]}
+    assert merge(model.state_dict(), params, names=names)["final_logits_bias"].shape == (1, V + 2)
+    names = {"shared.weight": "model.shared.weight"}
+    merge_checkpoint(tmp_path / "a", params, tmp_path / "b", names=names)
+    loaded = BartForConditionalGeneration.from_pretrained(tmp_path / "b")
+    assert loaded.final_logits_bias.shape == (1, V + 2)

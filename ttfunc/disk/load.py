@@ -20,6 +20,7 @@ from ttfunc.disk.tensors import (
     prefix_errors,
     rows_device,
 )
+from ttfunc.ends import warn_of_half
 from ttfunc.growth import check_after, check_ends, next_token, numbered_on
 from ttfunc.indices import token_indices
 from ttfunc.model.given import check_model
@@ -41,8 +42,9 @@ def load(
     """The parameters that `save` wrote, put on `model`, which is not changed.
 
     Takes also what a trainer saved of a TokenModule: the folder of a checkpoint, or the
-    `model.safetensors` in it. Its originals are the rows that the model has now; a warning names
-    what was trained beside the rows, which is not loaded.
+    `model.safetensors` in it. Its originals are the rows that the model has now, and it does not
+    know what was tied when they were trained: use the same model. A warning names what was trained
+    beside the rows, which is not loaded.
 
     Args:
         path: of the file, or of such a folder.
@@ -74,7 +76,10 @@ def load(
     check_model(model, "load(path, model)", "load(path, module.base)")
     check_after(model, after)
     path = file_of(path)
-    params = of_trainer(path, model, names) or _called(read(path), model, names, path)
+    own = of_trainer(path, model, names)
+    params = _called(read(path), model, names, path) if own is None else own
+    if own is not None:
+        warn_of_half(model, own.specs.values())
     deltas, specs = {}, {}
     told, grown = [], []
     for name, spec in params.specs.items():

@@ -171,10 +171,9 @@ def _check_apart(checkpoint: Checkpoint, found: Sequence[StoredMatrix], merged: 
             f"the rows of {key!r} cannot be written to {others} in {str(checkpoint.root)!r}, "
             f"another matrix when they were made. {_TIED}"
         )
-    shapes = _shapes(checkpoint)
-    if not spec.origin.apart or apart_among(spec, shapes):  # stored beside it
-        return
-    if _of_shape(checkpoint, found[0].entry.shape, names):
+    # What has no new tokens keeps the old shape.
+    shapes = {found[0].entry.shape, spec.shape}
+    if not spec.origin.apart or any(_of_shape(checkpoint, one, names) for one in shapes):
         return
     tied = says_tied(checkpoint)
     alone = (

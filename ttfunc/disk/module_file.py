@@ -18,7 +18,7 @@ from ttfunc.disk.tensors import check_rows, opened, prefix_errors, rows_device, 
 from ttfunc.indices import token_indices
 from ttfunc.model.shards import rows_or_zeros
 from ttfunc.module_keys import key, name_in
-from ttfunc.names import matrix_named
+from ttfunc.names import check_names, matrix_named
 
 KEY = "ttfunc"  # of the metadata in files of ttfunc's own
 FILE = "model.safetensors"  # in the folder of a checkpoint
@@ -46,6 +46,8 @@ def of_trainer(path: Path, model: nn.Module, names: Mapping[str, str] | None) ->
     with opened(path) as file, prefix_errors(f"{str(path)!r} does not fit {type(model).__name__}"):
         if not is_of_module(file):
             return None
+        if names is not None:
+            check_names(names)
         keys = set(file.keys())
         given = [name for one in sorted(keys) if (name := name_in(one, "deltas")) is not None]
         if wrong := (names or {}).keys() - set(given):

@@ -108,7 +108,8 @@ def resizing(
         found.sizes[old] = new
         own = found.tails.setdefault(stored.file, {})
         own[stored.name] = Tail(0, new, stored.tail(old) if new > old else b"")
-        for bias in bias_names(shapes, stored.spec.names, old, stored.spec.origin.biases):
+        known = stored.spec.origin.biases_among(shapes)
+        for bias in bias_names(shapes, stored.spec.names, old, known):
             for file, header in checkpoint.headers.items():
                 if bias in header:
                     width = BITS[header[bias].dtype] // 8
@@ -128,7 +129,8 @@ def _entries(
     """What changes in the config, if it is one of the model that the rows are of."""
     changed = [s for s in matrices if s.entry.shape[0] != heights[s.name]]
     specs = {stored.key: stored.spec for stored in changed}
-    if {spec.origin.kind for spec in specs.values()} != {kind_of(text)}:
+    kind = kind_of(text)
+    if any(spec.origin.kind != kind for spec in specs.values()):
         return None
     return config_entries(specs, any(s.entry.shape[0] > heights[s.name] for s in changed))
 

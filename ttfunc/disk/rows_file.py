@@ -100,7 +100,8 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
         own = (file.metadata() or {}).get(KEY)
         if is_of_module(file):
             raise ValueError(
-                "a trainer saved it, for save(load(path, model), other) with the model"
+                "a trainer saved it, and it does not say what the rows were before: give what "
+                "load(path, model) returns"
             )
         if own is None:
             raise ValueError("it has no metadata of ttfunc. For a PEFT adapter use load_peft")

@@ -101,7 +101,10 @@ def opened(path: Path) -> Iterator[Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
     if not path.is_file():
-        raise ValueError(f"{str(path)!r} is no file. For a folder of a PEFT adapter use load_peft.")
+        raise ValueError(
+            f"{str(path)!r} is no file. For a folder of a PEFT adapter use load_peft, and for one "
+            "that a trainer saved of a TokenModule load(path, model)."
+        )
     try:
         file = safe_open(path, "pt")
     except SafetensorError as error:

@@ -16,6 +16,9 @@ from ttfunc.model.sizes import is_bias
 
 # The dimension of a LoRA's parts that has the tokens; the others have none.
 _OF_LORA = {"lora_B": 0, "lora_embedding_A": 1, "lora_A": None, "lora_embedding_B": None}
+# What other adapters have that acts before the product, or on some entries of the matrix alone.
+_WITHOUT = {"lora_E", "ranknum", "lora_magnitude_vector", "oft_R", "oft_embedding_R", "hra_u"}
+_WITHOUT |= {"shira_weight", "trainable_tokens_delta", "trainable_tokens_original"}
 _LAYERS = re.compile(r"(?<=\.)base_layer\.")
 
 
@@ -97,16 +100,9 @@ def _of_adapters(
         if dimension >= 0 and shape[dimension] == height:
             yield Beside(full, inner, tensor, dimension)
         elif not set(active).isdisjoint(path) and (
-            dimension >= 0 or (height in shape and not wide)
+            dimension >= 0 or path[0] not in _WITHOUT or (height in shape and not wide)
         ):
-            raise ValueError(
-                f"{full!r} {tuple(shape)}, of the adapter around "
-                f"{'.'.join((*names, 'base_layer'))!r}, has a number for each of {height} tokens, "
-                "and new ones would have none. Leave this layer out of the adapter's "
-                "target_modules, merge the adapter, or resize the model "
-                "(model.resize_token_embeddings) before the adapter is made, and train rows of "
-                "tokens that it has."
-            )
+            raise _no_place(full, shape, ".".join((*names, "base_layer")), height)
 
 
 def _below(
@@ -129,3 +125,12 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _width(holder: nn.Module, name: str) -> int | None:
     weight = holder._parameters.get(name.rpartition(".")[2])
     return None if weight is None else shape_of(weight)[-1]
+
+
+def _no_place(part: str, shape: Sequence[int], layer: str, height: int) -> ValueError:
+    return ValueError(
+        f"{part!r} {tuple(shape)}, of the adapter around {layer!r}, is made for {height} tokens, "
+        "and new ones would have no place in it. Leave this layer out of the adapter's "
+        "target_modules, merge the adapter, or resize the model (model.resize_token_embeddings) "
+        "before the adapter is made, and train rows of tokens that it has."
+    )

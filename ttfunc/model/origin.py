@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -52,6 +52,12 @@ class Origin:
     apart: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
 
+    def biases_among(self, held: Collection[str]) -> list[str] | None:
+        """The biases of the logits by their `held` names; None where they are not known."""
+        if self.biases is None:
+            return None
+        return [name if name in held else self.saved_as.get(name, name) for name in self.biases]
+
     def joined(self, other: Origin) -> Origin:
         """What is known from either, for further rows of the same matrix."""
         known = other if self.sizes is None else self
@@ -71,12 +77,13 @@ class Origin:
 def origin_of(model: nn.Module, matrix: Matrix, trained: Sequence[int]) -> Origin:
     """What `model` says of one of its matrices, of which these rows are trained."""
     height, name = matrix.shape[0], matrix.names[0]
-    root = _saved_whole(model, name)
+    root, prefix = _saved_whole(model, name)
     grown = sum(token >= height for token in trained)
     named = [bias for name in matrix.names for bias in _biases(model, name, height)]
     found = None
     if grown and root is not None:
-        found = sizes_of(root, _names(model), matrix.names, height, grown)
+        names = [one for one in _names(model) if one.startswith(prefix)]
+        found = sizes_of(root, names, matrix.names, height, grown)
     return Origin(
         model=_name(model if root is None else root),
         kind=str(getattr(getattr(root, "config", None), "model_type", "")),
@@ -85,15 +92,17 @@ def origin_of(model: nn.Module, matrix: Matrix, trained: Sequence[int]) -> Origi
         biases=tuple(dict.fromkeys(named)),
         saved_as=saved_names(model, (*matrix.names, *named)),
         sample=_sample(matrix, trained),
-        apart=names_apart(model, matrix),
+        apart=tuple(one for one in names_apart(model, matrix) if one.startswith(prefix)),
         beside=tuple(dict.fromkeys(_beside(model, matrix))),
     )
 
 
-def _saved_whole(model: nn.Module, name: str) -> nn.Module | None:
-    """The outermost model of transformers around the matrix."""
-    found = (module for module in way_to(model, name) if hasattr(type(module), "config_class"))
-    return next((module for module in found if hasattr(module.config, "to_json_string")), None)
+def _saved_whole(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The outermost model of transformers around the matrix, and what its names begin with."""
+    for depth, module in enumerate(way_to(model, name)):
+        if hasattr(type(module), "config_class") and hasattr(module.config, "to_json_string"):
+            return module, "".join(f"{part}." for part in name.split(".")[:depth])
+    return None, ""
 
 
 def _names(model: nn.Module) -> list[str]:

@@ -225,7 +225,7 @@ def _only_linear(model: nn.Module, height: int) -> tuple[str, nn.Module] | None:
 
 def _is_another_vocabulary(model: nn.Module, weight: Tensor | None, first: nn.Module) -> bool:
     """Whether a head's matrix is looked up too, but not by the input embedding."""
-    if weight is None or weight is first._parameters["weight"]:
+    if weight is None or weight is first._parameters.get("weight"):
         return False
     return any(
         isinstance(module, nn.Embedding) and module._parameters.get("weight") is weight
@@ -239,8 +239,8 @@ def head_apart(
     """The input embedding that has the parameter `names`, and the head of the model, by name.
 
     And the module of the head that can be a target, and has a row of the token; None if there is
-    none. None in place of all where the parameter is the head's too, where the model names no head,
-    and where PEFT trains a copy of the head as a whole.
+    none. None in place of all where the parameter is the head's too, where the model names no head
+    or one of another vocabulary, and where PEFT trains a copy of the head as a whole.
     """
     modules = list(named_modules(model))
     ends = [_named_by_model(model), _named_by_model(model, "output")]
@@ -248,6 +248,9 @@ def head_apart(
     found = [name for name in names if name.startswith(tuple(embeddings))]
     tied = any(name.startswith(tuple(heads)) for name in names)
     if not (found and heads) or tied or "modules_to_save" in ends[1]._modules:
+        return None
+    first, last = (_layer("", end)[1] for end in ends if isinstance(end, nn.Module))
+    if _is_another_vocabulary(model, last._parameters.get("weight"), first):
         return None
     embedding, head, target = found[0].rpartition(".")[0], heads[0], None
     for name, module in modules:

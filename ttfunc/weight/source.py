@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from ttfunc.indices import outside_of_autocast
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_bits
 from ttfunc.torch_private import in_backward, is_traced, transforms_active, version_of
@@ -71,12 +69,12 @@ class RowPatch(Protocol):
 class Copied(NamedTuple):
     """Tensors that were copied to make a weight, and what they were then.
 
-    values: all of them, one after the other; None where they are too many to compare at each read.
+    values: copies of all of them; none where they are too many to compare at each read.
     """
 
     tensors: tuple[Tensor, ...]
     versions: tuple[int | None, ...]
-    values: Tensor | None
+    values: tuple[Tensor, ...]
 
     @property
     def written(self) -> bool:
@@ -86,11 +84,10 @@ class Copied(NamedTuple):
         """
         if any(map(operator.ne, map(version_of, self.tensors), self.versions)):
             return True
-        if self.values is None or not _can_compare(*self.tensors):
+        if not self.values or not _can_compare(*self.tensors):
             return False
-        now = _in_one(self.tensors, self.values.device)
-        alike = now.dtype == self.values.dtype and torch.equal(now, self.values)
-        return not (alike or same_bits(now, self.values))  # a NaN equals itself
+        pairs = zip(self.tensors, self.values, strict=True)
+        return any(one.dtype != was.dtype or _differs(one, was) for one, was in pairs)
 
 
 class Source(NamedTuple):
@@ -142,13 +139,14 @@ def copied(*tensors: Tensor) -> tuple[Copied, ...]:
     if not tensors or torch.compiler.is_dynamo_compiling():
         return ()
     few = len(tensors) <= MOST_TENSORS and sum(one.nbytes for one in tensors) <= MOST_BYTES
-    values = _in_one(tensors, tensors[0].device) if few and _can_compare(*tensors) else None
+    kept = tensors if few and _can_compare(*tensors) else ()
+    values = tuple(one.detach().clone() for one in kept)
     return (Copied(tensors, tuple(map(version_of, tensors)), values),)
 
 
-def _in_one(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    with torch.no_grad(), outside_of_autocast(device):
-        return torch.cat([one.to(device) for one in tensors])
+def _differs(now: Tensor, was: Tensor) -> bool:
+    same = now.device == was.device and torch.equal(now, was)
+    return not (same or same_bits(now, was))  # a NaN equals itself
 
 
 def _can_compare(*tensors: Tensor) -> bool:
