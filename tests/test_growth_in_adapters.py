@@ -302,6 +302,14 @@ def test_parts_that_are_given():
     assert not torch.allclose(given, expected)
 
 
+def test_a_whole_copy_of_an_embedding_that_other_paths_lead_to_is_refused():
+    config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["embed_tokens"])
+    model = with_adapter(make("encoder_decoder"), config)
+    with pytest.raises(ValueError, match="whole copy of 'base_model.model.embed_tokens'"):
+        init_deltas(model, NEW, grow=True)
+
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_whole_copy_of_the_head_is_refused(tie: bool):
     plain = llama(tie=tie)

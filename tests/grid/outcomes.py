@@ -48,7 +48,7 @@ REASONS = {
         lambda cell: cell.wrap == "saved_embedding",
     ),
     "the head is trained whole": Reason(
-        "PEFT trains a whole copy of the head",
+        "PEFT trains a whole copy of",
         lambda cell: cell.wrap == "saved_head" and _grows(cell),
     ),
     "only a lookup and a product are mixed": Reason(

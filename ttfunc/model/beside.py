@@ -57,6 +57,12 @@ def biases(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
 
 def check_beside(model: nn.Module, matrix: Matrix) -> None:
     """Raise ValueError where an adapter around the matrix has no place for new tokens."""
+    if copied := next((name for name in matrix.names if ".original_module." in name), None):
+        raise ValueError(
+            f"PEFT trains a whole copy of {copied.partition('.original_module.')[0]!r}, because it "
+            "is among modules_to_save, and the copy has no rows for new tokens. Leave it out of "
+            "these, and let rows be what is trained."
+        )
     for name, _ in matrix.slots:
         for _ in beside(way_to(model, name), name, matrix.shape[0]):
             pass
