@@ -236,6 +236,17 @@ def test_models_that_are_no_program():
         Exportable(make("max_norm"))
 
 
+def test_a_module_under_several_names_is_exported_strictly():
+    """Otherwise torch.export shows other modules of such a model at each look."""
+    model = make("encoder_decoder").requires_grad_(False)
+    program, params, x = Exportable(model), random_rows(model), tokens(7, 3)
+    inputs = program.inputs(params, rows=K)
+    with pytest.raises(RuntimeError, match=r"under several names. Export it with strict=True"):
+        torch.export.export(program, (*inputs, x), strict=False)
+    found = torch.export.export(program, (*inputs, x), strict=True).module()(*inputs, x)
+    torch.testing.assert_close(found, edited(model, params)(x))
+
+
 def test_a_model_that_has_changed_since_is_refused():
     model = Language().requires_grad_(False)
     program, params = Exportable(model), random_rows(model, [7])

@@ -309,7 +309,6 @@ def test_a_whole_copy_of_an_embedding_that_other_paths_lead_to_is_refused():
         init_deltas(model, NEW, grow=True)
 
 
-
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_whole_copy_of_the_head_is_refused(tie: bool):
     plain = llama(tie=tie)

@@ -19,7 +19,7 @@ from ttfunc.model.matrix import Matrix, way_to
 from ttfunc.model.path import ModulePath, Visit, find_path
 from ttfunc.said import check_said
 from ttfunc.slots import Slot, find_slots, is_patch, shown_in, sizes_of
-from ttfunc.torch_private import transforms_active
+from ttfunc.torch_private import is_exported, transforms_active
 from ttfunc.unread import check_read
 
 # Results that read the weights after the call.
@@ -194,6 +194,11 @@ def _by_path(slots: Sequence[Slot]) -> list[tuple[ModulePath, list[Matrix]]]:
 
 def _now(path: ModulePath) -> dict[int, Visit]:
     visits = path.visits()
+    if visits is None and is_exported():
+        raise RuntimeError(
+            "torch.export shows other modules of this model at each look, since it has one under "
+            "several names. Export it with strict=True."
+        )
     if visits is None:
         raise RuntimeError("the model was changed by another thread as the call began. Try again.")
     return visits

@@ -35,6 +35,10 @@ REASONS = {
     "max_norm is not mixed": Reason(
         "max_norm.*cannot be mixed", lambda cell: (cell.family, cell.way) == ("max_norm", "mixed")
     ),
+    "a module under several names is exported strictly": Reason(
+        "shows other modules .* strict=True",
+        lambda cell: cell.family == "encoder_decoder" and _is_program(cell),
+    ),
     "max_norm is in no program": Reason(
         "max_norm.*cannot be in a program",
         lambda cell: cell.family == "max_norm" and _is_program(cell),
