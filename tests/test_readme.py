@@ -1,4 +1,4 @@
-"""The pages' code runs, as it stands and in its order; their map and their links lead somewhere."""
+"""The pages' code runs, as it stands and in its order; their map leads somewhere."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_bench_page_has_no_code():
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of PEFT's
 def test_the_examples_page_s_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    namespace = run("examples/README.md", 16)
+    namespace = run("examples/README.md", 13)
     assert "2 of 1,000 rows × 64, float32, tied with lm_head.weight" in capsys.readouterr().out
     assert same_bits(namespace["restored"], namespace["model"].state_dict())
     both, merged = (
@@ -71,7 +71,6 @@ def test_the_examples_page_s_code_runs(tmp_path, monkeypatch, capsys):
     before, merged, restored = (path.read_bytes() for path in weights)
     assert restored == before != merged
     torch.testing.assert_close(namespace["of_program"], namespace["of_call"])
-    assert namespace["members"].shape == (2, *namespace["mixed"].shape)
 
 
 def test_the_three_lines_stand_at_the_top():
@@ -101,22 +100,6 @@ def test_each_script_is_on_its_page():
         scripts = {path.stem for path in (ROOT / folder).glob("[!_]*.py")} - shared
         named = re.findall(rf"^\| `{folder}\.(\w+)` \|", PAGES[f"{folder}/README.md"], re.M)
         assert set(named) == scripts
-
-
-def anchors(page: str) -> set[str]:
-    """Those that GitHub gives to the headings."""
-    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", page, flags=re.M | re.S), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_the_links_lead_somewhere(name):
-    for link in re.findall(r"\]\(([^)]+)\)", PAGES[name]):
-        path, _, anchor = link.partition("#")
-        target = (ROOT / name).parent / path if path else ROOT / name
-        assert target.is_file(), link
-        if anchor:
-            assert anchor in anchors(target.read_text()), link
 
 
 def test_the_front_page_s_figures_are_those_of_the_bench_page():
