@@ -32,21 +32,29 @@ def hub(tmp_path_factory) -> Path:
     return cache
 
 
-@pytest.mark.parametrize("name", names(JOBS))
-def test_the_code_of_a_page_runs_and_prints_what_it_shows(name: str, hub: Path, tmp_path: Path):
-    page, found = ROOT / name, tmp_path / "printed.json"
-    environment = {
-        **os.environ,
-        "HF_HUB_CACHE": str(hub),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
+def printed_by(page: Path, hub: Path, folder: Path) -> list[str]:
+    """What each block of a page prints, in a process of its own."""
+    found = folder / "printed.json"
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.helpers.pages", str(page), str(found)]
     done = subprocess.run(  # noqa: S603
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        command, cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for block, printed in zip(blocks(page), json.loads(found.read_text()), strict=True):
+    return json.loads(found.read_text())
+
+
+def test_the_front_page_does_its_job(hub: Path, tmp_path: Path):
+    """What it prints is what SmolLM2 says: `tests.helpers.real_pages` compares that."""
+    (printed,) = printed_by(ROOT / "README.md", hub, tmp_path)
+    assert re.fullmatch(r"before: .*\nafter: .*\n2 rows more than the model has\n", printed)
+    assert (tmp_path / "calc.safetensors").stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("name", names([page for page in JOBS if blocks(page)]))
+def test_the_code_of_a_page_runs_and_prints_what_it_shows(name: str, hub: Path, tmp_path: Path):
+    page = ROOT / name
+    for block, printed in zip(blocks(page), printed_by(page, hub, tmp_path), strict=True):
         if block.prints is not None:
             # The toy has other numbers than SmolLM2.
             assert agrees(printed, block.prints, numbers=False), (block.prints, printed)
@@ -56,7 +64,15 @@ def test_the_code_of_a_page_runs_and_prints_what_it_shows(name: str, hub: Path, 
 def test_a_page_of_a_job_is_short_and_prints_a_result(name: str):
     page = ROOT / name
     assert len(page.read_text().splitlines()) <= 120
-    assert any(block.prints for block in blocks(page))
+    assert not blocks(page) or any(block.prints for block in blocks(page))
+
+
+def test_the_front_page_is_short_and_has_the_three_calls():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    (job,) = (block.code for block in blocks(ROOT / "README.md"))
+    calls = ("init_deltas(", "functional_call(model, ttfunc.patch(params)", "merge(model.state")
+    assert all(call in job for call in calls)
 
 
 def test_every_job_is_on_the_page_of_examples():
