@@ -52,6 +52,8 @@ class Cell:
             return False  # the embedding, with no row of it trained, rescales the model's own
         if self.family == "max_norm" and self.wrap == "lora_embedding":
             return False  # PEFT rescales the adapter in place, in any call
+        if self.family == "storage_tied" and self.way == "fsdp2":
+            return False  # FSDP2 makes two parameters of it, in a model without rows too
         looks = {
             "generate": family.generates
             and self.way not in ("vmap", "program", "program_mixed", *COMPILED),
