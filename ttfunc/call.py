@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ttfunc.bypass import RefuseOwn, reached
 from ttfunc.model.copies import Copies
-from ttfunc.model.given import refuse_token_module
+from ttfunc.model.given import is_token_module, refuse_token_module
 from ttfunc.model.matrix import Matrix, way_to
 from ttfunc.model.path import ModulePath, Visit, find_path
 from ttfunc.said import check_said
@@ -243,7 +243,8 @@ def _check_arguments(
                 f"weights must map names of parameters to tensors, got {name!r}: "
                 f"{type(weight).__name__}."
             )
-    if any(map(is_patch, weights.values())):  # its own parameters are weights as any other
+    # Its own parameters are weights as any other.
+    if is_token_module(model) and any(map(is_patch, weights.values())):
         refuse_token_module(
             model, "module(...), or functional_call(module.base, patch(params), ...)"
         )

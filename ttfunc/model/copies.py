@@ -47,8 +47,8 @@ class Copies:
         self._others: dict[int, Any] = dict(others)
         self._others.update(zip(map(id, self._originals), self._copies, strict=True))
         self._placed = []
-        self._resized = Resized(sizes)
-        if sizes:
+        self._resized = Resized(sizes) if sizes else None
+        if self._resized:
             for visit in visits:
                 self._resized.put_into(visit.state, visit.watched)
             self._others.update(self._resized.others)
@@ -93,7 +93,8 @@ class Copies:
         back: dict[int, Any] = {id(self._others[id(tensor)]): tensor for tensor in tensors}
         stand_ins = frozenset(back)
         back.update(zip(map(id, self._copies), self._originals, strict=True))
-        back.update(self._resized.own)
+        if self._resized:
+            back.update(self._resized.own)
         traced = torch.compiler.is_dynamo_compiling()
         for original, copy, (state, held, containers) in zip(
             self._originals, self._copies, self._placed, strict=True
@@ -111,7 +112,8 @@ class Copies:
                 _refill_all(found, vars(original), back, containers)
                 if type(copy) is not type(original):  # lazy modules change their class
                     original.__class__ = type(copy)
-        self._resized.carry_over(lambda value: own(substituted(value, back)))
+        if self._resized:
+            self._resized.carry_over(lambda value: own(substituted(value, back)))
 
 
 def _empty_copy(module: nn.Module, slot_names: Iterable[str]) -> nn.Module:

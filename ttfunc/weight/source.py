@@ -124,7 +124,7 @@ class Source(NamedTuple):
             if any(one.written for one in self.made_from):
                 raise _stale()
             since = self.reads.version
-            if since is not None and in_backward() and version_of(self.rows.values) != since:
+            if since is not None and version_of(self.rows.values) != since and in_backward():
                 raise _late()
             if how == "lookup" and self.matrix is not None:
                 self.matrix.looked_up = True
