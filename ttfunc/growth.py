@@ -77,8 +77,8 @@ def check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) ->
     if len(set(sizes.values())) > 1:
         raise ValueError(
             f"with these rows the matrices of {type(model).__name__} would have {sizes} rows: a "
-            f"new token needs one at both ends. Give the same new ids to both: "
-            f"targets={list(sizes)}, or leave targets out."
+            "new token needs one at both ends. Make them with the same new ids for both: "
+            f"init_deltas(..., targets={list(sizes)}), or without targets."
         )
 
 

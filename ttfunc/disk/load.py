@@ -14,12 +14,7 @@ from torch import nn
 from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.disk.module_file import file_of, of_trainer
 from ttfunc.disk.rows_file import read
-from ttfunc.disk.tensors import (
-    other_base,
-    path_of,
-    prefix_errors,
-    rows_device,
-)
+from ttfunc.disk.tensors import other_base, path_of, prefix_errors, rows_device
 from ttfunc.ends import warn_of_half
 from ttfunc.growth import check_after, check_ends, next_token, numbered_on
 from ttfunc.indices import token_indices
@@ -61,8 +56,8 @@ def load(
         are on the device of the matrix; for a model on `meta` they are on the CPU, so that they can
         be merged into real weights. Warns where the model's rows are not the originals of the file:
         `unmerge` writes those of the file; and where most others are not those of the model that
-        was trained. On a matrix of another height the ids decide: those past
-        its end are new tokens, and new tokens that it has by now are replaced ones.
+        was trained. On a matrix of another height the ids decide: those past its end are new
+        tokens, and new tokens that it has by now are replaced ones.
 
     Raises:
         KeyError: the model has no parameter with a name in the file, or in `names`.

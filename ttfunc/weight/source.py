@@ -95,8 +95,8 @@ class Source(NamedTuple):
 
     placeholder: the `(V, D)` tensor that code gets if it bypasses `__torch_function__`. copy: the
     patched matrix, if the weight is dense. memory: where the model's own matrix lay. made_from: the
-    tensors that were copied to make the weight. defers: whether its
-    products may wait, as deferred logits. reads: how the weight was read.
+    tensors that were copied to make the weight. defers: whether its products may wait, as deferred
+    logits. reads: how the weight was read.
     """
 
     base: Tensor
