@@ -58,10 +58,12 @@ def test_the_examples_page_s_code_runs(tmp_path, monkeypatch, capsys):
 def test_the_map_has_each_module_and_what_it_names_is_there():
     package = ROOT / "ttfunc"
     page = (package / "README.md").read_text()
-    shown = re.search(r"^ttfunc/\n((?:  \S+ .*\n)+)", page, re.M)[1]
-    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
-    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-    assert {line.split()[0] for line in shown.splitlines()} == modules | folders
+    tree = re.search(r"^ttfunc/\n(.*?)^tests/", page, re.M | re.S)[1]
+    rooms = re.findall(r"^  (\w+)/ .*\n((?:    .*\n)+)", tree, re.M)
+    shown = {f"{room}/{name}.py" for room, names in rooms for name in re.findall(r"\w+", names)}
+    shown |= set(re.findall(r"^  (\w+\.py)", tree, re.M))
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    assert shown == {name for name in modules if not name.endswith("__init__.py")}
     named = re.findall(r"`([\w/]+\.py)`: `(\w+)`", page)
     assert len(named) >= 12
     for file, name in named:

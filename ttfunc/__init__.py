@@ -3,23 +3,23 @@
 import sys
 from typing import NoReturn
 
-from ttfunc.call import functional_call
-from ttfunc.counts import Summary, summary
-from ttfunc.deltas import TokenDeltas, combine
+from ttfunc.call.functional_call import functional_call
+from ttfunc.call.patch import patch
+from ttfunc.call.patch_mixed import patch_mixed
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.disk.load import load
 from ttfunc.disk.rows_file import save
-from ttfunc.exportable import Exportable
-from ttfunc.init import init_deltas
-from ttfunc.merging import merge, unmerge
-from ttfunc.mixing import patch_mixed
-from ttfunc.module import TokenModule
-from ttfunc.patching import patch
+from ttfunc.export.exportable import Exportable
+from ttfunc.merging.merge import merge, unmerge
+from ttfunc.module.token_module import TokenModule
 from ttfunc.peft.as_lora import save_as_lora
 from ttfunc.peft.load_peft import load_peft
 from ttfunc.peft.save_peft import save_peft
-from ttfunc.pieces import mean_of_pieces
-from ttfunc.stacking import stack
+from ttfunc.rows.deltas import TokenDeltas, combine
+from ttfunc.rows.init_deltas import init_deltas
+from ttfunc.rows.mean_of_pieces import mean_of_pieces
+from ttfunc.rows.stack import stack
+from ttfunc.rows.summary import Summary, summary
 from ttfunc.weight.deferred import PatchedWeight
 
 __version__ = "0.2.0.dev0"

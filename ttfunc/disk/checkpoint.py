@@ -9,7 +9,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk import rows_file
 from ttfunc.disk.atomic import Edits, Piece, copy_file, make_directory, stage, sync_directory
 from ttfunc.disk.folder import INDEX, Checkpoint, open_checkpoint, warn_of_copies
@@ -17,7 +16,8 @@ from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, hold
 from ttfunc.disk.resizing import resizing
 from ttfunc.disk.tensors import path_of
 from ttfunc.disk.tokenizer import check_tokenizer, save_tokenizer, warn_of_unknown
-from ttfunc.merging import check_originals
+from ttfunc.merging.merge import check_originals
+from ttfunc.rows.deltas import TokenDeltas, check_type
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[int, int], None]

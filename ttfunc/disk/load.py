@@ -11,18 +11,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.disk.module_file import file_of, of_trainer
 from ttfunc.disk.rows_file import read
 from ttfunc.disk.tensors import other_base, path_of, prefix_errors, rows_device
-from ttfunc.ends import warn_of_half
-from ttfunc.growth import check_after, check_ends, next_token, numbered_on
-from ttfunc.indices import token_indices
+from ttfunc.engines.shards import rows_at
 from ttfunc.model.given import check_model
 from ttfunc.model.matrix import Matrix
+from ttfunc.model.names import advice, matrix_named, names_of
 from ttfunc.model.origin import origin_of
-from ttfunc.model.shards import rows_at
-from ttfunc.names import advice, matrix_named, names_of, renamed
+from ttfunc.rows.deltas import RowSpec, TokenDeltas
+from ttfunc.rows.ends import warn_of_half
+from ttfunc.rows.new_tokens import check_after, check_ends, next_token, numbered_on
+from ttfunc.rows.renaming import renamed
+from ttfunc.rows.token_ids import token_indices
 from ttfunc.torch_private import outside_of_modes
 
 

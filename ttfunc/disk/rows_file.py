@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor
 
-from ttfunc.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.disk.atomic import writable, write_file
 from ttfunc.disk.header import parse_json
 from ttfunc.disk.module_file import KEY, is_of_module
@@ -31,7 +30,8 @@ from ttfunc.disk.tensors import (
     prefix_errors,
     tensor_of,
 )
-from ttfunc.indices import token_indices
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type
+from ttfunc.rows.token_ids import token_indices
 
 FORMAT = 2
 PARTS = ("deltas", "token_indices", "originals")

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk.tensors import check_rows, cpu_copy, path_of, prefix_errors
-from ttfunc.model.owners import is_sharded, shape_of
+from ttfunc.engines.ownership import is_sharded, shape_of
 from ttfunc.peft.adapter import PREFIX
 from ttfunc.peft.writer import write_adapter
+from ttfunc.rows.deltas import TokenDeltas, check_type
 
 
 class _Layer(NamedTuple):

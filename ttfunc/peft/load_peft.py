@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.disk.tensors import (
     differing,
     opened,
@@ -19,12 +18,11 @@ from ttfunc.disk.tensors import (
     rows_device,
     tensor_of,
 )
-from ttfunc.indices import check_dtype, shortened, token_indices
+from ttfunc.engines.ownership import shape_of
+from ttfunc.engines.shards import rows_at, whole_of
 from ttfunc.model.given import check_model
+from ttfunc.model.names import innermost, matrix_named
 from ttfunc.model.origin import origin_of
-from ttfunc.model.owners import shape_of
-from ttfunc.model.shards import rows_at, whole_of
-from ttfunc.names import innermost, matrix_named
 from ttfunc.peft.adapter import (
     DELTA,
     WEIGHTS,
@@ -33,6 +31,8 @@ from ttfunc.peft.adapter import (
     warn_of_other_keys,
 )
 from ttfunc.peft.rules import bare, check_targets
+from ttfunc.rows.deltas import RowSpec, TokenDeltas
+from ttfunc.rows.token_ids import check_dtype, shortened, token_indices
 from ttfunc.torch_private import outside_of_modes
 
 

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from ttfunc.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.disk.tensors import (
     check_rows,
     cpu_copy,
@@ -21,7 +20,7 @@ from ttfunc.disk.tensors import (
     prefix_errors,
 )
 from ttfunc.model.given import refuse_token_module
-from ttfunc.names import innermost
+from ttfunc.model.names import innermost
 from ttfunc.peft.adapter import (
     INDICES,
     NO_LAYERS,
@@ -32,6 +31,7 @@ from ttfunc.peft.adapter import (
 from ttfunc.peft.lora import lora_beside
 from ttfunc.peft.rules import check_ends, check_ties
 from ttfunc.peft.writer import write_adapter
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type
 
 
 def save_peft(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ttfunc.indices import outside_of_autocast
+from ttfunc.rows.token_ids import outside_of_autocast
 from ttfunc.torch_private import (
     TensorBase,
     first_order,

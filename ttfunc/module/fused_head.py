@@ -1,0 +1,119 @@
+"""A head for a loss that multiplies by the weight itself, by chunks, and knows no rows.
+
+Such a loss gives gradients of its hidden states H, `(T, D)`, and of its weight W, `(V, D)`, which
+has the size of the matrix. With `H' = (H, 0)` and `W' = (W, E)`, where the `(V, k)` matrix E has a
+1 for each trained token, `H' W'ᵀ = H Wᵀ`. The last k columns of the gradient of H' are then that of
+the trained tokens' logits, `G_S`, and the gradient of the rows is `G_Sᵀ H`. So W' needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ttfunc.torch_private import no_torch_function, tree_map
+from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.engine_weight import OwnedWeight
+from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER
+from ttfunc.weight.reads import SharedRows
+
+
+def can_fuse(weight: object) -> TypeGuard[PatchedWeight]:
+    """Whether it is a weight whose rows can get their gradient so."""
+    # What an engine owns is read where it is gathered, by slices of the weight itself.
+    if not isinstance(weight, PatchedWeight) or isinstance(weight, OwnedWeight):
+        return False
+    if not weight.deferred:
+        return False
+    rows = weight.source.rows
+    return isinstance(rows, SharedRows) and rows.values.requires_grad and torch.is_grad_enabled()
+
+
+def longer_states(hidden: Tensor, weight: PatchedWeight) -> Tensor:
+    """`(..., D + k)` hidden states: k columns of 0, whose gradient is that of the rows."""
+    values = weight.source.rows.values
+    return _Longer.apply(hidden, values)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Longer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.dtype = rows.dtype
+        return F.pad(hidden, (0, len(rows)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (hidden,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        width = hidden.shape[-1]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        of_logits = gradient[..., width:].flatten(0, -2).to(wide)
+        of_rows = of_logits.T @ hidden.flatten(0, -2).to(wide)
+        return gradient[..., :width], of_rows.to(ctx.dtype)  # type: ignore[attr-defined]
+
+
+class LongerWeight(Tensor):
+    """The constant `(V, D + k)` weight; a slice of it is made when it is read.
+
+    Its memory is one NaN, expanded: code that does not ask `__torch_function__` gets NaN.
+    """
+
+    weight: PatchedWeight
+
+    @classmethod
+    def of(cls, weight: PatchedWeight) -> LongerWeight:
+        """The longer one of a patched weight."""
+        source = weight.source
+        shape = (len(weight), source.base.shape[1] + len(source.rows.values))
+        longer = source.base.new_full((), torch.nan).expand(shape).as_subclass(cls)
+        # The loss reads it again in its backward, when the rows may have been written to.
+        rows = source.rows.map(lambda values: values.detach().clone())
+        longer.weight = weight.with_source(source._replace(rows=rows))
+        return longer
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """Its rows from `start` to `stop`."""
+        source = self.weight.source
+        source.reads.product = True  # also late: the rows are a copy of their own
+        base, values = source.base, source.rows.values
+        indices = source.rows.indices  # type: ignore[attr-defined]
+        width, known = base.shape[1], min(stop, len(base))
+        here = [row for row, token in enumerate(indices.ids) if start <= token < stop]
+        at = torch.tensor([indices.ids[row] - start for row in here], device=base.device)
+        with torch.no_grad():
+            # In one piece: a part may be half of the matrix, and is made at each read.
+            part = base.new_empty(stop - start, width + len(values))
+            part[: max(0, known - start), :width] = base[start:known]
+            part[:, width:] = 0
+            if here:
+                part[at, :width] = values[here].to(base.device, base.dtype)
+                part[at, torch.tensor(here, device=base.device) + width] = 1
+        return part
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.__getitem__ and isinstance(args[1], slice):
+            start, stop, step = args[1].indices(len(args[0]))
+            if step == 1:
+                return args[0].part(start, max(start, stop))
+        with no_torch_function():
+            if func in ANSWERED_BY_BASE or func in ANSWERED_BY_PLACEHOLDER:
+                return func(*args, **kwargs)
+        return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
+
+
+def _whole(value: Any) -> Any:
+    return value.part(0, len(value)) if isinstance(value, LongerWeight) else value
