@@ -11,7 +11,7 @@ from trl.kernels import ChunkedLogProbFunction
 from tests.helpers.rows import random_rows
 from tests.helpers.sizes import Sizes
 from ttfunc import patch
-from ttfunc.module.fused_head import LongerWeight, can_fuse, longer_states
+from ttfunc.module.fused_head import can_fuse, longer_states, longer_weight
 from ttfunc.weight.deferred import PatchedWeight
 
 V, D, T = 40, 6, 11
@@ -49,7 +49,7 @@ def test_the_gradients_are_those_of_the_whole_matrix(chunk, softcap, grown):
     hidden = torch.randn(T, D, requires_grad=True)
     expected = loss_of(hidden, whole, chunk, softcap)
     of_hidden, of_whole = torch.autograd.grad(expected, (hidden, whole))
-    longer = LongerWeight.of(weight)
+    longer = longer_weight(weight)
     assert longer.shape == (len(whole), D + 3)
     assert not longer.requires_grad
     found = loss_of(longer_states(hidden, weight), longer, chunk, softcap)
@@ -65,7 +65,7 @@ def test_rows_that_are_written_to_before_the_backward_change_no_gradient():
     hidden = torch.randn(T, D, requires_grad=True)
 
     def loss() -> Tensor:
-        return loss_of(longer_states(hidden, weight), LongerWeight.of(weight), 7, None)
+        return loss_of(longer_states(hidden, weight), longer_weight(weight), 7, None)
 
     truth = torch.autograd.grad(loss(), (hidden, rows))
     late = loss()
@@ -79,7 +79,7 @@ def test_nothing_as_large_as_the_matrix_is_made():
     weight, _ = made()
     hidden = torch.randn(2, D, requires_grad=True)
     with Sizes() as sizes:
-        loss_of(longer_states(hidden, weight), LongerWeight.of(weight), 8, None).backward()
+        loss_of(longer_states(hidden, weight), longer_weight(weight), 8, None).backward()
     assert max(sizes.found) < V * D
     with Sizes() as sizes:  # and this sees it where it is
         loss_of(hidden, weight, 8, None).backward()
@@ -101,7 +101,7 @@ def test_any_other_read_is_right_too(read):
     weight, rows = made()
     whole, hidden = full(weight), torch.randn(T, D, requires_grad=True)
     expected = read(whole, hidden)
-    found = read(LongerWeight.of(weight), longer_states(hidden, weight))
+    found = read(longer_weight(weight), longer_states(hidden, weight))
     torch.testing.assert_close(found, expected)
     factor = torch.randn_like(expected)
     _, of_whole = torch.autograd.grad((expected * factor).sum(), (hidden, whole))
@@ -114,7 +114,7 @@ def test_in_half_precision():
     source = weight.source
     half = weight.to(torch.bfloat16)
     hidden = torch.randn(T, D).bfloat16()
-    found = F.linear(longer_states(hidden, half), LongerWeight.of(half))
+    found = F.linear(longer_states(hidden, half), longer_weight(half))
     assert found.dtype == torch.bfloat16
     (of_rows,) = torch.autograd.grad(found.float().sum(), rows)
     assert of_rows.dtype == source.rows.values.dtype
@@ -127,14 +127,15 @@ def test_in_double_precision():
     params = random_rows(model, IDS, requires_grad=True)
     (rows,), weight = params.deltas.values(), patch(params)["weight"]
     hidden = torch.randn(T, D, dtype=torch.float64)
-    found = F.linear(longer_states(hidden, weight), LongerWeight.of(weight))
+    found = F.linear(longer_states(hidden, weight), longer_weight(weight))
     (of_rows,) = torch.autograd.grad(found.sum(), rows)
     torch.testing.assert_close(of_rows, hidden.sum(0).expand(3, D), rtol=0, atol=1e-14)
 
 
-def test_code_that_does_not_ask_gets_nan():
+def test_code_that_does_not_ask_gets_the_numbers_too():
     weight, _ = made()
-    assert torch.Tensor.as_subclass(LongerWeight.of(weight), Tensor).isnan().all()
+    longer = longer_weight(weight)
+    assert torch.equal(Tensor.as_subclass(longer, Tensor).mul(1), longer[:])
 
 
 def test_where_no_gradient_is_wanted_it_is_not_needed():

@@ -12,7 +12,8 @@ from tests.helpers.mesh import mesh_of_one
 from tests.helpers.rows import random_rows
 from ttfunc import init_deltas, patch, patch_mixed
 from ttfunc.engines.ownership import Kept
-from ttfunc.weight.engine_weight import OwnedWeight, Place, gathered, owned
+from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.engine_weight import Place, owned
 from ttfunc.weight.source import Reads
 
 V, D, IDS = 11, 4, [7, 2]
@@ -24,21 +25,16 @@ def mesh():
         yield mesh
 
 
-def made(**options) -> tuple[nn.Module, OwnedWeight, Tensor, Reads]:
+def made(**options) -> tuple[nn.Module, PatchedWeight, Tensor, Reads, Place]:
     torch.manual_seed(0)
     model = nn.Linear(D, V, bias=False).requires_grad_(False)
     params = random_rows(model, IDS, targets="", requires_grad=True, **options)
-    weight, reads = patch(params)["weight"], Reads()
-    return (
-        model,
-        owned(weight, Place(model, "weight", Kept()), reads),
-        params.deltas["weight"],
-        reads,
-    )
+    weight, reads, place = patch(params)["weight"], Reads(), Place(model, "weight", Kept())
+    return model, owned(weight, place, reads), params.deltas["weight"], reads, place
 
 
 def test_it_reads_what_the_module_has_by_then():
-    model, weight, rows, reads = made()
+    model, weight, rows, reads, _ = made()
     hidden = torch.randn(3, D)
     for _ in range(2):
         model.weight = nn.Parameter(torch.randn(V, D), requires_grad=False)
@@ -51,7 +47,7 @@ def test_it_reads_what_the_module_has_by_then():
 
 
 def test_its_questions_are_answered_without_a_read():
-    model, weight, _, reads = made()
+    model, weight, _, reads, _ = made()
     model.half()
     assert (weight.shape, weight.dtype, len(weight)) == ((V, D), torch.float16, V)
     assert weight.requires_grad
@@ -59,24 +55,24 @@ def test_its_questions_are_answered_without_a_read():
 
 
 def test_what_an_engine_puts_into_the_copy_comes_first():
-    model, weight, _, _ = made()
+    model, weight, _, _, place = made()
     copy = nn.Linear(D, V, bias=False)
-    copy._parameters["weight"] = weight.place.placed
-    weight.place.copy = copy
-    assert weight.place.held() is model.weight
+    copy._parameters["weight"] = place.placed
+    place.copy = copy
+    assert place.held() is model.weight
     copy._parameters["weight"] = torch.ones(V, D)
-    assert gathered(weight).source.base.sum() == V * D
+    assert weight.now().source.base.sum() == V * D
 
 
 def test_what_is_not_gathered_is_refused():
-    model, weight, _, _ = made()
+    model, weight, *_ = made()
     model.weight = nn.Parameter(torch.empty(0))
     with pytest.raises(RuntimeError, match=r"weight of Linear is not gathered here"):
         F.linear(torch.randn(3, D), weight)
 
 
 def test_any_other_use_gets_the_matrix_of_that_time():
-    model, weight, rows, reads = made()
+    model, weight, rows, reads, _ = made()
     model.weight.data.zero_()
     expected = torch.zeros(V, D).index_copy(0, torch.tensor(IDS), rows.detach())
     assert torch.equal((weight * 1).detach(), expected)
@@ -97,7 +93,7 @@ def test_someone_s_own_function_gets_it_and_gives_the_gradient():
             hidden, weight = ctx.saved_tensors
             return gradient @ weight, gradient.t() @ hidden
 
-    model, weight, rows, _ = made()
+    model, weight, rows, _, _ = made()
     hidden = torch.randn(3, D, requires_grad=True)
     plain = model.weight.index_copy(0, torch.tensor(IDS), rows)
     truth = torch.autograd.grad((hidden @ plain.T).square().sum(), (hidden, rows))
@@ -116,7 +112,7 @@ def test_a_split_matrix_takes_no_new_tokens_and_no_mixed_batch(mesh):
     model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(0)]))
     for weight, words in weights:
         with pytest.raises(RuntimeError, match=words):
-            gathered(owned(weight, Place(model, "weight", Kept()), Reads()))
+            owned(weight, Place(model, "weight", Kept()), Reads()).now()
 
 
 def test_a_part_of_a_matrix_is_multiplied_and_not_looked_up_in(mesh):
@@ -131,9 +127,10 @@ def test_a_part_of_a_matrix_is_multiplied_and_not_looked_up_in(mesh):
             local, mesh, [Shard(0)], run_check=False, shape=torch.Size((V, D)), stride=(D, 1)
         )
         kind.weight = nn.Parameter(part, requires_grad=False)
-        weight = owned(weights["weight"], Place(kind, "weight", Kept()), Reads())
-        weight.place.copy = type(kind)(V, D)
-        weight.place.copy._parameters["weight"] = local  # as a tool's forward puts it there
+        place = Place(kind, "weight", Kept())
+        weight = owned(weights["weight"], place, Reads())
+        place.copy = type(kind)(V, D)
+        place.copy._parameters["weight"] = local  # as a tool's forward puts it there
         if isinstance(kind, nn.Linear):
             torch.testing.assert_close(F.linear(hidden, weight), expected)
         else:

@@ -8,7 +8,6 @@ the trained tokens' logits, `G_S`, and the gradient of the rows is `G_Sᵀ H`. S
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -16,17 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ttfunc.torch_private import no_torch_function, tree_map
 from ttfunc.weight.deferred import PatchedWeight
-from ttfunc.weight.engine_weight import OwnedWeight
-from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER
+from ttfunc.weight.lazy import Lazy, lazy
 from ttfunc.weight.reads import SharedRows
+from ttfunc.weight.source import Source
 
 
 def can_fuse(weight: object) -> TypeGuard[PatchedWeight]:
     """Whether it is a weight whose rows can get their gradient so."""
     # What an engine owns is read where it is gathered, by slices of the weight itself.
-    if not isinstance(weight, PatchedWeight) or isinstance(weight, OwnedWeight):
+    if not isinstance(weight, PatchedWeight) or weight.source.gathered is not None:
         return False
     if not weight.deferred:
         return False
@@ -58,62 +56,34 @@ class _Longer(torch.autograd.Function):
         return gradient[..., :width], of_rows.to(ctx.dtype)  # type: ignore[attr-defined]
 
 
-class LongerWeight(Tensor):
-    """The constant `(V, D + k)` weight; a slice of it is made when it is read.
+def longer_weight(weight: PatchedWeight) -> Lazy:
+    """The constant `(V, D + k)` weight; a slice of it is made when it is read."""
+    source = weight.source
+    shape = (len(weight), source.base.shape[1] + len(source.rows.values))
+    # The loss reads it again in its backward, when the rows may have been written to.
+    rows = source.rows.map(lambda values: values.detach().clone())
+    source = source._replace(rows=rows)
 
-    Its memory is one NaN, expanded: code that does not ask `__torch_function__` gets NaN.
-    """
+    def piece(start: int, stop: int) -> Tensor:
+        return _longer_piece(source, start, stop)
 
-    weight: PatchedWeight
-
-    @classmethod
-    def of(cls, weight: PatchedWeight) -> LongerWeight:
-        """The longer one of a patched weight."""
-        source = weight.source
-        shape = (len(weight), source.base.shape[1] + len(source.rows.values))
-        longer = source.base.new_full((), torch.nan).expand(shape).as_subclass(cls)
-        # The loss reads it again in its backward, when the rows may have been written to.
-        rows = source.rows.map(lambda values: values.detach().clone())
-        longer.weight = weight.with_source(source._replace(rows=rows))
-        return longer
-
-    def part(self, start: int, stop: int) -> Tensor:
-        """Its rows from `start` to `stop`."""
-        source = self.weight.source
-        source.reads.product = True  # also late: the rows are a copy of their own
-        base, values = source.base, source.rows.values
-        indices = source.rows.indices  # type: ignore[attr-defined]
-        width, known = base.shape[1], min(stop, len(base))
-        here = [row for row, token in enumerate(indices.ids) if start <= token < stop]
-        at = torch.tensor([indices.ids[row] - start for row in here], device=base.device)
-        with torch.no_grad():
-            # In one piece: a part may be half of the matrix, and is made at each read.
-            part = base.new_empty(stop - start, width + len(values))
-            part[: max(0, known - start), :width] = base[start:known]
-            part[:, width:] = 0
-            if here:
-                part[at, :width] = values[here].to(base.device, base.dtype)
-                part[at, torch.tensor(here, device=base.device) + width] = 1
-        return part
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.__getitem__ and isinstance(args[1], slice):
-            start, stop, step = args[1].indices(len(args[0]))
-            if step == 1:
-                return args[0].part(start, max(start, stop))
-        with no_torch_function():
-            if func in ANSWERED_BY_BASE or func in ANSWERED_BY_PLACEHOLDER:
-                return func(*args, **kwargs)
-        return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
+    return lazy(source.base, shape, lambda: piece(0, shape[0]), piece)
 
 
-def _whole(value: Any) -> Any:
-    return value.part(0, len(value)) if isinstance(value, LongerWeight) else value
+def _longer_piece(source: Source, start: int, stop: int) -> Tensor:
+    """Its rows from `start` to `stop`."""
+    source.reads.product = True  # also late: the rows are a copy of their own
+    base, values = source.base, source.rows.values
+    indices = source.rows.indices  # type: ignore[attr-defined]
+    width, known = base.shape[1], min(stop, len(base))
+    here = [row for row, token in enumerate(indices.ids) if start <= token < stop]
+    at = torch.tensor([indices.ids[row] - start for row in here], device=base.device)
+    with torch.no_grad():
+        # In one piece: a part may be half of the matrix, and is made at each read.
+        part = base.new_empty(stop - start, width + len(values))
+        part[: max(0, known - start), :width] = base[start:known]
+        part[:, width:] = 0
+        if here:
+            part[at, :width] = values[here].to(base.device, base.dtype)
+            part[at, torch.tensor(here, device=base.device) + width] = 1
+    return part

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Protocol
 from torch import Tensor, nn
 
 from ttfunc.call.slots import find_slots
-from ttfunc.module.fused_head import LongerWeight, can_fuse
+from ttfunc.module.fused_head import can_fuse, longer_weight
 from ttfunc.module.sizes import Sizes
 from ttfunc.rows.deltas import TokenDeltas
 
@@ -74,7 +74,7 @@ def part(bridge: Bridge, own: Any, weights: Mapping[int, Tensor] | None = None) 
     weights = stand_ins(bridge) if weights is None else weights
     if isinstance(own, Tensor):
         weight = weights.get(id(own), own)
-        return LongerWeight.of(weight) if is_fusing(bridge) and can_fuse(weight) else weight
+        return longer_weight(weight) if is_fusing(bridge) and can_fuse(weight) else weight
     if type(own) in (list, tuple):
         return type(own)(part(bridge, one, weights) for one in own)
     if type(own) is dict:

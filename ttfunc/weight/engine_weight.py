@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,16 +9,14 @@ from torch import Tensor, nn
 
 from ttfunc.engines.ownership import Kept, is_owned, is_zero3, shape_of
 from ttfunc.model.beside import lengthened
-from ttfunc.torch_private import fsdp_manages, is_dtensor, no_torch_function, tree_map
+from ttfunc.torch_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.dtensor_rows import ShardedRows
-from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER, SIZES
+from ttfunc.weight.lazy import Lazy, lazy
 from ttfunc.weight.placeholder import nan_placeholder
 from ttfunc.weight.reads import SharedRows, cast_like
-from ttfunc.weight.source import Reads, RowPatch
+from ttfunc.weight.source import Reads, RowPatch, Source
 from ttfunc.weight.unreadable import Unreadable
-
-_QUESTIONS = SIZES | ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER
 
 
 class Place:
@@ -44,42 +41,12 @@ class Place:
     def held(self) -> Tensor | None:
         """What is there now."""
         here = self.copy._parameters.get(self.attribute)
-        if here is self.placed or isinstance(here, (OwnedWeight, OwnedLonger)):
+        if here is self.placed or isinstance(here, Lazy):
             return self.module._parameters.get(self.attribute)
         return here
 
 
-class OwnedWeight(PatchedWeight):
-    """A patched weight whose base is what its place holds, each time that something reads it."""
-
-    place: Place
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        # Questions are asked at any time: of all parameters, for the dtype of a model.
-        answer = _asked if func in _QUESTIONS else gathered
-        args, kwargs = tree_map(answer, args), tree_map(answer, kwargs or {})
-        return PatchedWeight.__torch_function__(func, types, args, kwargs)
-
-    @classmethod
-    def _dispatched(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        args, kwargs = tree_map(gathered, args), tree_map(gathered, kwargs or {})
-        return PatchedWeight._dispatched(func, types, args, kwargs)
-
-
-def owned(weight: PatchedWeight, place: Place, reads: Reads) -> OwnedWeight:
+def owned(weight: PatchedWeight, place: Place, reads: Reads) -> PatchedWeight:
     """The same weight over what a place holds when it is read; the reads are noted in `reads`."""
     source = weight.source
     rows, base = source.rows, source.base
@@ -88,32 +55,14 @@ def owned(weight: PatchedWeight, place: Place, reads: Reads) -> OwnedWeight:
         nan = nan_placeholder(Unreadable, values, base, ids, rows.grown, reads)
     else:
         nan = rows.placeholder(base, reads)
-    made = nan.as_subclass(OwnedWeight)
+
+    def gathered(source: Source, read: bool) -> Source:
+        return _by_now(source, place, read=read)
+
     # What an engine gathers is gone after the call, when logits may still be waiting.
-    made.source = source._replace(placeholder=nan, memory=None, defers=False, reads=reads)
-    made.transposed, made.place = False, place
-    return made
-
-
-class OwnedLonger(Tensor):
-    """A parameter that an engine owns, with zeros at the end of what is there at each read."""
-
-    place: Place
-    dimension: int
-    by: int
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in _QUESTIONS:
-            with no_torch_function():
-                return func(*args, **(kwargs or {}))
-        return func(*tree_map(gathered, args), **tree_map(gathered, kwargs or {}))
+    return weight.with_source(
+        source._replace(placeholder=nan, memory=None, defers=False, reads=reads, gathered=gathered)
+    )
 
 
 def longer(tensor: Tensor, dimension: int, by: int, place: Place | None) -> Tensor:
@@ -131,49 +80,35 @@ def longer(tensor: Tensor, dimension: int, by: int, place: Place | None) -> Tens
         )
     shape = list(shape_of(tensor))
     shape[dimension] += by
-    nan = torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(shape)
-    made = nan.as_subclass(OwnedLonger)
-    made.place, made.dimension, made.by = place, dimension, by
-    return made
+    return lazy(tensor, tuple(shape), lambda: _longer_by_now(shape, dimension, by, place))
 
 
-def _asked(value: Any) -> Any:
-    """Of an owned weight one that knows its metadata, whatever is gathered."""
-    if not isinstance(value, OwnedWeight):
-        return value
-    source, held = value.source, value.place.held()
-    if held is None or is_dtensor(held) or held.shape != source.base.shape:
-        return value.with_source(source)
-    return value.with_source(source._replace(base=held.detach()))
-
-
-def gathered(value: Any) -> Any:
-    """An ordinary patched weight, or longer tensor, for an owned one; any other value as it is."""
-    if isinstance(value, OwnedLonger):
-        return _made_longer(value)
-    if not isinstance(value, OwnedWeight):
-        return value
-    source, place = value.source, value.place
+def _by_now(source: Source, place: Place, *, read: bool) -> Source:
+    """The source over what the place holds; a question needs to know no more than its dtype."""
     held: Any = place.held()
+    there = held is not None and not is_dtensor(held) and held.shape == source.base.shape
+    source = source._replace(gathered=None)
+    if not read:  # of all parameters and at any time, for the dtype of a model
+        return source._replace(base=held.detach()) if there else source
     if is_dtensor(held) and not (fsdp_manages(place.module) and held is place.kept):
         rows: RowPatch = _over_ranks(source.rows)
-    elif held is not None and not is_dtensor(held) and held.shape == source.base.shape:
+    elif there:
         rows = source.rows
     elif _is_part(held, place):
         rows = SharedRows(*_over_ranks(source.rows).part(place.kept))
     else:
         raise _not_gathered(place)
-    return value.with_source(source._replace(base=held.detach(), rows=rows))
+    return source._replace(base=held.detach(), rows=rows)
 
 
-def _made_longer(value: OwnedLonger) -> Tensor:
-    held, place = value.place.held(), value.place
+def _longer_by_now(shape: list[int], dimension: int, by: int, place: Place) -> Tensor:
+    held: Any = place.held()
     if is_zero3(held):  # its dictionary gathers what is taken from it in a forward
         held = place.module._parameters[place.attribute]
-    if held is None or is_dtensor(held) or held.ndim != value.ndim:
+    if held is None or is_dtensor(held) or held.ndim != len(shape):
         raise _not_gathered(place)
-    found = lengthened(held, value.dimension, value.by)
-    if found.shape != value.shape:
+    found = lengthened(held, dimension, by)
+    if list(found.shape) != shape:
         raise _not_gathered(place)
     return found
 
