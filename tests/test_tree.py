@@ -13,7 +13,7 @@ PACKAGE = Path(ttfunc.__file__).parent
 # pure functions are at the top; nothing there knows of files.
 ALLOWED = {
     "model": {"torch_private"},
-    "weight": {"torch_private", "indices", "model"},
+    "weight": {"torch_private", "own_names", "indices", "model"},
     "disk": {
         *("torch_private", "indices", "deltas", "growth", "names", "merging", "model"),
         *("module_keys", "ends"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import memory_of
+from ttfunc.own_names import OwnTensorNames
 from ttfunc.torch_private import is_fake, no_torch_function, transforms_active, tree_map, version_of
 from ttfunc.weight.overrides import (
     ANSWERED_BY_BASE,
@@ -35,10 +36,10 @@ _HANDLERS, implements = registry()
 READS = _HANDLERS.keys()
 
 
-class PatchedWeight(Tensor):
-    """A `(V, D)` weight with k of its rows replaced, or the `(D, V)` transpose of one.
+class PatchedWeight(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
+    """A `(V, D)` weight with k rows replaced, or the `(D, V)` transpose of one; `patch` makes it.
 
-    Made by `patch`. `source.uses` tells how it was read: `"lookup"`, `"product"`, `"dense"`.
+    `source.uses` is the set of the ways in which it was read: `"lookup"`, `"product"`, `"dense"`.
     """
 
     source: Source
@@ -98,6 +99,9 @@ class PatchedWeight(Tensor):
             placeholder = source.rows.placeholder(source.base, source.reads)
             source = source._replace(placeholder=placeholder)
         return _wrap(source, self.transposed)
+
+    def __dir__(self) -> list[str]:  # torch's own would read the values of the matrix
+        return sorted(object.__dir__(self))
 
     @classmethod
     def __torch_function__(
