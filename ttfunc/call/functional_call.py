@@ -42,17 +42,17 @@ def functional_call(
     >>> functional_call(model, ttfunc.patch(params), torch.tensor([[3, 4]]))[0, 0]
     tensor([1., 1., 1., 1., 1., 1., 1., 1.])
 
-    The call runs on shallow copies of the modules between the model and the places that hold the
-    weights; all else is shared. So other threads, hooks and calls inside this one see the model as
-    it is. Code that runs after the call (a recomputed checkpoint, a generator) reads these weights.
+    The call runs on shallow copies of the modules that lead to these weights, and shares all else.
+    So other threads, hooks and calls inside this one see the model as it is. Code that runs after
+    the call (a recomputed checkpoint, a generator) still reads these weights.
 
     Args:
-        model: what a call sets on it (for example a cache) is there afterwards, as after any call.
-        weights: from `patch`, or any other tensors, by name. Give a tied weight under any one of
-            its names; it is used under all of them.
-        args: positional arguments, a tuple; anything else is a single argument.
+        model: any module. What a call sets on it, for example a cache, is there afterwards.
+        weights: from `patch`, or any other tensors, by name. Give a tied weight under one of its
+            names; the call uses it under all of them.
+        args: positional arguments, as a tuple. Anything else is a single argument.
         kwargs: keyword arguments.
-        method: what to call, such as `"generate"`.
+        method: which method to call, such as `"generate"`.
         misplaced: must be empty; the model's keyword arguments go in `kwargs`.
 
     Returns:
@@ -63,9 +63,8 @@ def functional_call(
         ValueError: a patch made from another model, or from this one before its weights were
             replaced or tied; one weight given twice.
         TypeError: weights that are not a mapping; a model that cannot be copied.
-        RuntimeError: the call read no patched matrix, so the rows had no effect (if it read only
-            some of them, it warns); or it read the model's own matrix, through an object that
-            cannot be copied.
+        RuntimeError: the call read no patched matrix, so the rows had no effect; or it read the
+            model's own matrix, through an object that cannot be copied.
         AttributeError: the model has no such method.
 
     Warns:

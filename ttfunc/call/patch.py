@@ -17,7 +17,7 @@ from ttfunc.weight.reads import SharedRows
 def patch(
     params: TokenDeltas, *more: TokenDeltas, dense: bool = False, deferred_logits: bool = False
 ) -> dict[str, Tensor]:
-    """The patched weights of the model that `params` were made from, by parameter name.
+    """Return the model's weights with the rows in them, by parameter name, for `functional_call`.
 
     Each weight is the matrix W with `W[S] = R`: the rows R replace the rows of the tokens S.
 
@@ -28,39 +28,40 @@ def patch(
     >>> ttfunc.functional_call(model, weights, torch.tensor([1, 3, 7])).shape
     torch.Size([3, 8])
 
-    Give the result to `torch.func.functional_call` or to `ttfunc.functional_call`; it is
-    differentiable with respect to the deltas alone. `patch(a, b)` is `patch(combine(a, b))`.
-    Neither the model nor `params` is changed.
+    `torch.func.functional_call` takes the weights too. They are differentiable with respect to the
+    deltas alone. `patch(a, b)` is `patch(combine(a, b))`. Neither the model nor `params` is
+    changed.
 
-    The weights of one TokenDeltas read its current rows. Those that copy (`patch(a, b)` of one
-    matrix, `dense`) are refused as stale once the rows, or a matrix that was copied, were written
-    to. Writes that no version counts (to `row.data`, through numpy) are noticed for up to 64
-    tensors of 1 MiB in all, whose values are compared at each read; beyond that, they are not.
+    A weight of one TokenDeltas reads the rows as they are at the call. A weight that holds a copy
+    (`patch(a, b)` of one matrix, or `dense`) goes stale once the rows, or a copied matrix, are
+    written to; a call then refuses it. Writes that no version counts (to `row.data`, through numpy)
+    are found by comparing values at each read, for up to 64 tensors of 1 MiB in all, and not
+    beyond.
 
     Args:
-        params: with `(k, D)` deltas; they are cast to the dtype and moved to the device that the
+        params: with `(k, D)` deltas. They are cast to the dtype, and moved to the device, that the
             model has now.
         more: further rows of the same model, of other tokens.
-        dense: copy the matrices at once, which costs V×D memory for the weight and for each of its
-            gradients. By default they are deferred: the frozen matrix is read in place and the k
-            rows are put into the result (see `PatchedWeight`). A matrix of an Embedding with
-            `max_norm` is always copied.
-        deferred_logits: let the logits wait until something reads them. A cross-entropy of theirs
-            then needs none: it is made by chunks of a constant size, from the labelled positions
-            alone, and so are its gradients. Where something reads the logits as well, they are made
-            again, of the rows as they were at the product, also after the optimizer's step; a
-            gradient is refused then. Under no_grad, torch.compile and forward mode, this changes
-            nothing.
+        dense: copy the matrices at once. This costs V×D memory for the weight and for each of its
+            gradients. By default the weights are deferred: a call reads the frozen matrix in place
+            and puts the k rows into the result. A matrix of an Embedding with `max_norm` is always
+            copied.
+        deferred_logits: let the logits wait until something reads them. A cross-entropy of them
+            then needs no `(T, V)` logits: it works in chunks of a constant size, on the labelled
+            positions alone, and so do its gradients. If something else reads the logits, they are
+            made then, from the rows as they were at the product, even after the optimizer's step;
+            but a gradient is refused once the rows have changed. Without effect under no_grad,
+            torch.compile and forward mode.
 
     Returns:
-        A `(V, D)` weight for each distinct matrix, under one name of each Parameter that holds it;
-        with n new tokens `(V + n, D)`.
+        A dict with a `(V, D)` weight for each distinct matrix, `(V + n, D)` with n new tokens,
+        under one name of each Parameter that holds it.
 
     Raises:
-        ValueError: deltas of another shape, a matrix that was resized or untied since they were
-            made, a token in more than one of the parameters, or new tokens without the ones before.
+        ValueError: deltas of another shape; a matrix that was resized or untied since they were
+            made; a token in more than one of the parameters; new tokens without the ones before.
         TypeError: deltas that are not float tensors.
-        RuntimeError: `params` were unpickled and belong to no model.
+        RuntimeError: `params` were unpickled, and belong to no model.
     """
     weights: dict[str, Tensor] = {}
     together = combine(params, *more)

@@ -21,7 +21,7 @@ from ttfunc.weight.per_example import rows_of_each
 def patch_mixed(
     adapters: Sequence[TokenDeltas], assignment: Iterable[int] | Tensor
 ) -> dict[str, Tensor]:
-    """The patched weights for one batch in which each example has its own adapter.
+    """Return weights for one batch in which each example has an adapter of its own.
 
     For example b with adapter a: `E[b] = W_a[x[b]]` and `Y[b] = H[b] W_aᵀ`, where `W_a[S_a] = R_a`.
 
@@ -32,25 +32,24 @@ def patch_mixed(
     >>> ttfunc.functional_call(model, weights, x)[:2, 0, 0]
     tensor([2., 1.])
 
-    Give the result to `functional_call`, like the result of `patch`. It is differentiable with
-    respect to the deltas of all adapters. It copies their rows, and is refused as stale once these
-    were written to, as a dense patch is. Neither the model nor an adapter is changed. The model
-    must keep the examples in the first dimension of its tokens and hidden states, as the models of
-    transformers do (except XLNet, which is refused).
+    The weights are differentiable with respect to the deltas of all adapters. They copy the rows,
+    and a call refuses them as stale once the rows are written to. Neither the model nor an adapter
+    is changed. The model must keep the examples in the first dimension of its tokens and hidden
+    states, as the models of transformers do (except XLNet, which is refused).
 
     Args:
-        adapters: n TokenDeltas of one model, each over any tokens; none, if all of the batch is
+        adapters: n TokenDeltas of one model, each of any tokens; an empty list if all examples are
             the plain model's. New tokens must be the same in each.
         assignment: B integers, the adapter of each example; -1 is the plain model.
 
     Returns:
-        A `(V, D)` deferred weight for each matrix of the adapters, as `patch` returns. A read
-        raises if its batch does not have B examples, or if it is neither a lookup nor a product.
+        A dict with a `(V, D)` deferred weight for each matrix of the adapters, as from `patch`. A
+        read raises if its batch has other than B examples, or if it is no lookup and no product.
 
     Raises:
-        ValueError: no adapters for an assignment to one, an empty assignment, adapters of different
-            models or with other new tokens, an example of the plain model beside new tokens, or as
-            `patch`.
+        ValueError: no adapters for an assignment to one; an empty assignment; adapters of different
+            models or with different new tokens; an example of the plain model beside new tokens; or
+            as `patch`.
         IndexError: an assignment to an adapter that is not there.
         TypeError: adapters or an assignment of another type.
     """

@@ -15,6 +15,7 @@ from ttfunc.export.checks import check_assignment, check_rows_and_ids
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import count_slots, matrices_of
 from ttfunc.model.targets import Targets, find_targets
+from ttfunc.own_names import OwnNames
 from ttfunc.rows.deltas import TokenDeltas, check_shapes, check_type
 from ttfunc.weight.any_rows import AnyRows
 from ttfunc.weight.deferred import patched
@@ -23,8 +24,8 @@ from ttfunc.weight.deferred import patched
 Each: TypeAlias = "Tensor | Mapping[str, Tensor]"
 
 
-class Exportable(nn.Module):
-    """A model whose inputs begin with the rows and their token ids; for `torch.export`.
+class Exportable(nn.Module, metaclass=OwnNames):
+    """A model that takes the rows and their token ids as its first inputs; for `torch.export`.
 
     >>> model = torch.nn.Embedding(100, 8)
     >>> program = ttfunc.Exportable(model)
@@ -36,36 +37,37 @@ class Exportable(nn.Module):
     >>> exported.module()(rows, ids, torch.tensor([3, 4, 5]))[0, 0]
     tensor(1.)
 
-    `forward(rows, ids, *args, **kwargs)` calls the model with `(k, D)` rows in place of those of
-    `(k,)` int64 ids, and gives what it gives. k is the same in each call of an exported program. A
-    row whose id is -1 is not used, whatever it holds. Where the model has several matrices of rows
-    (an untied head of its own), rows and ids are dicts, by the first name of each matrix. The
-    gradients of the rows are right; the model is not changed.
+    `forward(rows, ids, *args, **kwargs)` calls the model with `(k, D)` rows in place of the rows of
+    `(k,)` int64 ids, and returns what the model returns. k is the same in each call of an exported
+    program. A row whose id is -1 is not used, whatever it holds. Where the model has several
+    matrices of rows (an untied head has its own), rows and ids are dicts, by the first name of each
+    matrix. The output is differentiable with respect to the rows; the model is not changed.
 
-    With `assignment=True` each example of a batch has its own adapter: `forward(rows, ids,
-    assignment, *args, **kwargs)` takes `(n, k, D)` rows, `(n, k)` ids and `(B,)` int64, the adapter
-    of each example; -1 is the plain model. As in `patch_mixed`, the examples are the first
-    dimension of the batch.
+    With `assignment=True` each example of a batch has an adapter of its own: `forward(rows, ids,
+    assignment, *args, **kwargs)` takes `(n, k, D)` rows, `(n, k)` ids and a `(B,)` int64
+    assignment, the adapter of each example; -1 is the plain model. As in `patch_mixed`, the
+    examples are the first dimension of the batch.
 
     >>> program = ttfunc.Exportable(model, assignment=True)
     >>> inputs = program.inputs([params], assignment=[0, -1], rows=2, adapters=4)
     >>> program(*inputs, torch.tensor([[3], [4]])).shape
     torch.Size([2, 1, 8])
 
-    A compiled program checks nothing. There an id past the end is not used either; of two rows with
-    one id the first counts; an adapter that is not there is the plain model; ids of another dtype
-    are read as bytes, and anything may happen. Call `check` before, which is also done by a call
-    that is not traced.
+    An exported or compiled program checks nothing: it does not use an id past the end; of two rows
+    with one id it takes the first; an adapter that is not there is the plain model; ids of another
+    dtype are read as raw bytes, and anything may happen. Call `check` first. A call that is not
+    traced does so itself.
 
     Args:
-        model: any module. It is a submodule, under the name `model`.
-        targets: as for `init_deltas`; by default the input embedding, and what is tied to it.
+        model: any module. It becomes the submodule `model`.
+        targets: as for `init_deltas`. By default the input embedding, and what is tied to it.
         kwargs: keyword arguments that the model gets in each call, such as `{"use_cache": False}`.
         assignment: whether a call takes an adapter for each example.
 
     Raises:
-        TypeError, ValueError: a model that is no module, targets that are unknown or ambiguous, or
-        a matrix of an Embedding with `max_norm`, which rescales itself.
+        TypeError: a model that is no module, or a TokenModule.
+        ValueError: a target that matches no module, or none for a model that has no one input
+            embedding; a matrix of an Embedding with `max_norm`, which rescales itself.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Exportable(nn.Module):
                 )
 
     def forward(self, rows: Each, ids: Each, *args: Any, **kwargs: Any) -> Any:
-        """What the model gives for `args` and `kwargs` with these rows. Raises as `check`."""
+        """Call the model with these rows, `args` and `kwargs`; wrong inputs raise as in `check`."""
         own = args[: self.assignment]
         self.check(rows, ids, *own)
         named_rows, named_ids = self._by_name(rows), self._by_name(ids)
@@ -113,16 +115,25 @@ class Exportable(nn.Module):
         assignment: Iterable[int] | Tensor | None = None,
         adapters: int | None = None,
     ) -> Any:
-        """The rows and the ids of `params`, made up to so many: the first inputs of the program.
+        """Return the first inputs of the program: rows and ids of `params`, padded to a size.
 
-        With `assignment`, B integers, `params` are up to so many `adapters` (by default as many as
-        are given), and -1 is the plain model.
+        Args:
+            params: TokenDeltas; with `assignment` a list of n of them. They are not changed.
+            rows: how many rows each adapter is padded to.
+            assignment: B integers, the adapter of each example; -1 is the plain model. Only for a
+                program with `assignment=True`, which needs it.
+            adapters: how many adapters there are after padding. By default as many as are given.
 
-        Returns `(rows, D)` deltas, detached, and `(rows,)` int64 ids, or a dict of each. With
-        `assignment`: `(adapters, rows, D)`, `(adapters, rows)` and the `(B,)` int64 assignment.
-        Raises ValueError where there are more rows or adapters than that, or the rows are new
-        tokens or of a matrix that is not in the program; TypeError for anything but TokenDeltas;
-        for the assignment as `patch_mixed`.
+        Returns:
+            `(rows, D)` deltas, detached, and `(rows,)` int64 ids, or a dict of each; with
+            `assignment`, `(adapters, rows, D)`, `(adapters, rows)` and the `(B,)` int64 assignment.
+
+        Raises:
+            ValueError: more rows or adapters than that; rows of new tokens, or of a matrix that the
+                program does not have; an assignment as in `patch_mixed`.
+            IndexError: an assignment to an adapter that is not there.
+            TypeError: anything but TokenDeltas; an `assignment` that the program does not take, or
+                none where it needs one.
         """
         mixed = assignment is not None
         if mixed is not self.assignment or (adapters is not None and not mixed):
@@ -149,11 +160,18 @@ class Exportable(nn.Module):
         return self._in_one(values), self._in_one(ids), ids[0].new_tensor(plain)
 
     def check(self, rows: Each, ids: Each, assignment: object = None) -> None:
-        """Whether a program takes these: what a caller asks before, as the program does not.
+        """Raise unless a program takes these inputs. An exported program itself checks nothing.
 
-        Raises TypeError for rows that are no floats, and ids and assignment that are not int64,
-        ValueError for other shapes and a repeated id, IndexError for an id that is no token, and an
-        adapter that is not there.
+        Args:
+            rows: `(k, D)` floats, or a dict of them by name; with `assignment=True`, `(n, k, D)`.
+            ids: `(k,)` int64 token ids, or a dict; with `assignment=True`, `(n, k)`. -1 is no
+                token.
+            assignment: with `assignment=True`, the `(B,)` int64 adapters of the examples.
+
+        Raises:
+            TypeError: rows that are not floats; ids or an assignment that are not int64.
+            ValueError: another shape; a repeated id.
+            IndexError: an id that is no token; an adapter that is not there.
         """
         named_rows, named_ids = self._by_name(rows), self._by_name(ids)
         for name, matrix in self.matrices.items():
@@ -204,6 +222,10 @@ class Exportable(nn.Module):
         more = count - len(ids)
         ids = nn.functional.pad(ids.to(rows.device), (0, more), value=-1)
         return nn.functional.pad(rows, (0, 0, 0, more)), ids
+
+    def __dir__(self) -> list[str]:
+        names = {*super().__dir__(), *object.__dir__(self)}  # type: ignore[no-untyped-call]
+        return sorted(names)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model has matrices of its own.

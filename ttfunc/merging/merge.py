@@ -28,7 +28,7 @@ def merge(
     check_finite: bool = False,
     names: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
-    """A state dict with the trained rows in it; `unmerge(merge(sd, p), p)` is `sd` bit for bit.
+    """Return a state dict with the trained rows in it; `unmerge` is the inverse, bit for bit.
 
     `W[S] = R` in a copy of the matrix W, under each of its names.
 
@@ -42,30 +42,31 @@ def merge(
 
     Args:
         state_dict: of the model, in any float dtype. It is not changed.
-        params: with `(k, D)` deltas; they are cast to the dtype of the matrix.
+        params: with `(k, D)` deltas, which are cast to the dtype of the matrix.
         more: further rows, of other tokens.
         check_finite: refuse rows that are NaN or infinite in the matrix's dtype.
         names: a mapping from the model's name of a matrix to the state dict's, where the two differ
             (as with a wrapper around the model).
 
     Returns:
-        A new dict. Tensors that are not patched are the ones passed in, and names that shared one
-        tensor still share one. The result is differentiable with respect to the deltas. For a state
-        dict to save, merge `params` that do not require grad, or merge under `torch.no_grad()`.
-
-    Warns:
-        UserWarning: some rows in the state dict are the originals and others are not, by their
-            names or by their tokens, so `unmerge` cannot give all of them back: as after a merge of
-            other rows of these tokens. (If none are the originals, as with another base, the rows
-            are replaced without a warning.)
+        A new dict. Tensors that are not patched are the ones you passed in, and names that shared
+        one tensor still share one. With n new tokens a matrix is `(V + n, D)`. The result is
+        differentiable with respect to the deltas: for a state dict to save, merge `params` that do
+        not require grad, or merge under `torch.no_grad()`.
 
     Raises:
         KeyError: the state dict has none of the names of a matrix, or lacks the one in `names`.
-        ValueError: a matrix or a delta of another shape, overlapping tokens, or a row that is not
+        ValueError: a matrix or a delta of another shape; overlapping tokens; a row that is not
             finite; one tensor under names that were several matrices when the rows were made, which
-            would all get the rows of one. (Of a state dict with one of these names alone, merge
+            would all get the rows of one. (Of a state dict with only one of these names, merge
             cannot know whether it is tied.)
         TypeError: the state dict is not a mapping, or a matrix in it is not a float tensor.
+
+    Warns:
+        UserWarning: some rows in the state dict are the originals and others are not, so `unmerge`
+            cannot give all of them back; this happens after a merge of other rows of these tokens.
+            (If none are the originals, as with another base, the rows are replaced without a
+            warning.)
     """
     together = called(state_dict, combine(params, *more), names)
     groups = groups_of(state_dict, together)
@@ -85,15 +86,24 @@ def unmerge(
     *more: TokenDeltas,
     names: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
-    """A state dict with the original rows back in place: the inverse of `merge`.
+    """Return a state dict with the original rows back in place: the inverse of `merge`.
 
-    The originals are those that `params` were made with; anything written to these rows since is
-    overwritten. The state dict is not changed. The result shares tensors with it, as the result of
-    `merge` does. `names` is as for `merge`.
+    The originals are the rows that the model had when `params` were made. They overwrite whatever
+    was written to these rows since.
+
+    Args:
+        state_dict: the merged one. It is not changed.
+        params: the rows that were merged.
+        more: further rows that were merged.
+        names: as for `merge`.
+
+    Returns:
+        A new dict, which shares tensors with `state_dict` as the result of `merge` does.
 
     Raises:
-        KeyError, ValueError: as `merge`. Also ValueError if the dtype of the state dict holds more
-            than the dtype of the originals: they may be rounded.
+        KeyError, ValueError, TypeError: as `merge`.
+        ValueError: the dtype of the state dict holds more than that of the originals, which may
+            then be rounded.
     """
     together = called(state_dict, combine(params, *more), names)
     groups = groups_of(state_dict, together, merged=True)

@@ -19,6 +19,7 @@ from ttfunc.module.class_of import like
 from ttfunc.module.parts import fusing
 from ttfunc.module.sizes import Sizes, own
 from ttfunc.module.state import as_parameter, check_trained, faults, modes_after, trainable
+from ttfunc.own_names import OwnNames
 from ttfunc.rows.deltas import TokenDeltas
 from ttfunc.rows.keys import key
 
@@ -26,7 +27,7 @@ from ttfunc.rows.keys import key
 _READ_BY_BASE = frozenset({"config", "generation_config", "loss_function"})
 
 
-class TokenModule(nn.Module):
+class TokenModule(nn.Module, metaclass=OwnNames):
     """A frozen model with trained rows, as a module whose only parameters are these rows.
 
     >>> model = torch.nn.Embedding(100, 8).requires_grad_(False)
@@ -37,33 +38,33 @@ class TokenModule(nn.Module):
     >>> module(torch.tensor([3])).shape
     torch.Size([1, 8])
 
-    `parameters()` are the leaves of `params`, a `(k, D)` one for each matrix. There is one set of
-    rows: training the module trains `params`. `state_dict` also has the `(k,)` int64 token indices.
-    So an optimizer, DDP and a checkpoint see kilobytes. The model is the attribute `base`, not a
-    submodule. It is called by `functional_call`, and its weights never change. `to`, `train`,
-    `eval` and the switches of gradient checkpointing act on it too. Float32 rows stay float32 over
-    a half-precision base.
+    `parameters()` are the leaves of `params`, one `(k, D)` leaf for each matrix, so training the
+    module trains `params`. `state_dict()` also has the `(k,)` int64 token ids. An optimizer, DDP
+    and a checkpoint see kilobytes. Float32 rows stay float32 over a half-precision model.
 
-    Other attributes are those of the model (of the model in a PeftModel), with the rows in them:
-    its methods run with the rows, and `get_output_embeddings().weight` is the patched weight.
-    With new tokens `config.vocab_size`, `num_embeddings` and `out_features` are what they are in a
-    call; what else is set on the config is set on the model's.
-    `save_pretrained` saves the merged model, of a PeftModel with its adapter merged, and
-    `merge_and_unload` gives it; what would write to weights of the model is not there.
-    What is set on the module stays on it, but for `config`, `generation_config` and
-    `loss_function`, which the model's code reads on the model. The class takes the name and the
-    signature of the model's class, because transformers' Trainer relies on them. A deep copy has
-    parameters and training modes of its own over the same base; it neither moves nor switches the
-    base.
+    The model is the attribute `base`, not a submodule. The module calls it by `functional_call`,
+    and never changes its weights. `to`, `train`, `eval` and the switches of gradient checkpointing
+    act on the model too. A deep copy has its own parameters and training modes over the same
+    `base`, which it neither moves nor switches.
+
+    Other attributes are the model's, with the rows in them (of a PeftModel, those of the model in
+    it). Its methods run with the rows, and `get_output_embeddings().weight` is the patched weight.
+    With new tokens, `config.vocab_size`, `num_embeddings` and `out_features` are what a call uses.
+    What you set on the module stays on it; only `config`, `generation_config` and `loss_function`
+    go to the model, whose code reads them there. The class takes the name and the signature of the
+    model's class, because transformers' Trainer looks at them.
+
+    `save_pretrained` saves the merged model (of a PeftModel, with its adapter merged), and
+    `merge_and_unload` returns it. A method that would write to the model's weights is refused.
 
     Args:
-        model: the one that `params` were made from. It is frozen, unless `train_base`.
+        model: the model that `params` were made from. It is frozen, unless `train_base`.
         params: with `(k, D)` deltas that are leaves. They become `nn.Parameter`s that require grad.
         train_base: also train what requires grad in the model, such as a LoRA. These parameters,
             and no others of the model, are parameters of the module and in its state dict.
 
     Raises:
-        ValueError: a model that is not frozen, deltas that have another shape or are not leaves,
+        ValueError: a model that is not frozen; deltas that have another shape or are not leaves;
             stale parameters; with `train_base`, a token matrix that itself requires grad.
         TypeError: `model` is not a module, or is wrapped in DDP or by torch.compile; `params` is
             not a TokenDeltas.
@@ -119,7 +120,7 @@ class TokenModule(nn.Module):
         self.__class__ = like(type(innermost(model)), type(self))
 
     def params(self) -> TokenDeltas:
-        """The rows for `patch`, `merge` and `save`; the leaves are this module's own parameters."""
+        """Return the rows for `patch`, `merge` and `save`; their leaves are this module's own."""
         deltas = {name: getattr(self, key("deltas", name)) for name in self._rows}
         return TokenDeltas(deltas, dict(self._rows))
 
@@ -143,15 +144,15 @@ class TokenModule(nn.Module):
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns, with the rows in it."""
+        """Call the model, with the rows in it."""
         return self._call(args, kwargs, "forward")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model generates, with the rows in it."""
+        """Call the model's `generate`, with the rows in it."""
         return self._call(args, kwargs, "generate")
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode of this module, and so of the model when it is next called."""
+        """Set the training mode of this module, and of the model when it is next called."""
         if self._modes is None:
             self.base.train(mode)
         else:  # in a copy: the base belongs to the original
@@ -255,6 +256,10 @@ class TokenModule(nn.Module):
             "nn.DataParallel does not copy the base of a TokenModule to its devices. Start a "
             "process for each device (torchrun), or use one device only (CUDA_VISIBLE_DEVICES=0)."
         )
+
+    def __dir__(self) -> list[str]:
+        names = {*super().__dir__(), *object.__dir__(self)}  # type: ignore[no-untyped-call]
+        return sorted(names)
 
     def __repr__(self) -> str:
         return f"TokenModule({type(self.base).__name__}, {self.params()})"

@@ -89,10 +89,13 @@ class RowSpec:
 
 @dataclass(frozen=True, eq=False)
 class TokenDeltas:
-    """Replacement rows for the token matrices of a model: a pytree of optree and of torch.
+    """Rows that replace those of a model's token matrices: a pytree for optree and for torch.
 
-    deltas: one `(k, D)` float leaf for each distinct matrix, keyed by its first name in the model.
-    specs: the static part, under the same keys; read it through the properties.
+    The float tensors in `deltas` are its leaves: the new rows themselves, not differences.
+
+    Attributes:
+        deltas: a `(k, D)` leaf for each distinct matrix, under its first name in the model.
+        specs: what is fixed about the rows, under the same names. Read it through the properties.
     """
 
     deltas: dict[str, Tensor]
@@ -107,18 +110,18 @@ class TokenDeltas:
 
     @property
     def token_indices(self) -> dict[str, Tensor]:
-        """The token ids, `(k,)` int64 on the CPU: row i of every array belongs to id i."""
+        """The `(k,)` int64 token ids on the CPU, by name: row i of every array belongs to id i."""
         cpu = torch.device("cpu")
         return {name: spec.indices.on(cpu).ids.clone() for name, spec in self.specs.items()}
 
     @property
     def originals(self) -> dict[str, Tensor]:
-        """The `(k, D)` rows as they were, in the dtype of the matrix."""
+        """The `(k, D)` rows as they were, in the matrix's dtype, by name; zeros for new tokens."""
         return {name: spec.originals for name, spec in self.specs.items()}
 
     @property
     def tied(self) -> dict[str, tuple[str, ...]]:
-        """All names of each matrix, including the first one."""
+        """All names of each matrix, by its first one."""
         return {name: spec.names for name, spec in self.specs.items()}
 
     def __iter__(self) -> NoReturn:
@@ -152,11 +155,20 @@ class TokenDeltas:
 
 
 def combine(*params: TokenDeltas) -> TokenDeltas:
-    """One TokenDeltas with the rows of all of `params`, in their order; none of them is changed.
+    """Put the rows of several TokenDeltas of one model into one, in their order.
 
-    Deltas over the same matrix are concatenated to `(k1 + k2 + …, D)`. Raises ValueError where a
-    token is in more than one of them, or where one name stands for matrices of different models;
-    TypeError for anything but a TokenDeltas.
+    Deltas over the same matrix are concatenated to `(k1 + k2 + …, D)`.
+
+    Args:
+        params: at least one TokenDeltas. None of them is changed.
+
+    Returns:
+        A new TokenDeltas.
+
+    Raises:
+        ValueError: none given; a token in more than one of them; one name for matrices of different
+            models.
+        TypeError: anything but a TokenDeltas.
     """
     if not params:
         raise ValueError("combine() got no parameters: give at least one TokenDeltas.")

@@ -35,9 +35,9 @@ def init_deltas(
     generator: torch.Generator | None = None,
     requires_grad: bool = False,
 ) -> TokenDeltas:
-    """The rows `idx` of the model's token matrices, as a pytree of their own.
+    """Make rows of a model's token matrices that you train apart from the model.
 
-    R = W[S] for the token ids S, or as `init` says.
+    The rows R of the token ids S start as W[S], the rows of the matrix W, or as `init` says.
 
     >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100))
     >>> params = ttfunc.init_deltas(model, [3, 7])
@@ -48,37 +48,40 @@ def init_deltas(
 
     Args:
         model: any module. It is not changed.
-        idx: k token ids, or a mapping from target to its own ids (then without `targets`).
-        targets: Embedding and Linear modules: a module name or the end of one, a compiled pattern,
-            or a list of them. By default the input embedding, and for new tokens the head too. A
-            matrix that is tied to a target, by identity or memory, is trained with it. A layer that
-            PEFT has put around another means the one within.
-        init: where the rows start. `"base"`: as they are, and new ones at the mean. `"mean"`: the
-            mean of the matrix. `"normal"`: drawn with the mean and the standard deviation of each
-            of its columns. A `(k, D)` tensor, for one matrix. A function of the `(V, D)` matrix and
-            the `(k,)` ids that returns `(k, D)` rows. Or a mapping from target to one of these, for
-            each matrix its own.
-        dtype: of the deltas; by default the matrix's own, but float32 for a half-precision one.
-        generator: for `"normal"`.
-        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
-        grow: allows new tokens. Their ids follow on the last one of the matrix: V, V+1, … without a
-            gap. The patched matrix has one row more for each, and the model stays as it is. An
-            untied head grows with the input embedding, also within a LoRA.
-        after: TokenDeltas that have new tokens already. New ids follow on theirs, as with `grow`,
-            and `patch(after, these)` is the model with both.
+        idx: k token ids; or a mapping from each target to its own ids, and then no `targets`.
+        targets: the Embedding and Linear modules that have the rows: the name of a module or the
+            end of one, a compiled pattern, or a list of these. By default the input embedding, and
+            for new tokens the head too. A matrix that is tied to a target, by identity or by
+            memory, is trained with it. Where PEFT has wrapped a layer, you name the layer itself.
+        init: where the rows start. `"base"`: as the model has them, and new ones at the mean of the
+            matrix. `"mean"`: at the mean of the matrix. `"normal"`: drawn with the mean and the
+            standard deviation of each of its columns. A `(k, D)` tensor, for one matrix. A function
+            that takes the `(V, D)` matrix and the `(k,)` ids, and returns `(k, D)` rows. Or a
+            mapping from each target to one of these.
+        grow: allow new tokens, which the matrix has no rows for. Their ids follow its last one: V,
+            V+1, … without a gap. The patched matrix has one row more for each; the model stays as
+            it is. An untied head grows with the input embedding, also inside a LoRA.
+        after: TokenDeltas that already have new tokens. New ids follow theirs, as with `grow`, and
+            `patch(after, these)` gives the model both.
+        dtype: of the deltas. By default the matrix's own, but float32 for a half-precision one.
+        generator: draws the rows of `"normal"`.
+        requires_grad: make the deltas leaves for `torch.optim`. `torch.func` does not need it.
 
     Returns:
-        TokenDeltas with a `(k, D)` delta on the device of each distinct matrix.
+        TokenDeltas with a `(k, D)` delta for each distinct matrix, on its device.
 
     Raises:
-        TypeError, ValueError, IndexError: for ids that are not token ids, targets that are unknown
-        or ambiguous, tied targets with different ids, an `init` of another shape, or one tensor for
-        several matrices, `after` of another model, a `dtype` that is not a float, new tokens where
-        the head or an adapter has no place for them.
+        TypeError: ids that are not integers; a `dtype` that is not a float; a TokenModule.
+        IndexError: an id past the end of the matrix, without `grow` or with a gap.
+        ValueError: no ids, or repeated or negative ones; a target that matches no module, or no
+            target for a model that has no one input embedding; tied targets with different ids; an
+            `init` of another shape, or one tensor for several matrices; an `after` that does not
+            fit the model; new tokens where the head or an adapter has no place for them.
 
     Warns:
-        UserWarning: once for a model whose head is a matrix of its own, where the default target
-        trains rows of the input embedding alone; and for the row of a `padding_idx`.
+        UserWarning: the default target trains rows of the input embedding alone, because the head
+            is a matrix of its own (once for a model); or an id is the `padding_idx`, whose row gets
+            no gradient from a lookup.
     """
     warn_of_untested()
     refuse_token_module(model, "init_deltas(module.base, ...)")

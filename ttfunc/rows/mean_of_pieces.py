@@ -20,12 +20,12 @@ _BREAK = "\n"
 
 
 def mean_of_pieces(before: Any, after: Any, *, left_space: bool | None = None) -> Start:
-    """For `init=`: each token starts as the mean of the rows that its text was split into before.
+    """For `init=`: start each new token at the mean of the pieces that spelled it before.
 
-    R[i] = mean of W[p] for the pieces p of the text of token i. A token that was there before
+    R[i] is the mean of W[p] over the pieces p of the text of token i. A token that was there before
     starts as it is.
 
-    >>> class Letters:  # as a tokenizer of transformers, where each letter is one token
+    >>> class Letters:  # like a tokenizer of transformers, with a token for each letter
     ...     def encode(self, text, add_special_tokens=False):
     ...         return ["abc".index(letter) for letter in text.strip()]
     >>> model = torch.nn.Embedding(4, 8)
@@ -35,28 +35,27 @@ def mean_of_pieces(before: Any, after: Any, *, left_space: bool | None = None) -
     True
 
     Args:
-        before: the tokenizer without the new tokens: `encode(text, add_special_tokens=False)` gives
-            ids, as in transformers. (`tokenizer.add_tokens` changes a tokenizer: make a
-            `copy.deepcopy` before.)
-        after: the tokenizer with them; or a mapping from token id to text, which need not be the
-            token's own: `{49152: " calculator"}` for `<calc>`.
-        left_space: whether the text has a space to its left. By default as the token itself: it has
-            one that starts with it, and one that takes it in (`AddedToken(lstrip=True)`). Say True
-            for a word that mostly follows a space, which tokenizers split otherwise than the bare
-            word.
+        before: the tokenizer without the new tokens. Its `encode(text, add_special_tokens=False)`
+            gives ids, as in transformers. `tokenizer.add_tokens` changes a tokenizer, so make a
+            `copy.deepcopy` first.
+        after: the tokenizer with the new tokens. Or a mapping from token id to text, which need not
+            be the token's own: `{49152: " calculator"}` for `<calc>`.
+        left_space: whether the text begins with a space. By default it does if the token begins
+            with one, or takes one in (`AddedToken(lstrip=True)`). Give True for a word that mostly
+            follows a space: tokenizers split " word" and "word" differently.
 
     Returns:
-        A function of the `(V, D)` matrix and the `(k,)` ids that gives `(k, D)` rows, in float32
-        for a half-precision matrix. It changes nothing.
+        A function that takes the `(V, D)` matrix and the `(k,)` ids, and returns `(k, D)` rows, in
+        float32 for a half-precision matrix. It changes nothing.
 
     Raises:
-        TypeError, ValueError: here, for one that is no tokenizer, one tokenizer as both, or the two
-        swapped; and in `init_deltas`, for a token that `after` does not have, one without text, or
-        whose pieces are past the end of the matrix. And for the unknown token where `after` has no
-        token that `before` has not.
+        TypeError: `before` or `after` is not a tokenizer.
+        ValueError: one tokenizer is given as both, or the two are swapped. In `init_deltas`: a
+            token that `after` does not have; one without text, or with pieces past the end of the
+            matrix; or the unknown token, where `after` has no token that `before` has not.
 
     Warns:
-        UserWarning: in `init_deltas`, for the unknown token among others.
+        UserWarning: in `init_deltas`, the unknown token is among the ids.
     """
     if not callable(getattr(before, "encode", None)):
         raise TypeError(

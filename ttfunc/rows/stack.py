@@ -24,7 +24,7 @@ from ttfunc.torch_private import outside_of_modes
 
 
 def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
-    """N adapters as one pytree with `(n, k, D)` leaves, over the union of their tokens.
+    """Put n adapters into one pytree with `(n, k, D)` leaves, over all of their tokens; for `vmap`.
 
     >>> model = torch.nn.Embedding(100, 8)
     >>> stacked = stack([ttfunc.init_deltas(model, [3, 7]), ttfunc.init_deltas(model, [7, 9])])
@@ -34,23 +34,22 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
     >>> torch.vmap(lambda p: ttfunc.functional_call(model, ttfunc.patch(p), x))(stacked).shape
     torch.Size([2, 2, 8])
 
-    `torch.vmap` over it calls the model with each adapter: `vmap(lambda p: functional_call(model,
-    patch(p), x))(stack(adapters))`. Adapter i is `optree.tree_map(lambda t: t[i], stacked)`, with
-    the model's rows, as they are now, for tokens (or matrices) that only other adapters have. (The
-    originals, if the parameters belong to no model, or if an engine has the matrix.) The adapters
-    are not changed.
+    Adapter i is `optree.tree_map(lambda t: t[i], stacked)`. For a token or a matrix that only other
+    adapters have, it holds the model's row as it is now (or the original, if the rows belong to no
+    model or an engine has the matrix).
 
     Args:
-        params_list: n TokenDeltas of one model, over the same or different tokens.
+        params_list: n TokenDeltas of one model, of the same tokens or different ones. They are not
+            changed.
 
     Returns:
-        TokenDeltas over the k tokens of all, in the order in which they first come. The leaves have
-        the widest dtype of the adapters' leaves, and of the matrix where they hold its rows; they
-        are differentiable with respect to the adapters'.
+        TokenDeltas of all k tokens, in the order in which they first come. Each leaf has the widest
+        dtype among the adapters' leaves, and the matrix where it holds rows of it. The leaves are
+        differentiable with respect to the adapters'.
 
     Raises:
-        ValueError: none given, a delta that is not `(k, D)`, adapters of different models, or
-            originals of one token that differ.
+        ValueError: none given; a delta that is not `(k, D)`; adapters of different models;
+            different originals of one token.
         TypeError: anything but TokenDeltas.
     """
     adapters = aligned(params_list)

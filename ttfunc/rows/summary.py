@@ -22,7 +22,13 @@ from ttfunc.torch_private import is_traceable_wrapper_subclass
 class Summary:
     """What `summary` counted. Tied and shared tensors count once; bytes are those stored.
 
-    matrices: what each matrix trains. beside: the parameters that are trained beside the rows.
+    Attributes:
+        trainable_parameters: the rows, and what else is trained.
+        trainable_bytes: of these.
+        total_parameters: those of the model, and the rows.
+        total_bytes: of these.
+        matrices: what each matrix trains, by its first name.
+        beside: the names of the parameters that are trained beside the rows.
     """
 
     trainable_parameters: int
@@ -34,7 +40,7 @@ class Summary:
 
     @property
     def fraction(self) -> float:
-        """The trainable part of all parameters: the model's and the deltas'."""
+        """The trainable part of all parameters, the model's and the rows."""
         return self.trainable_parameters / max(self.total_parameters, 1)
 
     def __str__(self) -> str:
@@ -52,18 +58,18 @@ class Summary:
 
 
 def summary(model: nn.Module, params: TokenDeltas | None = None) -> Summary:
-    """Counts of a model and of what is trained with it, all of it; nothing is changed.
+    """Count what is trained of a model, and all that there is; nothing is changed.
 
-    Trained are the rows, and what requires grad in the model (a LoRA, a head), but for a matrix
-    that has rows.
+    What is trained are the rows, and what requires grad in the model (a LoRA, a head) except a
+    matrix that has rows.
 
     Args:
-        model: the model; or a TokenModule, which is counted as what it trains.
-        params: the rows; by default those of the TokenModule, and none of another model.
+        model: the model; or a TokenModule, which counts as what it trains.
+        params: the rows. By default those of the TokenModule, and none for another model.
 
     Returns:
-        Summary: the totals include the deltas, and `matrices` says what each matrix trains. Of a
-        sharded model the parameters are counted whole, and the bytes are those on this rank.
+        Summary, whose totals include the rows. For a sharded model, parameters are counted whole,
+        and bytes are those on this rank.
 
     Raises:
         TypeError: `model` is not a module, or `params` are not TokenDeltas.

@@ -29,9 +29,9 @@ READS = _HANDLERS.keys()
 
 
 class PatchedWeight(Lazy):
-    """A `(V, D)` weight with k of its rows replaced, or the `(D, V)` transpose of one.
+    """A `(V, D)` weight with k rows replaced, or the `(D, V)` transpose of one; `patch` makes it.
 
-    Made by `patch`. `source.uses` tells how it was read: `"lookup"`, `"product"`, `"dense"`.
+    `source.uses` is the set of the ways in which it was read: `"lookup"`, `"product"`, `"dense"`.
     """
 
     source: Source

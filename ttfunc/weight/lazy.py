@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ttfunc.own_names import OwnTensorNames
 from ttfunc.torch_private import forbid_writes, no_torch_function, tree_map
 from ttfunc.weight.overrides import QUESTIONS, refuse_layout, refuse_writes
 
@@ -27,7 +28,7 @@ class OnTensorsAlone:
         return Tensor.__torch_dispatch__ if tensor is None else owner._dispatched
 
 
-class Lazy(Tensor):
+class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
     """A tensor that `make` makes, at each read.
 
     piece: makes the rows from a start to a stop alone, where they can be had without the whole.
@@ -58,6 +59,9 @@ class Lazy(Tensor):
     def loses_writes(self) -> bool:
         """Whether what a function writes to it would be lost, as each read makes it anew."""
         return True
+
+    def __dir__(self) -> list[str]:  # torch's own would read the values
+        return sorted(object.__dir__(self))
 
     @classmethod
     def handled(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
