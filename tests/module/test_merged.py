@@ -15,6 +15,7 @@ from tests.helpers.llama import llama
 from tests.helpers.models import V
 from tests.helpers.oracle import snapshot
 from tests.helpers.rows import random_rows
+from ttfunc import functional_call, load, patch, save
 from ttfunc.module.token_module import TokenModule
 
 pytestmark = pytest.mark.filterwarnings(
@@ -93,18 +94,28 @@ def test_a_base_in_half_precision_keeps_its_dtype(tmp_path):
     torch.testing.assert_close(logits(loaded, "both"), logits(module, "both"), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.")
+@pytest.mark.filterwarnings(
+    "ignore:Model has .tie_word_embeddings=True.", "ignore:Setting .save_embedding_layers."
+)
 def test_an_adapter_on_a_tied_matrix_is_refused(tmp_path):
     config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["lm_head"])
     model = peft.get_peft_model(llama(), config).eval()
     rows = random_rows(model, [3], targets="embed_tokens")
     module = TokenModule(model, rows, train_base=True)
     before = snapshot(model)
+    match = r"lm_head.*are one matrix, and the adapter is on it.* Save them apart \(ttfunc\.save\("
     for call in (module.merge_and_unload, lambda: module.save_pretrained(tmp_path / "a")):
-        with pytest.raises(ValueError, match=r"lm_head.*are one matrix, and the adapter is on it"):
+        with pytest.raises(ValueError, match=match):
             call()
     assert not (tmp_path / "a").exists()
     assert snapshot(model) == before
+    # As the message says.
+    save(module.params(), tmp_path / "rows")
+    module.base.save_pretrained(tmp_path / "b")
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "b").eval()
+    weights = patch(load(tmp_path / "rows", loaded))
+    x = torch.tensor([[1, 3, 2]])
+    torch.testing.assert_close(functional_call(loaded, weights, x).logits, module(x).logits)
 
 
 def test_what_has_no_adapter_to_merge_has_no_such_method():

@@ -88,6 +88,7 @@ def _check_ties(base: nn.Module) -> None:
         if len(tied := names.get(id(written), [])) > 1:
             raise ValueError(
                 f"{tied} are one matrix, and the adapter is on it: merged, it would be at "
-                "each of these places. Save the adapter with the rows (save_peft(module.params(), "
-                "directory, adapter=module.base)), or leave tied matrices out of the adapter."
+                "each of these places. Save them apart (ttfunc.save(module.params(), path) and "
+                "module.base.save_pretrained(directory)), or leave tied matrices out of the "
+                "adapter."
             )
