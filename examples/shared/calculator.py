@@ -86,8 +86,22 @@ def answer(model: Any, params: ttfunc.TokenDeltas | None, tokenizer: Any, lesson
     }
     with torch.no_grad():
         out = ttfunc.functional_call(model, weights, kwargs=kwargs, method="generate")
-    said: str = tokenizer.decode(out[0, len(lesson.prompt_ids) :])
+    return first_line(tokenizer, out[0, len(lesson.prompt_ids) :])
+
+
+def first_line(tokenizer: Any, tokens: Any) -> str:
+    """What of the tokens answers a question: all that is said before the line ends."""
+    said: str = tokenizer.decode(tokens)
     return said.strip().partition("\n")[0].removesuffix(tokenizer.eos_token)
+
+
+def count_calls(said: list[str], lessons: list[Lesson]) -> str:
+    """How many calls are right of those that are wanted, and how many nobody wanted."""
+    both = list(zip(said, lessons, strict=True))
+    right = sum(s == lesson.answer for s, lesson in both if "<calc>" in lesson.answer)
+    wrong = sum("<calc>" in s for s, lesson in both if "<calc>" not in lesson.answer)
+    wanted = sum("<calc>" in lesson.answer for lesson in lessons)
+    return f"{right} of {wanted} calls right, {wrong} of {len(lessons) - wanted} without need"
 
 
 @torch.no_grad()
@@ -97,13 +111,8 @@ def report(
     """Print the held-out loss and what the model says now; return the loss."""
     loss = loss_of(model, params, held_out).item()
     said = [answer(model, params, tokenizer, lesson) for lesson in held_out]
-    calls = [(s, lesson) for s, lesson in zip(said, held_out, strict=True)]
-    right = sum(s == lesson.answer for s, lesson in calls if "<calc>" in lesson.answer)
-    wrong = sum("<calc>" in s for s, lesson in calls if "<calc>" not in lesson.answer)
-    wanted = sum("<calc>" in lesson.answer for lesson in held_out)
-    print(f"{when} training: held-out loss {loss:.3f}; ", end="")
-    print(f"{right} of {wanted} calls right, {wrong} of {len(held_out) - wanted} without need")
-    for s, lesson in calls[:4]:
+    print(f"{when} training: held-out loss {loss:.3f}; {count_calls(said, held_out)}")
+    for s, lesson in list(zip(said, held_out, strict=True))[:4]:
         print(f"    {lesson.question:40} -> {s}")
     return loss
 
