@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def test_each_room_stands_on_the_floors_below_it():
         for other in others - {""}:  # the package itself, for its version
             same = room(module) == room(other)
             assert same or floor[room(other)] < floor[room(module)], (module, other)
+
+
+def test_a_wheel_has_each_folder_of_the_package():
+    setup = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    names = {".".join(path.relative_to(PACKAGE.parent).parts) for path in folders}
+    assert set(setup["packages"]) == names
+    assert all((PACKAGE / name).is_file() for name in setup["package-data"]["ttfunc"])
 
 
 def test_no_module_is_a_grab_bag_or_too_long():

@@ -11,7 +11,7 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from ttfunc.disk.atomic import open_file, sync_directory
+from ttfunc.disk.atomic import open_file, sync_directory, sync_file
 from ttfunc.disk.header import LONGEST, parse_json
 
 # The files of a tokenizer that say the ids of tokens, and where.
@@ -97,7 +97,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
         shutil.copytree(tokenizer, scratch)
     else:
         tokenizer.save_pretrained(scratch)
-    names = [str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file()]
+    names = [path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file()]
     if wrong := sorted(name for name in names if name in taken or _is_in_the_way(folder, name)):
         raise ValueError(
             f"tokenizer would write {wrong} over that of the model: give the tokenizer alone, or "
@@ -106,7 +106,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (scratch / name).replace(folder / name)
-        _sync(folder / name)
+        sync_file(folder / name)
         sync_directory((folder / name).parent)
     shutil.rmtree(scratch)
 
@@ -114,8 +114,3 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
 def _is_in_the_way(folder: Path, name: str) -> bool:
     """Whether a folder has the name of this file, or a file that of its folder."""
     return (folder / name).is_dir() or any((folder / up).is_file() for up in Path(name).parents)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
