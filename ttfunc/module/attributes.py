@@ -196,12 +196,15 @@ def _save_merged(bridge: Bridge, save: MethodType, *args: Any, **kwargs: Any) ->
 
     def write(model: Any) -> None:  # a copy, whose config has a size of the vocabulary
         config = model.config
+        # A quantised model is asked for its state, whatever is given: transformers flattens that.
+        model.state_dict = lambda *_, **__: dict(merged)
         try:
             if entries:
                 model.config = with_entries(owner.config, entries)
             model.save_pretrained(**{**options, "state_dict": merged})
         finally:  # what the copy keeps, the model keeps
             model.config = config
+            del model.state_dict
 
     bridge._call((), {}, write, at=owner)
 
