@@ -25,11 +25,12 @@ class RowSpec:
     """What stays fixed about the rows of one matrix. Compares by content; its tensors stay as one.
 
     names: all names of the matrix. shape: its `(V, D)`. indices: which rows. originals: the
-    `(k, D)` rows as they were, in the matrix's dtype; zeros for new tokens. matrix: where the rows
-    belong, in the model that they were made from; not part of the content, and not pickled. origin:
-    what that model said of the matrix; not part of the content either. grown: how many of them are
-    new, for tokens that the matrix does not have. follows: how many new tokens of others come
-    before the first of these.
+    `(k, D)` rows as they were, in the matrix's dtype; for new tokens where they started, or zeros
+    where that is not known, and these are not part of the content. matrix: where the rows belong,
+    in the model that they were made from; not part of the content, and not pickled. origin: what
+    that model said of the matrix; not part of the content either. grown: how many of them are new,
+    for tokens that the matrix does not have. follows: how many new tokens of others come before the
+    first of these.
     """
 
     names: tuple[str, ...]
@@ -72,8 +73,13 @@ class RowSpec:
             return True
         return isinstance(other, RowSpec) and (
             (self.names, self.shape, self.indices) == (other.names, other.shape, other.indices)
-            and same_bits(self.originals, other.originals)
+            and self.same_originals(self.originals, other.originals)
         )
+
+    def same_originals(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two `(k, D)` have the same bits, but for new tokens."""
+        with outside_of_modes():
+            return same_bits(a, b) or same_bits(self.known(a)[1], self.known(b)[1])
 
     def __hash__(self) -> int:
         return hash((self.names, self.shape, self.indices))
@@ -113,7 +119,7 @@ class TokenDeltas:
 
     @property
     def originals(self) -> dict[str, Tensor]:
-        """The `(k, D)` rows as they were, in the dtype of the matrix."""
+        """The `(k, D)` rows as they were, in the dtype of the matrix; new ones as they started."""
         return {name: spec.originals for name, spec in self.specs.items()}
 
     @property

@@ -92,8 +92,12 @@ def init_deltas(
     starts = start_of_each(model, init, [matrix for matrix, _ in requests])
     for matrix, indices in requests:
         weight, name = matrix.tensor, matrix.names[0]
-        originals = rows_or_zeros(weight, indices.on(weight.device).ids)
+        ids = indices.on(weight.device).ids
+        originals = rows_or_zeros(weight, ids)
         start = start_rows(starts[name], weight, indices, originals, name, generator)
+        if max(indices.ids) >= matrix.shape[0]:
+            new = (ids >= matrix.shape[0]).unsqueeze(-1)
+            originals = torch.where(new, start.to(originals), originals)
         delta = start.to(weight.device, dtype or delta_dtype(weight.dtype), copy=True)
         deltas[name] = delta.requires_grad_(requires_grad)
         origin = origin_of(model, matrix, indices.ids)

@@ -18,7 +18,6 @@ from ttfunc.deltas import (
 )
 from ttfunc.growth import check_same_new
 from ttfunc.indices import TokenIndices, outside_of_autocast, union, with_rows
-from ttfunc.model.memory import same_bits
 from ttfunc.model.owners import is_sharded, unreadable
 from ttfunc.torch_private import outside_of_modes
 
@@ -109,13 +108,16 @@ def _common(specs: list[RowSpec]) -> RowSpec:
             originals = scattered(spec.originals, spec.indices, originals, indices)
         for spec in specs:
             _, places = indices.find(spec.indices.on(first.device).ids, first.device)
-            same = same_bits(originals[places], spec.originals.to(first.device, wide))
-            if not same:
+            held, own = originals[places], spec.originals.to(first.device, wide)
+            if not spec.same_originals(held, own):
                 raise ValueError(
                     f"the adapters for {spec.names[0]!r} were made when the model had other rows, "
                     "or another dtype: their originals of one token differ. Make them anew with "
                     "init_deltas on the model as it is."
                 )
+            # New rows that started apart: one spec cannot say where.
+            apart = (held.view(torch.uint8) != own.view(torch.uint8)).any(1)
+            originals[places[apart]] = 0
     matrix = next((spec.matrix for spec in specs if spec.matrix is not None), None)
     return replace(specs[0], indices=indices, originals=originals, matrix=matrix)
 
