@@ -16,7 +16,7 @@ ALLOWED = {
     "weight": {"torch_private", "indices", "model"},
     "disk": {
         *("torch_private", "indices", "deltas", "growth", "names", "merging", "model"),
-        *("module_keys", "ends"),
+        *("module_keys", "ends", "shapes", "inspecting"),
     },
     "peft": {"torch_private", "indices", "deltas", "names", "model", "disk"},
 }
@@ -27,7 +27,7 @@ def imports() -> dict[str, set[str]]:
     names = {
         ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
         for path in PACKAGE.rglob("*.py")
-        if path.name not in {"__init__.py", "__main__.py"}
+        if path.name not in {"__init__.py", "__main__.py", "info.py"}  # the face, and the commands
     }
     found: dict[str, set[str]] = {}
     for name, path in names.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch.nn.parameter import is_lazy
 
 from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.ends import told_half
+from ttfunc.inspecting import Base, Inspected, table, text_with
 from ttfunc.model.given import is_token_module
 from ttfunc.model.memory import memory_of
 from ttfunc.model.owners import is_zero3, shape_of
+from ttfunc.model.shards import whole_of
+from ttfunc.shapes import check_shapes
 from ttfunc.torch_private import is_traceable_wrapper_subclass
 
 
@@ -23,6 +27,7 @@ class Summary:
     """What `summary` counted. Tied and shared tensors count once; bytes are those stored.
 
     matrices: what each matrix trains. beside: the parameters that are trained beside the rows.
+    rows: a table of the rows of each matrix, where a tokenizer was given.
     """
 
     trainable_parameters: int
@@ -31,6 +36,7 @@ class Summary:
     total_bytes: int
     matrices: dict[str, str]
     beside: tuple[str, ...] = ()
+    rows: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fraction(self) -> float:
@@ -38,7 +44,9 @@ class Summary:
         return self.trainable_parameters / max(self.total_parameters, 1)
 
     def __str__(self) -> str:
-        lines = [f"{name}: {what}" for name, what in self.matrices.items()]
+        lines = []
+        for name, what in self.matrices.items():
+            lines += [f"{name}: {what}", *filter(None, [self.rows.get(name)])]
         if self.beside:
             more = ", …" if len(self.beside) > 1 else ""
             lines.append(
@@ -51,7 +59,9 @@ class Summary:
         return "\n".join(lines)
 
 
-def summary(model: nn.Module, params: TokenDeltas | None = None) -> Summary:
+def summary(
+    model: nn.Module, params: TokenDeltas | None = None, *, tokenizer: Any = None
+) -> Summary:
     """Counts of a model and of what is trained with it, all of it; nothing is changed.
 
     Trained are the rows, and what requires grad in the model (a LoRA, a head), but for a matrix
@@ -60,14 +70,19 @@ def summary(model: nn.Module, params: TokenDeltas | None = None) -> Summary:
     Args:
         model: the model; or a TokenModule, which is counted as what it trains.
         params: the rows; by default those of the TokenModule, and none of another model.
+        tokenizer: of transformers. With it there is also a table of the rows: the text of each
+            token, how far its row moved from its original (of a new token: from where it started),
+            its norm and this by the median of the matrix's rows, and the tokens of the nearest rows
+            before and after. It reads the matrix; of a sharded one, on all ranks.
 
     Returns:
         Summary: the totals include the deltas, and `matrices` says what each matrix trains. Of a
         sharded model the parameters are counted whole, and the bytes are those on this rank.
 
     Raises:
-        TypeError: `model` is not a module, or `params` are not TokenDeltas.
-        ValueError: the model has no matrix of that name and shape.
+        TypeError: `model` is not a module, or `params` are not TokenDeltas; a `tokenizer` that is
+            none.
+        ValueError: the model has no matrix of that name and shape; with a tokenizer, stacked rows.
     """
     if is_token_module(model):
         module: Any = model
@@ -87,6 +102,7 @@ def summary(model: nn.Module, params: TokenDeltas | None = None) -> Summary:
         total_bytes=sum(map(_nbytes, [*deltas, *distinct.values()])),
         matrices=_matrices(model, params),
         beside=tuple(beside),
+        rows={} if tokenizer is None else _tables(model, params, tokenizer),
     )
 
 
@@ -127,6 +143,20 @@ def _matrices(model: nn.Module, params: TokenDeltas) -> dict[str, str]:
             f"{str(delta.dtype).removeprefix('torch.')}{tied}{told}"
         )
     return matrices
+
+
+def _tables(model: nn.Module, params: TokenDeltas, tokenizer: Any) -> dict[str, str]:
+    """The table of the rows of each matrix."""
+    check_shapes(params)
+    text, tables = text_with(tokenizer), {}
+    for name, spec in params.specs.items():
+        held = model.get_parameter(name) if spec.matrix is None else spec.matrix.tensor
+        if params.deltas[name].is_meta:
+            raise ValueError(f"the rows of {name!r} are on meta, without values to tell of.")
+        base = None if held.is_meta else Base(whole_of(held), spec.shape[0])
+        given = Inspected(spec.names, spec.indices.ids, params.deltas[name], spec.originals)
+        tables[name] = "\n".join(f"  {line}" for line in table(given, text, base))
+    return tables
 
 
 def _numel(parameter: Tensor) -> int:

@@ -17,7 +17,7 @@ from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_bits
 from ttfunc.model.origin import Origin
-from ttfunc.torch_private import OPTREE_GLOBAL, is_dtensor, outside_of_modes, torch_pytree
+from ttfunc.torch_private import OPTREE_GLOBAL, outside_of_modes, torch_pytree
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +157,9 @@ class TokenDeltas:
         return f"TokenDeltas({'; '.join(parts)})"
 
 
+_ORDER = "patch(params), merge(state_dict, params), summary(model, params)"
+
+
 def combine(*params: TokenDeltas) -> TokenDeltas:
     """One TokenDeltas with the rows of all of `params`, in their order; none of them is changed.
 
@@ -171,14 +174,13 @@ def combine(*params: TokenDeltas) -> TokenDeltas:
     return functools.reduce(_union, params)
 
 
-def check_type(params: object) -> None:
-    """Raise TypeError for anything but a TokenDeltas."""
+def check_type(params: object, order: str = _ORDER) -> None:
+    """Raise TypeError for anything but a TokenDeltas, with the right `order`."""
     refuse_token_module(params, "module.params(), which are its rows")
     if not isinstance(params, TokenDeltas):
         raise TypeError(
             f"got {type(params).__name__} where the parameters of init_deltas (TokenDeltas) are "
-            "needed. The order is patch(params), merge(state_dict, params), "
-            "summary(model, params)."
+            f"needed. The order is {order}."
         )
 
 
@@ -214,30 +216,6 @@ def _joined(a: Tensor, b: Tensor, name: str) -> Tensor:
             "their numbers of rows may differ. Stack both, or neither."
         )
     return torch.cat([a, b], dim=-2)
-
-
-# For rows that an engine has sharded, as those of a TokenModule in fully_shard.
-GATHER = (
-    "Gather the rows first, on all ranks: "
-    "optree.tree_map(lambda row: row.detach().full_tensor(), params)."
-)
-
-
-def check_shapes(params: TokenDeltas) -> None:
-    """Raise where a delta is not one `(k, D)` float tensor: ValueError, or TypeError."""
-    for name, delta in params.deltas.items():
-        spec = params.specs[name]
-        expected = (len(spec.indices), spec.shape[1])
-        if not isinstance(delta, Tensor) or not delta.is_floating_point():
-            what = delta.dtype if isinstance(delta, Tensor) else type(delta).__name__
-            raise TypeError(f"the delta of {name!r} is {what}: a floating-point tensor is needed.")
-        if is_dtensor(delta):
-            raise TypeError(f"the delta of {name!r} is in parts on several ranks. {GATHER}")
-        if tuple(delta.shape) != expected:
-            raise ValueError(
-                f"the delta of {name!r} has shape {tuple(delta.shape)}, and {expected} is needed: "
-                "a row for each token index. For a leading axis of adapters use torch.vmap."
-            )
 
 
 def _joined_rows(a: RowSpec, b: RowSpec) -> RowSpec:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes, check_type, combine
+from ttfunc.deltas import RowSpec, TokenDeltas, check_type, combine
 from ttfunc.growth import check_complete
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_memory
 from ttfunc.model.owners import is_sharded, unreadable
+from ttfunc.shapes import check_shapes
 from ttfunc.weight.deferred import patched
 from ttfunc.weight.reads import SharedRows
 

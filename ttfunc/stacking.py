@@ -13,12 +13,12 @@ from ttfunc.deltas import (
     RowSpec,
     TokenDeltas,
     check_one_model,
-    check_shapes,
     check_type,
 )
 from ttfunc.growth import check_same_new
 from ttfunc.indices import TokenIndices, outside_of_autocast, union, with_rows
 from ttfunc.model.owners import is_sharded, unreadable
+from ttfunc.shapes import check_shapes
 from ttfunc.torch_private import outside_of_modes
 
 
@@ -66,7 +66,9 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
     return TokenDeltas(deltas, specs)
 
 
-def aligned(params_list: Iterable[TokenDeltas], least: int = 1) -> list[TokenDeltas]:
+def aligned(
+    params_list: Iterable[TokenDeltas], least: int = 1, order: str = "stack([params, ...])"
+) -> list[TokenDeltas]:
     """The adapters as a list, `least` of them or more.
 
     Raises unless each is well formed, all are of one model, and all have the same new tokens.
@@ -80,7 +82,7 @@ def aligned(params_list: Iterable[TokenDeltas], least: int = 1) -> list[TokenDel
     if len(adapters) < least:
         raise no_adapters()
     for adapter in adapters:
-        check_type(adapter)
+        check_type(adapter, order)
         check_shapes(adapter)
     check_one_model(adapters)
     check_same_new(adapters)

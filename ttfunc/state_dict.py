@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ttfunc.deltas import RowSpec, TokenDeltas, check_shapes
+from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.growth import shape_in_weights
 from ttfunc.model.beside import adapters_in, lengthened
 from ttfunc.model.given import refuse_token_module
@@ -15,6 +15,7 @@ from ttfunc.model.matrix import holds_floats
 from ttfunc.model.memory import same_memory
 from ttfunc.model.sizes import bias_names
 from ttfunc.names import advice, apart_among, renamed, through_wrappers
+from ttfunc.shapes import check_shapes
 
 
 class Group(NamedTuple):
