@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from reprlib import repr as shown
 
 import torch
 from torch import nn
@@ -83,7 +84,10 @@ def init_deltas(
     warn_of_untested()
     refuse_token_module(model, "init_deltas(module.base, ...)")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}.")
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: {shown(model)}. The "
+            "order is init_deltas(model, idx)."
+        )
     check_engine(model)
     _check_growth(model, grow, after)
     check_dtype(dtype)
