@@ -20,6 +20,7 @@ FLOORS = [
     {"call", "merging"},
     {"disk", "export", "module"},
     {"peft"},
+    {"info"},
     {"__main__"},
 ]
 

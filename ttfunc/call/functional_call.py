@@ -234,7 +234,7 @@ def _check_arguments(
     if not isinstance(weights, Mapping):
         raise TypeError(
             f"weights must be a mapping from parameter names to tensors, got "
-            f"{type(weights).__name__}. patch(params) gives one."
+            f"{type(weights).__name__}. The order is functional_call(model, patch(params), args)."
         )
     for name, weight in weights.items():
         if not isinstance(name, str) or not isinstance(weight, Tensor):
@@ -249,8 +249,8 @@ def _check_arguments(
         )
     if not isinstance(model, nn.Module):
         raise TypeError(
-            "functional_call(model, weights, args, kwargs) needs a torch.nn.Module, got "
-            f"{type(model).__name__}."
+            f"functional_call needs a torch.nn.Module, got {type(model).__name__}. The order is "
+            "functional_call(model, patch(params), args)."
         )
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TypeError(

@@ -8,8 +8,9 @@ from torch import Tensor
 from ttfunc.engines.ownership import is_sharded, unreadable
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_memory
-from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_shapes, check_type, combine
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type, combine
 from ttfunc.rows.new_tokens import check_complete
+from ttfunc.rows.shapes import check_shapes
 from ttfunc.weight.deferred import patched
 from ttfunc.weight.reads import SharedRows
 

@@ -53,7 +53,7 @@ def patch_mixed(
         IndexError: an assignment to an adapter that is not there.
         TypeError: adapters or an assignment of another type.
     """
-    adapters = aligned(adapters, least=0)
+    adapters = aligned(adapters, 0, "patch_mixed(adapters, assignment)")
     for adapter in adapters:
         check_complete(adapter)
     numbers = adapter_numbers(assignment, len(adapters))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 import shutil
@@ -66,6 +67,32 @@ def warn_of_unknown(tokenizer: Any, root: Path, new: Iterable[int]) -> None:
             "line).",
             stacklevel=3,
         )
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of transformers that was saved in a folder; nothing of the hub is asked.
+
+    Raises FileNotFoundError where there is no folder, and ValueError where it has no tokenizer.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder of a tokenizer at {str(folder)!r}.")
+    try:
+        classes = importlib.import_module("transformers")
+    except ImportError:
+        raise ValueError(
+            "reading a tokenizer needs transformers: pip install transformers"
+        ) from None
+    try:
+        return classes.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each tokenizer has its own
+        raise ValueError(
+            f"transformers cannot load a tokenizer from {str(folder)!r}: {error}"
+        ) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether it has one of the files that tokenizers have."""
+    return any((folder / name).is_file() for name in _IDS)
 
 
 def _ids_in(folder: Path) -> list[int]:

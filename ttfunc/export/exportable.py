@@ -16,7 +16,8 @@ from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import count_slots, matrices_of
 from ttfunc.model.targets import Targets, find_targets
 from ttfunc.own_names import OwnNames
-from ttfunc.rows.deltas import TokenDeltas, check_shapes, check_type
+from ttfunc.rows.deltas import TokenDeltas, check_type
+from ttfunc.rows.shapes import check_shapes
 from ttfunc.weight.any_rows import AnyRows
 from ttfunc.weight.deferred import patched
 
@@ -81,7 +82,10 @@ class Exportable(nn.Module, metaclass=OwnNames):
         super().__init__()
         refuse_token_module(model, "Exportable(module.base)")
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}. The order is "
+                "Exportable(model), and its inputs(params)."
+            )
         if not isinstance(assignment, bool):
             raise TypeError(
                 f"assignment={assignment!r}: give True for a program that takes an adapter for "

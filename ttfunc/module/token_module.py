@@ -84,7 +84,10 @@ class TokenModule(nn.Module, metaclass=OwnNames):
         super().__init__()
         refuse_token_module(model, "TokenModule(module.base, params)")
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}. The order is "
+                "TokenModule(model, params)."
+            )
         if isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
             raise TypeError(
                 f"model is a {type(model).__name__}, whose wrapper would not see the rows. Wrap "

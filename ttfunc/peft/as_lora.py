@@ -62,8 +62,8 @@ def save_as_lora(
         RuntimeError: parameters that belong to no model.
         FileExistsError, OSError: as for `save_peft`.
     """
-    path = path_of(directory, "save_as_lora(params, directory)")
-    check_type(params)
+    path = path_of(directory, order := "save_as_lora(params, directory)")
+    check_type(params, order)
     with prefix_errors("these parameters cannot be saved as a LoRA"):
         width = _rank(params, rank)
         layers = list(_layers(params))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from reprlib import repr as shown
 
 import torch
 from torch import nn
@@ -86,7 +87,10 @@ def init_deltas(
     warn_of_untested()
     refuse_token_module(model, "init_deltas(module.base, ...)")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}.")
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: {shown(model)}. The "
+            "order is init_deltas(model, idx)."
+        )
     check_engine(model)
     _check_growth(model, grow, after)
     check_dtype(dtype)
@@ -95,8 +99,12 @@ def init_deltas(
     starts = start_of_each(model, init, [matrix for matrix, _ in requests])
     for matrix, indices in requests:
         weight, name = matrix.tensor, matrix.names[0]
-        originals = rows_or_zeros(weight, indices.on(weight.device).ids)
+        ids = indices.on(weight.device).ids
+        originals = rows_or_zeros(weight, ids)
         start = start_rows(starts[name], weight, indices, originals, name, generator)
+        if max(indices.ids) >= matrix.shape[0]:
+            new = (ids >= matrix.shape[0]).unsqueeze(-1)
+            originals = torch.where(new, start.to(originals), originals)
         delta = start.to(weight.device, dtype or delta_dtype(weight.dtype), copy=True)
         deltas[name] = delta.requires_grad_(requires_grad)
         origin = origin_of(model, matrix, indices.ids)
