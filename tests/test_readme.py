@@ -1,16 +1,9 @@
-"""The pages' code runs, as it stands and in its order; their map leads somewhere."""
+"""The map of the code leads somewhere; scripts and figures are on their pages."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 from pathlib import Path
-
-import pytest
-import torch
-from safetensors.torch import load_file
-
-from tests.helpers.oracle import same_bits
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -20,48 +13,15 @@ PAGES = {
 README = PAGES["README.md"]
 
 
-def run(name: str, count: int) -> dict[str, object]:
-    """What the `count` code blocks of a page leave behind, run in one namespace."""
-    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", PAGES[name], re.M | re.S)
-    assert len(blocks) == count
-    namespace: dict[str, object] = {}
-    for _, block in blocks:
-        exec(compile(textwrap.dedent(block), name, "exec"), namespace)  # noqa: S102
-    return namespace
-
-
-def test_the_bench_page_has_no_code():
-    run("bench/README.md", 0)
-
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of PEFT's
-def test_the_examples_page_s_code_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    namespace = run("examples/README.md", 13)
-    assert "2 of 1,000 rows × 64, float32, tied with lm_head.weight" in capsys.readouterr().out
-    assert same_bits(namespace["restored"], namespace["model"].state_dict())
-    both, merged = (
-        load_file(namespace["plain"] + "/both/model.safetensors"),
-        namespace["merged_model"],
-    )
-    assert same_bits(both, {name: merged.state_dict()[name] for name in both})
-    assert not same_bits(namespace["restored"], namespace["merged"])
-    assert len(namespace["grown"]["lm_head.weight"]) == namespace["vocabulary"] + 2
-    assert namespace["out"].logits.shape[-1] == namespace["vocabulary"] + 2
-    folder = namespace["folder"]
-    weights = [folder / name / "model.safetensors" for name in ("model", "merged", "restored")]
-    before, merged, restored = (path.read_bytes() for path in weights)
-    assert restored == before != merged
-    torch.testing.assert_close(namespace["of_program"], namespace["of_call"])
-
-
 def test_the_map_has_each_module_and_what_it_names_is_there():
     package = ROOT / "ttfunc"
     page = (package / "README.md").read_text()
-    shown = re.search(r"^ttfunc/\n((?:  \S+ .*\n)+)", page, re.M)[1]
-    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
-    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-    assert {line.split()[0] for line in shown.splitlines()} == modules | folders
+    tree = re.search(r"^ttfunc/\n(.*?)^tests/", page, re.M | re.S)[1]
+    rooms = re.findall(r"^  (\w+)/ .*\n((?:    .*\n)+)", tree, re.M)
+    shown = {f"{room}/{name}.py" for room, names in rooms for name in re.findall(r"\w+", names)}
+    shown |= set(re.findall(r"^  (\w+\.py)", tree, re.M))
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    assert shown == {name for name in modules if not name.endswith("__init__.py")}
     named = re.findall(r"`([\w/]+\.py)`: `(\w+)`", page)
     assert len(named) >= 12
     for file, name in named:

@@ -32,7 +32,7 @@ from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
 from tests.helpers.trl import NEW, dataset, module_of, pupil_tokenizer, sentences
 from ttfunc import functional_call, patch
-from ttfunc.module import TokenModule
+from ttfunc.module.token_module import TokenModule
 
 SETTINGS = {
     "max_steps": 3,

@@ -33,7 +33,7 @@ from tests.helpers.llama import llama
 from tests.helpers.ranks import join
 from tests.helpers.rows import random_rows
 from ttfunc import functional_call, init_deltas, merge, patch
-from ttfunc.module import TokenModule
+from ttfunc.module.token_module import TokenModule
 
 
 def trained(folder: Path, module: TokenModule, resume: Path | None = None, **options) -> Tensor:

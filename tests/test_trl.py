@@ -36,7 +36,7 @@ from tests.helpers.trl import (
     pupil_tokenizer,
 )
 from ttfunc import patch
-from ttfunc.module import TokenModule
+from ttfunc.module.token_module import TokenModule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing:FutureWarning",

@@ -16,14 +16,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ttfunc.counts import size
-from ttfunc.deltas import TokenDeltas
 from ttfunc.disk import rows_file
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.disk.folder import open_checkpoint
 from ttfunc.disk.module_file import KEY
 from ttfunc.disk.tensors import opened
 from ttfunc.peft.adapter import CONFIG, read_adapter
+from ttfunc.rows.deltas import TokenDeltas
+from ttfunc.rows.summary import size
 
 COMMANDS = {"merge": merge_checkpoint, "unmerge": unmerge_checkpoint}
 

@@ -17,7 +17,7 @@ from tests.helpers.oracle import edited, same_bits, snapshot
 from tests.helpers.rows import random_rows
 from ttfunc import functional_call, init_deltas, load, load_peft, merge, patch, save, unmerge
 from ttfunc.disk.rows_file import read
-from ttfunc.module import TokenModule
+from ttfunc.module.token_module import TokenModule
 
 
 def saved(module: TokenModule, folder: Path) -> Path:

@@ -79,7 +79,7 @@ def test_a_reserved_token_gets_the_name_that_one_wants(lesson, tmp_path):
     token = before.convert_tokens_to_ids(reserved)
     folder = tmp_path / "tokenizer"
     before.save_pretrained(folder)
-    page = (Path(__file__).parents[2] / "examples/README.md").read_text()
+    page = (Path(__file__).parents[2] / "examples/existing_tokens.md").read_text()
     (recipe,) = re.findall(r"`(sed -i 's/<.reserved.*?)`", page)
     subprocess.run(recipe, shell=True, check=True, cwd=folder)  # noqa: S602
     after = transformers.AutoTokenizer.from_pretrained(folder)

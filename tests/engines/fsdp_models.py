@@ -33,7 +33,7 @@ from tests.engines.work import (
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
 from ttfunc import TokenModule, functional_call, init_deltas, patch, save_as_lora
-from ttfunc.module_parts import fusing
+from ttfunc.module.parts import fusing
 
 RECIPES = Recipes()
 

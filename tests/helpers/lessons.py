@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
 from ttfunc import functional_call, merge, patch
-from ttfunc.module import TokenModule
+from ttfunc.module.token_module import TokenModule
 
 TOKENS = [48, 5, 49]
 NAME = "model.embed_tokens.weight"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 import textwrap
@@ -37,6 +38,8 @@ def blocks(page: Path) -> list[Block]:
 
 def run(page: Path) -> Iterator[str]:
     """Run the code of a page in one namespace, as a reader would; what each block prints."""
+    # Told its accelerator, DeepSpeed, which transformers imports where it is, prints nothing of it.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     namespace: dict[str, object] = {"__name__": "__main__"}
     for code, _ in blocks(page):
         printed = io.StringIO()

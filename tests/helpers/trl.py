@@ -18,7 +18,7 @@ from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
 from tests.helpers.tokenizers import TEXT, tokenizer
 from ttfunc import TokenDeltas, functional_call, patch
-from ttfunc.module import TokenModule
+from ttfunc.module.token_module import TokenModule
 
 NEW = ["<call>", "<end>"]
 TEMPLATE = (

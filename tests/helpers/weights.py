@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.models import D, V
-from ttfunc.indices import TokenIndices
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.weight.deferred import PatchedWeight, patched
 from ttfunc.weight.reads import SharedRows
 

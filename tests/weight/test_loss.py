@@ -12,7 +12,7 @@ from hypothesis import given
 from torch import Tensor
 
 from tests.helpers.sizes import Sizes
-from ttfunc.indices import TokenIndices
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.weight import loss
 from ttfunc.weight.loss import cross_entropies
 from ttfunc.weight.reads import patched_product

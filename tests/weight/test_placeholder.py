@@ -13,7 +13,7 @@ from torch.func import functionalize, grad, jacfwd, jacrev, jvp, vjp, vmap
 from tests.helpers.models import D, Fused, V
 from tests.helpers.sizes import Sizes
 from ttfunc import functional_call, init_deltas, patch, patch_mixed
-from ttfunc.indices import TokenIndices
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.weight.deferred import PatchedWeight, patched
 from ttfunc.weight.reads import SharedRows
 

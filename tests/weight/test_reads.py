@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests.helpers.sizes import Sizes
-from ttfunc.indices import TokenIndices
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.weight import reads
 from ttfunc.weight.reads import SharedRows
 

@@ -9,7 +9,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk import rows_file
 from ttfunc.disk.atomic import Edits, Piece, copy_file, make_directory, stage, sync_directory
 from ttfunc.disk.folder import INDEX, Checkpoint, open_checkpoint, warn_of_copies
@@ -17,7 +16,8 @@ from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, hold
 from ttfunc.disk.resizing import resizing
 from ttfunc.disk.tensors import path_of
 from ttfunc.disk.tokenizer import check_tokenizer, save_tokenizer, warn_of_unknown
-from ttfunc.merging import check_originals
+from ttfunc.merging.merge import check_originals
+from ttfunc.rows.deltas import TokenDeltas, check_type
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[int, int], None]
@@ -34,41 +34,42 @@ def merge_checkpoint(
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> None:
-    """A copy of a checkpoint with the trained rows in it, made without building the model.
+    """Copy a checkpoint, with the trained rows in the copy, without building the model.
 
-    The bytes are those of `ttfunc.merge` on the loaded tensors. With new tokens the tensors get
-    longer, and the sizes in the index of the shards follow, and those in `config.json` that are the
-    matrix's. All else is copied byte for byte, and memory does not grow with the checkpoint. The
-    source is only read; the destination appears whole or not at all. Permissions are kept, times
-    are those of the copy.
+    The bytes are those of `ttfunc.merge` on the loaded tensors. With new tokens the matrices get
+    longer, and so do their sizes in the index of the shards and in `config.json`. All else is
+    copied byte for byte, and memory does not grow with the checkpoint. The source is only read; the
+    destination appears whole or not at all. The copy has the permissions of the source.
 
     Args:
         source: a Hugging Face folder with `.safetensors` files, sharded or not, or one such file.
         params_or_path: with `(k, D)` deltas, which are cast to the dtype of each matrix; or the
             path of a file that `ttfunc.save` wrote. (A PEFT adapter does not say what is tied: give
             what `load_peft` returns for the model.)
-        destination: the path of the copy; nothing may have this name yet.
-        names: a mapping from the model's name of a matrix to the checkpoint's, where it is neither
-            the same nor the one under which transformers saves the model.
-        tokenizer: that knows the new tokens, saved into the copy by its `save_pretrained`; or the
-            folder where it is saved already. By default the copy has the files of the source.
-        progress: called with the bytes copied so far, and the bytes of the whole checkpoint.
-
-    Warns:
-        UserWarning: the rows in the checkpoint are not the originals, so `unmerge_checkpoint` will
-            not give them back; the tokenizer does not have the new tokens; other files seem to hold
-            the same weights; or the checkpoint has one of two matrices alone, and its config does
-            not say whether they are tied.
+        destination: the path of the copy. Nothing may have this name yet.
+        names: a mapping from the model's name of a matrix to the checkpoint's, where that is
+            neither the same nor the name under which transformers saves it.
+        tokenizer: with the new tokens; its `save_pretrained` writes it into the copy. Or the folder
+            where it is saved already. By default the copy has the files of the source.
+        progress: a function that is called with the bytes copied so far, and all of the
+            checkpoint's.
 
     Raises:
         KeyError: the checkpoint has none of the names of a matrix, or lacks the one in `names`.
-        ValueError: a matrix of another shape, or quantised; one that is tied in the checkpoint to
-            what was another matrix when the rows were made; new rows for a part of what the config
-            gives one size; a config of another size; rows that are not finite in its dtype;
-            a broken file; a destination inside of the source; a `tokenizer` that would write over
-            the model's files.
-        FileExistsError, FileNotFoundError, OSError: the destination exists, the source does not,
-            or the copy fails, as on a full disk.
+        ValueError: a matrix of another shape, or quantised; one matrix in the checkpoint that was
+            several when the rows were made; new rows for only a part of what the config gives one
+            size; a config of another size; rows that are not finite in the matrix's dtype; a broken
+            file; a destination inside the source; a `tokenizer` that would overwrite files of the
+            model.
+        FileExistsError: something has the name of the destination.
+        FileNotFoundError: there is no source.
+        OSError: the copy fails, as on a full disk.
+
+    Warns:
+        UserWarning: the rows in the checkpoint are not the originals, so `unmerge_checkpoint` would
+            not give them back; the tokenizer does not have the new tokens; other files seem to hold
+            the same weights; or the checkpoint has only one of two matrices, and its config does
+            not say whether they are tied.
     """
     checkpoint = _opened(source, destination)
     params = _given(params_or_path, checkpoint, names)
@@ -99,19 +100,27 @@ def unmerge_checkpoint(
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> None:
-    """A copy of a merged checkpoint with the original bytes: the inverse of `merge_checkpoint`.
+    """Copy a merged checkpoint, with the original rows back in place, byte for byte.
 
-    Writes the originals that the parameters were made with. The source is only read. The files of a
-    tokenizer are copied as all else is: give the tokenizer as it was before the new tokens.
+    This is the inverse of `merge_checkpoint`. It writes the originals that the rows were made with.
+
+    Args:
+        source: the merged checkpoint, which is only read.
+        params_or_path: the rows that were merged, or the path of their file.
+        destination: the path of the copy. Nothing may have this name yet.
+        names: as for `merge_checkpoint`.
+        tokenizer: as it was before the new tokens, or its folder. By default the copy has the files
+            of the source, as they are.
+        progress: as for `merge_checkpoint`.
+
+    Raises:
+        ValueError: the originals have no values, or are of a dtype that cannot give back the bytes
+            of the checkpoint; and as `merge_checkpoint`.
+        KeyError, FileExistsError, FileNotFoundError, OSError: as `merge_checkpoint`.
 
     Warns:
         UserWarning: the rows in the checkpoint are not those that a merge writes; or other files
             seem to hold the same weights.
-
-    Raises:
-        ValueError: the originals are of a dtype that cannot give back the checkpoint's bytes, or
-            have no values; and as `merge_checkpoint`.
-        KeyError, FileExistsError, FileNotFoundError, OSError: as `merge_checkpoint`.
     """
     checkpoint = _opened(source, destination)
     params = _given(params_or_path, checkpoint, names)

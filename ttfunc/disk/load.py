@@ -11,18 +11,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.disk.module_file import file_of, of_trainer
 from ttfunc.disk.rows_file import read
 from ttfunc.disk.tensors import other_base, path_of, prefix_errors, rows_device
-from ttfunc.ends import warn_of_half
-from ttfunc.growth import check_after, check_ends, next_token, numbered_on
-from ttfunc.indices import token_indices
+from ttfunc.engines.shards import rows_at
 from ttfunc.model.given import check_model
 from ttfunc.model.matrix import Matrix
+from ttfunc.model.names import advice, matrix_named, names_of
 from ttfunc.model.origin import origin_of
-from ttfunc.model.shards import rows_at
-from ttfunc.names import advice, matrix_named, names_of, renamed
+from ttfunc.rows.deltas import RowSpec, TokenDeltas
+from ttfunc.rows.ends import warn_of_half
+from ttfunc.rows.new_tokens import check_after, check_ends, next_token, numbered_on
+from ttfunc.rows.renaming import renamed
+from ttfunc.rows.token_ids import token_indices
 from ttfunc.torch_private import outside_of_modes
 
 
@@ -34,38 +35,40 @@ def load(
     after: TokenDeltas | None = None,
     requires_grad: bool = False,
 ) -> TokenDeltas:
-    """The parameters that `save` wrote, put on `model`, which is not changed.
+    """Read the rows that `save` wrote, and put them on `model`, which is not changed.
 
-    Takes also what a trainer saved of a TokenModule: the folder of a checkpoint, or the
-    `model.safetensors` in it. Its originals are the rows that the model has now, and it does not
-    know what was tied when they were trained: use the same model. A warning names what was trained
-    beside the rows, which is not loaded.
+    It also reads what a trainer saved of a TokenModule: the folder of a checkpoint, or the
+    `model.safetensors` in it. Such a file does not know the originals, for which `load` takes the
+    rows that the model has now, nor what was tied: use the model that they were trained on. A
+    warning names what was trained beside the rows, which is not loaded.
 
     Args:
         path: of the file, or of such a folder.
-        model: with the matrices that they were trained on.
+        model: with the matrices that the rows were trained on.
         names: a mapping from the name of a matrix in the file to its name in `model`, where the two
             differ (as with a wrapper around the model).
-        after: TokenDeltas of the model with new tokens of others. The new tokens of the file get
-            the ids that follow on theirs, in the same order, so that `patch(after, these)` is the
-            model with both. `token_indices` tells the ids.
-        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
+        after: TokenDeltas of the model with new tokens of someone else. The new tokens of the file
+            get the ids that follow, in the same order, so that `patch(after, these)` gives the
+            model both. `token_indices` has their ids.
+        requires_grad: make the deltas leaves for `torch.optim`. `torch.func` does not need it.
 
     Returns:
-        TokenDeltas with the deltas and originals of the file, bit for bit and in its dtypes. They
-        are on the device of the matrix; for a model on `meta` they are on the CPU, so that they can
-        be merged into real weights. Warns where the model's rows are not the originals of the file:
-        `unmerge` writes those of the file; and where most others are not those of the model that
-        was trained. On a matrix of another height the ids decide: those past its end are new
-        tokens, and new tokens that it has by now are replaced ones.
+        TokenDeltas with the deltas and originals of the file, bit for bit and in its dtypes, on the
+        device of the matrix. (For a model on `meta` they are on the CPU, so that you can merge them
+        into real weights.) If the matrix has another height than in training, the ids decide: an id
+        past its end is a new token, and a new token that the matrix has by now replaces its row.
 
     Raises:
         KeyError: the model has no parameter with a name in the file, or in `names`.
-        TypeError, ValueError: `after` is not TokenDeltas, or of another model.
+        TypeError: `after` is not TokenDeltas; `model` is no module, or is a TokenModule.
         ValueError: the model has the matrix in another width, without room for the ids, or tied to
-            other names than in the file; the rows are new tokens of one end of the model alone; or
-            the file cannot be `read`.
+            other names than in the file; the rows are new tokens of one end of the model alone;
+            `after` does not fit the model; or the file is damaged or of another format.
         FileNotFoundError: there is no file.
+
+    Warns:
+        UserWarning: the model's rows are not the originals of the file, which `unmerge` would
+            write; or most of its other rows are not those of the model that was trained.
     """
     path = path_of(path, "load(path, model)")
     check_model(model, "load(path, model)", "load(path, module.base)")

@@ -12,13 +12,13 @@ from reprlib import repr as shown
 import torch
 from torch import Tensor
 
-from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.disk.atomic import open_file
 from ttfunc.disk.folder import Checkpoint, says_tied
 from ttfunc.disk.header import FLOATS, TensorEntry
 from ttfunc.disk.tensors import cpu_copy
-from ttfunc.growth import shape_in_weights
-from ttfunc.names import apart_among, renamed
+from ttfunc.rows.deltas import RowSpec, TokenDeltas
+from ttfunc.rows.new_tokens import shape_in_weights
+from ttfunc.rows.renaming import apart_among, renamed
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor
 
-from ttfunc.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.disk.atomic import writable, write_file
 from ttfunc.disk.header import parse_json
 from ttfunc.disk.module_file import KEY, is_of_module
@@ -31,7 +30,8 @@ from ttfunc.disk.tensors import (
     prefix_errors,
     tensor_of,
 )
-from ttfunc.indices import token_indices
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type
+from ttfunc.rows.token_ids import token_indices
 
 FORMAT = 2
 PARTS = ("deltas", "token_indices", "originals")
@@ -43,24 +43,22 @@ def save(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `params` to one `.safetensors` file; `load` and `read` give back the same bits.
+    """Write the rows to one `.safetensors` file, from which `load` gives back the same bits.
 
     The file appears whole or not at all: a file that was at `path` is replaced at the very end, and
-    is kept if anything fails. Its permissions stay, and so does a symlink to it. `params` are not
-    changed.
+    stays if anything fails. The new file keeps its permissions, and a symlink to it stays one.
 
     Args:
-        params: with `(k, D)` deltas of any float dtype, on any device.
-        path: of the file; its folder exists.
+        params: with `(k, D)` deltas of any float dtype, on any device. They are not changed.
+        path: of the file, in a folder that exists.
         metadata: strings of your own. `safetensors.safe_open(path, "pt").metadata()` returns them,
             together with ttfunc's own under `"ttfunc"`.
 
     Raises:
-        ValueError: deltas of another shape (also stacked ones), of a dtype that is no float of
-            safetensors, or without values (`meta`, or traced by a transform); one name for two
-            matrices.
-        TypeError, ValueError: `params` is not a TokenDeltas; metadata that are not strings, or that
-            use the key `"ttfunc"`.
+        ValueError: deltas of another shape (also stacked ones), of a float dtype that safetensors
+            does not have, or without values (`meta`, or traced by a transform); one name for two
+            matrices; metadata with the key `"ttfunc"`.
+        TypeError: `params` is not a TokenDeltas; metadata that are not strings.
         OSError: the folder cannot be written, or the disk is full.
     """
     tensors: dict[str, Tensor] = {}

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ttfunc.deltas import GATHER, RowSpec
 from ttfunc.disk.header import FLOATS
+from ttfunc.engines.shards import rows_at
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.origin import Origin, is_other
-from ttfunc.model.shards import rows_at
+from ttfunc.rows.deltas import GATHER, RowSpec
 from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttfunc.engines.ownership import shape_of
 from ttfunc.model.matrix import Matrix, way_to
-from ttfunc.model.owners import shape_of
 from ttfunc.model.sizes import is_bias
 
 # The dimension of a LoRA's parts that has the tokens; the others have none.

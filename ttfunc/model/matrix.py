@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ttfunc.engines.ownership import Kept, shape_of
 from ttfunc.model.memory import memory_of, overlaps
-from ttfunc.model.owners import Kept, shape_of
 from ttfunc.model.path import ModulePath, find_path
 from ttfunc.torch_private import is_fake, is_traced
 

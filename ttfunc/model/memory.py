@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ttfunc.model.owners import is_sharded
+from ttfunc.engines.ownership import is_sharded
 from ttfunc.torch_private import has_storage, is_wrapped, storage_key
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ttfunc.engines.ownership import is_sharded
 from ttfunc.model.beside import biases
 from ttfunc.model.matrix import Matrix, named_modules, names_apart, way_to
-from ttfunc.model.owners import is_sharded
 from ttfunc.model.probe import sizes_of
 from ttfunc.model.saved import saved_names
 from ttfunc.torch_private import is_fake, is_wrapped, outside_of_modes

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from ttfunc.engines.ownership import Kept, is_owned, shape_of
 from ttfunc.model.matrix import holds_floats, named_modules
-from ttfunc.model.owners import Kept, is_owned, shape_of
 
 Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas, check_type
 from ttfunc.disk.tensors import check_rows, cpu_copy, path_of, prefix_errors
-from ttfunc.model.owners import is_sharded, shape_of
+from ttfunc.engines.ownership import is_sharded, shape_of
 from ttfunc.peft.adapter import PREFIX
 from ttfunc.peft.writer import write_adapter
+from ttfunc.rows.deltas import TokenDeltas, check_type
 
 
 class _Layer(NamedTuple):
@@ -35,25 +35,26 @@ def save_as_lora(
     rank: int | None = None,
     base_model: str | os.PathLike[str] | None = None,
 ) -> int:
-    """Write the rows as a PEFT LoRA of the embedding and the head, with the same logits.
+    """Write the rows as a plain LoRA, for servers that know LoRA and no token rows.
 
-    New rows R in place of the rows W[S] are W + E (R − W[S]), where the V×k matrix E has a 1 for
-    each token: a product of two factors, as in a LoRA of rank k. It is for servers that load a LoRA
-    and know no token rows, and gives the logits of the rows to rounding, on a model that reads the
-    matrix by its Embedding and Linear modules alone, with the rows W[S] that it has now. The
-    factors with V entries make it far larger than the rows: 4 · rank · (V + D) bytes for each
-    module. It is not for a merge: of a tied matrix there are two parts, one for each reading, and
-    PEFT's `merge_and_unload` adds both to the one matrix. Merge the rows themselves.
+    The LoRA is one of the embedding and the head. With the rows R in place of W[S] the matrix is W
+    plus a product of two factors, as in a LoRA of rank k: of a V×k matrix that has a 1 for each
+    token, and of R − W[S]. On a model that reads the matrix by its Embedding and Linear modules
+    alone, it gives the logits of the rows, to rounding. It needs the rows W[S] that the model has
+    now.
+
+    The factors with V entries make the file far larger than the rows: 4 · rank · (V + D) bytes for
+    each module. Do not merge this LoRA: of a tied matrix it has two parts, one for each way to read
+    it, and PEFT's `merge_and_unload` would add both. Merge the rows themselves.
 
     Args:
         params: made from a model, which tells embeddings from heads. They are not changed.
         directory: as for `save_peft`.
-        rank: at least k; what it has more is filled with zeros, for servers that take certain ranks
-            only.
-        base_model: the folder or hub name of the model, for the config.
+        rank: at least k. Zeros fill up what is more, for servers that take only certain ranks.
+        base_model: the folder or the hub name of the model, for the config.
 
     Returns:
-        The bytes of tensors written.
+        The bytes of the tensors written.
 
     Raises:
         ValueError: new tokens, which no LoRA can add; a rank below the number of rows; a matrix

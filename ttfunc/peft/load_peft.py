@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.disk.tensors import (
     differing,
     opened,
@@ -19,12 +18,11 @@ from ttfunc.disk.tensors import (
     rows_device,
     tensor_of,
 )
-from ttfunc.indices import check_dtype, shortened, token_indices
+from ttfunc.engines.ownership import shape_of
+from ttfunc.engines.shards import rows_at, whole_of
 from ttfunc.model.given import check_model
+from ttfunc.model.names import innermost, matrix_named
 from ttfunc.model.origin import origin_of
-from ttfunc.model.owners import shape_of
-from ttfunc.model.shards import rows_at, whole_of
-from ttfunc.names import innermost, matrix_named
 from ttfunc.peft.adapter import (
     DELTA,
     WEIGHTS,
@@ -33,6 +31,8 @@ from ttfunc.peft.adapter import (
     warn_of_other_keys,
 )
 from ttfunc.peft.rules import bare, check_targets
+from ttfunc.rows.deltas import RowSpec, TokenDeltas
+from ttfunc.rows.token_ids import check_dtype, shortened, token_indices
 from ttfunc.torch_private import outside_of_modes
 
 
@@ -43,30 +43,33 @@ def load_peft(
     dtype: torch.dtype | None = None,
     requires_grad: bool = False,
 ) -> TokenDeltas:
-    """The token rows of a PEFT adapter, put on `model`, which is not changed.
+    """Read the token rows of a PEFT adapter, and put them on `model`, which is not changed.
 
-    Takes TRAINABLE_TOKENS adapters, and LORA ones with `trainable_token_indices`; a warning says
-    that a LoRA's own weights are not loaded. Ties are found in the model, by identity. The
+    It reads TRAINABLE_TOKENS adapters, and LORA adapters with `trainable_token_indices`; a warning
+    says that a LoRA's own weights are not loaded. Ties are found in the model, by identity. The
     originals are the rows that the model has now.
 
     Args:
         directory: with `adapter_config.json` and `adapter_model.safetensors`.
         model: the model itself, or a PeftModel into which PEFT loads the rest of the adapter.
-        dtype: of the deltas; by default that of the file.
-        requires_grad: makes the deltas leaves for `torch.optim`; `torch.func` does not need it.
+        dtype: of the deltas. By default that of the file.
+        requires_grad: make the deltas leaves for `torch.optim`. `torch.func` does not need it.
 
     Returns:
-        TokenDeltas on the device of each matrix. For a model on `meta` they are on the CPU, with
-        originals on `meta`.
+        TokenDeltas on the device of each matrix. For a model on `meta` the deltas are on the CPU,
+        and the originals on `meta`.
 
     Raises:
         FileNotFoundError: there is no adapter.
         KeyError: it has rows for a module that the model does not have.
         TypeError: a `dtype` that is not a float; a TokenModule.
-        ValueError: a PeftModel that has rows of tokens already; another kind of adapter; a damaged
-            one; indices that are no token ids of the model; rows of another width; rows of tied
-            modules that disagree; a target without rows or rows without a target; whole weights,
-            beside the rows, that differ from the model's.
+        ValueError: a PeftModel that already has rows of tokens; another kind of adapter, or a
+            damaged one; ids that are no tokens of the model; rows of another width; different rows
+            for tied modules; a target without rows, or rows without a target; whole weights, beside
+            the rows, that differ from the model's.
+
+    Warns:
+        UserWarning: the adapter has other weights, which are not loaded.
     """
     directory = path_of(directory, "load_peft(directory, model)")
     order = "load_peft(directory, model)"

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ttfunc.deltas import TokenDeltas
 from ttfunc.disk.tensors import opened, tensor_of
 from ttfunc.peft.adapter import CONFIG, INDICES, PREFIX, WEIGHTS, read_json
+from ttfunc.rows.deltas import TokenDeltas
 
 
 def lora_beside(

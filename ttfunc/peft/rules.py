@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ttfunc.deltas import RowSpec, TokenDeltas
 from ttfunc.disk.tensors import prefix_errors
 from ttfunc.model.targets import find_targets
 from ttfunc.peft.adapter import INDICES, PREFIX
 from ttfunc.peft.pattern import matching
+from ttfunc.rows.deltas import RowSpec, TokenDeltas
 
 
 def bare(specs: Mapping[str, RowSpec]) -> dict[str, RowSpec]:

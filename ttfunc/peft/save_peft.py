@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from ttfunc.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.disk.tensors import (
     check_rows,
     cpu_copy,
@@ -21,7 +20,7 @@ from ttfunc.disk.tensors import (
     prefix_errors,
 )
 from ttfunc.model.given import refuse_token_module
-from ttfunc.names import innermost
+from ttfunc.model.names import innermost
 from ttfunc.peft.adapter import (
     INDICES,
     NO_LAYERS,
@@ -32,6 +31,7 @@ from ttfunc.peft.adapter import (
 from ttfunc.peft.lora import lora_beside
 from ttfunc.peft.rules import check_ends, check_ties
 from ttfunc.peft.writer import write_adapter
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type
 
 
 def save_peft(
@@ -41,30 +41,28 @@ def save_peft(
     base_model: str | os.PathLike[str] | nn.Module | None = None,
     adapter: nn.Module | None = None,
 ) -> None:
-    """Write the directory that `peft.PeftModel.from_pretrained` loads, and `load_peft` too.
+    """Write an adapter that `peft.PeftModel.from_pretrained` loads, and `load_peft` too.
 
-    Matrices with the same token indices become a TRAINABLE_TOKENS adapter; others a LORA adapter
-    without layers, which has indices for each module. With `adapter` the rows go into that LoRA's
-    adapter, as one that PEFT loads. The rows are `(k, D)` float32 in the order of the indices.
-    `params` are not changed.
+    Matrices with the same token ids become a TRAINABLE_TOKENS adapter; others become a LORA adapter
+    without layers, with ids for each module. With `adapter`, the rows go into the adapter of that
+    LoRA. They are `(k, D)` float32, in the order of the ids.
 
     Args:
-        params: with deltas whose numbers are exact in float32.
-        directory: is made if needed. An adapter there that has only token rows is replaced, and
-            other files stay. A README.md is written, a card for the hub, unless there is another.
-        base_model: the folder or hub name of the model, or the model itself. For PEFT's
-            AutoPeftModel… it must be a local folder or the model, because these tell the class.
-        adapter: a PeftModel over the same model, of whose one active LoRA PEFT's own
-            `save_pretrained` gives the rest.
+        params: with deltas whose values are exact in float32. They are not changed.
+        directory: is made if needed. An adapter there that has only token rows is replaced; other
+            files stay. A README.md, a card for the hub, is written unless there is another.
+        base_model: the folder or the hub name of the model, or the model itself. PEFT's
+            AutoPeftModel classes need the model or a local folder, which tell the model's class.
+        adapter: a PeftModel over the same model. PEFT's own `save_pretrained` writes its one active
+            LoRA, beside the rows.
 
     Raises:
         TypeError: `adapter` is not a PeftModel.
         ValueError: deltas of another shape, without values, or not exact in float32; a matrix that
-            is not the `weight` of a module, which PEFT cannot train; one name for two matrices;
-            a `base_model` given as a module whose ties differ from its config, which PEFT reads;
-            two names with different indices, where one name is the end of the other; an adapter
-            that is no LoRA, is not the only one that is active, is for another model, or trains a
-            matrix that has rows.
+            is not the `weight` of a module, which PEFT cannot train; one name for two matrices; two
+            names with different ids, one of them the end of the other; a `base_model` whose ties
+            differ from its config, which PEFT reads; an `adapter` that is no LoRA, is not the only
+            active one, is for another model, or trains a matrix that has rows.
         FileExistsError: the directory has another adapter, or is a file.
         OSError: it cannot be written, or the disk is full. No partial adapter is left.
     """

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.indices import found_among
+from ttfunc.rows.token_ids import found_among
 from ttfunc.torch_private import in_strict_export, is_wrapped
 from ttfunc.weight.per_example import (
     check_examples,

@@ -16,16 +16,9 @@ from torch import Tensor
 
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import memory_of
-from ttfunc.torch_private import is_fake, no_torch_function, transforms_active, tree_map, version_of
-from ttfunc.weight.overrides import (
-    ANSWERED_BY_BASE,
-    ANSWERED_BY_PLACEHOLDER,
-    SIZES,
-    OfEach,
-    refuse_layout,
-    refuse_writes,
-    registry,
-)
+from ttfunc.torch_private import is_fake, transforms_active, version_of
+from ttfunc.weight.lazy import Lazy
+from ttfunc.weight.overrides import ANSWERED_BY_PLACEHOLDER, SIZES, registry
 from ttfunc.weight.placeholder import wrapped
 from ttfunc.weight.source import Reads, RowPatch, Source, copied
 
@@ -35,10 +28,10 @@ _HANDLERS, implements = registry()
 READS = _HANDLERS.keys()
 
 
-class PatchedWeight(Tensor):
-    """A `(V, D)` weight with k of its rows replaced, or the `(D, V)` transpose of one.
+class PatchedWeight(Lazy):
+    """A `(V, D)` weight with k rows replaced, or the `(D, V)` transpose of one; `patch` makes it.
 
-    Made by `patch`. `source.uses` tells how it was read: `"lookup"`, `"product"`, `"dense"`.
+    `source.uses` is the set of the ways in which it was read: `"lookup"`, `"product"`, `"dense"`.
     """
 
     source: Source
@@ -76,6 +69,11 @@ class PatchedWeight(Tensor):
             source = source._replace(placeholder=source.rows.placeholder(source.base, source.reads))
         return _wrap(source, not self.transposed)
 
+    def _by_now(self, *, read: bool) -> PatchedWeight:
+        """The weight over what an engine has gathered; any other weight as it is."""
+        by_now = self.source.gathered
+        return self if by_now is None else self.with_source(by_now(self.source, read))
+
     def on(self, held: Tensor) -> PatchedWeight:
         """The same rows on what stands for the matrix in a model that is being exported."""
         source = self.source
@@ -87,7 +85,7 @@ class PatchedWeight(Tensor):
 
     def unread(self) -> PatchedWeight:
         """The same weight for one call, with no read noted yet."""
-        source = Source(*self.source[:-1], Reads(version_of(self.source.rows.values)))
+        source = self.source._replace(reads=Reads(version_of(self.source.rows.values)))
         wants_grad = torch.is_grad_enabled() and source.rows.values.requires_grad
         # The placeholder may have been made under no_grad.
         stale = wants_grad and not source.placeholder.requires_grad
@@ -99,49 +97,30 @@ class PatchedWeight(Tensor):
             source = source._replace(placeholder=placeholder)
         return _wrap(source, self.transposed)
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in SIZES:
-            with no_torch_function():
-                return func(*tree_map(_sized, args), **tree_map(_sized, kwargs))
-        if func in ANSWERED_BY_BASE:
-            with no_torch_function():
-                return func(*tree_map(frozen, args), **tree_map(frozen, kwargs))
-        if func in ANSWERED_BY_PLACEHOLDER:
-            with no_torch_function():
-                return func(*args, **kwargs)
-        handler = _HANDLERS.get(func)
-        if handler is not None:
-            result = handler(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        refuse_writes(func, args, kwargs, _is_deferred_weight)
-        with no_torch_function():
-            return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+    # What a Lazy does, of which this is a kind.
 
-    # Code that bypasses __torch_function__ comes to the dispatcher, below autograd: the gradient of
-    # the copy goes to the placeholder, which passes it on to the rows.
-    __torch_dispatch__ = OfEach()
+    def answering(self, question: Callable[..., Any]) -> Tensor:
+        """The base answers for itself, one of its size for the size, the NaN for its history."""
+        if question in ANSWERED_BY_PLACEHOLDER:
+            return self
+        weight = self._by_now(read=False)
+        return weight.sized if question in SIZES else weight.frozen
 
-    @classmethod
-    def _dispatched(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        refuse_layout(func, args, _is_deferred_weight)
-        refuse_writes(func, args, kwargs, _is_deferred_weight)
-        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+    def now(self) -> PatchedWeight:
+        """The weight over what its engine has gathered, if one owns the matrix."""
+        return self._by_now(read=True)
+
+    def made(self) -> Tensor:
+        """The patched matrix. It is not kept: the next read may be under another transform."""
+        weight = self.now()
+        source = weight.source
+        source.check_and_note("dense")
+        copy = source.rows.materialise(source.base) if source.copy is None else source.copy
+        return copy.mT if self.transposed else copy
+
+    def loses_writes(self) -> bool:
+        """Whether it is deferred."""
+        return self.deferred
 
 
 class _TracedWeight(PatchedWeight):
@@ -161,10 +140,6 @@ class _TracedWeight(PatchedWeight):
 def is_deferred(value: Any, *, transposed: bool = False) -> bool:
     """Whether `value` is a deferred weight, and the transpose of one exactly if `transposed`."""
     return isinstance(value, PatchedWeight) and value.deferred and value.transposed is transposed
-
-
-def _sized(value: Any) -> Any:
-    return value.sized if isinstance(value, PatchedWeight) else value
 
 
 def frozen(value: Any) -> Any:
@@ -210,16 +185,4 @@ def _wrap(source: Source, transposed: bool) -> PatchedWeight:
     return weight
 
 
-def _dense(value: Any) -> Any:
-    """The matrix itself for a patched weight; any other value as it is."""
-    if not isinstance(value, PatchedWeight):
-        return value
-    source = value.source
-    source.check_and_note("dense")
-    # The copy is not kept for the next read, which may be under another grad mode or transform.
-    copy = source.rows.materialise(source.base) if source.copy is None else source.copy
-    return copy.mT if value.transposed else copy
-
-
-def _is_deferred_weight(value: Any) -> bool:
-    return isinstance(value, PatchedWeight) and value.deferred
+PatchedWeight.handlers = _HANDLERS

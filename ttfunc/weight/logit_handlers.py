@@ -98,15 +98,6 @@ def _contiguous(logits: Any, *args: Any, **kwargs: Any) -> Any:
     return logits if logits.blank.is_contiguous() else logits.copy_of(logits.undone)
 
 
-def _of_blank(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler for a question about where numbers lie."""
-    return lambda logits, *args, **kwargs: func(logits.blank, *args, **kwargs)
-
-
-for _question in (Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset):
-    implements(_question)(_of_blank(_question))
-
-
 @implements(Tensor.detach)
 def _detach(logits: DeferredLogits) -> Any:
     with torch.no_grad():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ttfunc.indices import outside_of_autocast
+from ttfunc.rows.token_ids import outside_of_autocast
 from ttfunc.torch_private import (
     TensorBase,
     first_order,
@@ -23,23 +23,22 @@ from ttfunc.torch_private import (
     outside_of_modes,
     transform_depth,
     tree_leaves,
-    tree_map,
     version_of,
 )
+from ttfunc.weight.lazy import Lazy
 from ttfunc.weight.logits_placeholder import LogitsPlaceholder, kept
 from ttfunc.weight.loss import Steps, in_steps
-from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER, OfEach, registry
+from ttfunc.weight.overrides import registry
 from ttfunc.weight.reads import SharedRows, autocast, cast_like
 from ttfunc.weight.source import RowPatch
 
 # For each torch function that needs no logits, its handler (see logit_handlers.py).
 _HANDLERS, implements = registry()
 
-# Questions that the NaN in their place answers, which has their shape, dtype and history.
-_METADATA = (ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER) - {
-    *(Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage),
-    vars(TensorBase)["grad_fn"].__get__,  # someone may hook it
-}
+# Questions about the layout in memory, which the NaN does not have.
+_LAYOUT = {Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset}
+# What can be hooked or shared: the logits themselves must answer.
+_IDENTITY = {Tensor.untyped_storage, vars(TensorBase)["grad_fn"].__get__}
 
 
 class Undone(NamedTuple):
@@ -108,12 +107,13 @@ class Memory:
         return made
 
 
-class DeferredLogits(Tensor):
+class DeferredLogits(Lazy):
     """`(..., V)` logits that are made when something reads them.
 
     undone: what these are made of. memory: where they will lie; `views` lead to them from there.
     blank: a tensor on meta of their size and strides. constant: that they have no gradient, as they
     were made under no_grad. node: their `grad_fn`, unless a function of someone else replaces it.
+    known: the logits, once they are made.
     """
 
     undone: Undone
@@ -122,48 +122,57 @@ class DeferredLogits(Tensor):
     blank: Tensor
     constant: bool
     node: object
-    made: Tensor | None
+    known: Tensor | None
 
     @property
     def waits(self) -> bool:
         """Whether nothing has read them, nor those in the same memory."""
         with no_torch_function():
             own = self.grad_fn is self.node
-        return own and self.made is None and self.memory.made is None
+        return own and self.known is None and self.memory.made is None
+
+    # What a Lazy does, of which this is a kind.
+
+    def answering(self, question: Callable[..., Any]) -> Tensor:
+        """The NaN, which has their shape, dtype and history, as far as it knows."""
+        if not self.waits or question in _IDENTITY:
+            return self.made()
+        return self.blank if question in _LAYOUT else self
+
+    def now(self) -> DeferredLogits:
+        """These."""
+        return self
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if all(one.waits for one in _deferred_in(args, kwargs)):
-            if func in _METADATA:
-                with no_torch_function():
-                    return func(*args, **kwargs)
-            handler = _HANDLERS.get(func)
-            result = NotImplemented if handler is None else handler(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return func(*tree_map(done, args), **tree_map(done, kwargs))
+    def handled(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As a Lazy's; nothing where some have been read."""
+        if not all(one.waits for one in _deferred_in(args, kwargs)):
+            return NotImplemented
+        return super().handled(func, args, kwargs)
 
-    # As a patched weight's: for code that bypasses __torch_function__.
-    __torch_dispatch__ = OfEach()
+    def made(self) -> Tensor:
+        """The logits themselves, with the gradient that these have by now."""
+        if self.known is not None:
+            return self.known
+        made = self.values()
+        with no_torch_function():
+            if self.grad_fn is not self.node:
+                made = _Valued.apply(self.as_subclass(Tensor), made.detach())  # type: ignore[no-untyped-call]
+        if self.memory.made is not None:
+            self.known = made
+        return made
 
-    @classmethod
-    def _dispatched(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch.no_grad():
-            return func(*tree_map(_values, args), **tree_map(_values, kwargs))
+    def values(self) -> Tensor:
+        """The logits, with the graph that they had when they were deferred."""
+        made = self.memory.filled()
+        with torch.set_grad_enabled(not self.constant):
+            for view in self.views:
+                made = view(made)
+        return made.detach() if self.constant else made
+
+    def loses_writes(self) -> bool:
+        """Never: they are made once."""
+        return False
 
     def view_by(self, undone: Undone, view: Callable[[Tensor], Tensor]) -> DeferredLogits:
         """These after `view`, which is a view of their memory."""
@@ -178,32 +187,6 @@ class DeferredLogits(Tensor):
     def copy_of(self, undone: Undone) -> DeferredLogits:
         """Logits in a memory of their own."""
         return _wrap(undone, self.constant)
-
-
-def done(value: Any) -> Any:
-    """The logits themselves for deferred ones; any other value as it is."""
-    if not isinstance(value, DeferredLogits):
-        return value
-    if value.made is not None:
-        return value.made
-    made = _values(value)
-    with no_torch_function():
-        if value.grad_fn is not value.node:
-            made = _Valued.apply(value.as_subclass(Tensor), made.detach())  # type: ignore[no-untyped-call]
-    if value.memory.made is not None:
-        value.made = made
-    return made
-
-
-def _values(value: Any) -> Any:
-    """The same, with the graph that they had when they were deferred."""
-    if not isinstance(value, DeferredLogits):
-        return value
-    made = value.memory.filled()
-    with torch.set_grad_enabled(not value.constant):
-        for view in value.views:
-            made = view(made)
-    return made.detach() if value.constant else made
 
 
 class _Valued(torch.autograd.Function):
@@ -259,7 +242,7 @@ def _wrap(
             blank = torch.empty(nan.shape, dtype=dtype, device="meta")
     logits: DeferredLogits = nan.as_subclass(DeferredLogits)
     logits.undone, logits.memory = undone, memory or Memory(undone)
-    logits.views, logits.blank, logits.constant, logits.made = views, blank, constant, None
+    logits.views, logits.blank, logits.constant, logits.known = views, blank, constant, None
     with no_torch_function():
         logits.node = logits.grad_fn
     return logits
@@ -267,3 +250,6 @@ def _wrap(
 
 def _deferred_in(*values: Any) -> list[DeferredLogits]:
     return [one for one in tree_leaves(values) if isinstance(one, DeferredLogits)]
+
+
+DeferredLogits.handlers = _HANDLERS

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.indices import outside_of_autocast
+from ttfunc.rows.token_ids import outside_of_autocast
 from ttfunc.torch_private import keeps_signature
 from ttfunc.weight.reads import bias_at, bias_of_base, patched_product, product_into
 

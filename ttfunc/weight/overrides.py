@@ -39,6 +39,8 @@ ANSWERED_BY_PLACEHOLDER = {
     for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")
 } | {Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage}
 
+QUESTIONS = ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER
+
 # Left out are torch.resize_as_ and a few private functions: torch.compile fails to look them up.
 _IN_PLACE = r"(?!_|resize_as)\w+_|_foreach_\w+_"
 
@@ -80,17 +82,6 @@ def registry() -> tuple[dict[Any, Callable[..., Any]], Callable[..., Callable[[H
         return register
 
     return handlers, implements
-
-
-class OfEach:
-    """A `__torch_dispatch__` that is found on the tensors of a class, but not on the class.
-
-    The dispatcher looks at the tensor. torch.compile looks at the class, and refuses one that has
-    it.
-    """
-
-    def __get__(self, tensor: Tensor | None, owner: Any) -> Any:
-        return Tensor.__torch_dispatch__ if tensor is None else owner._dispatched
 
 
 def written_by(

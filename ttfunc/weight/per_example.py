@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ttfunc.indices import TokenIndices, found_among
+from ttfunc.rows.token_ids import TokenIndices, found_among
 from ttfunc.torch_private import is_exported, outside_of_transforms, transforms_active
 from ttfunc.weight.placeholder import NaNPlaceholder, nan_placeholder
 from ttfunc.weight.reads import (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttfunc.indices import with_rows
+from ttfunc.rows.token_ids import with_rows
 from ttfunc.torch_private import (
     COMPARISONS,
     forbid_writes,

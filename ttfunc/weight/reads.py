@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.indices import TokenIndices, gaps, with_rows
+from ttfunc.rows.token_ids import TokenIndices, gaps, with_rows
 from ttfunc.torch_private import (
     FUNCTIONALIZE,
     JVP,

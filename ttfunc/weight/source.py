@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -96,7 +97,8 @@ class Source(NamedTuple):
     placeholder: the `(V, D)` tensor that code gets if it bypasses `__torch_function__`. copy: the
     patched matrix, if the weight is dense. memory: where the model's own matrix lay. made_from: the
     tensors that were copied to make the weight. defers: whether its products may wait, as deferred
-    logits. reads: how the weight was read.
+    logits. reads: how the weight was read. gathered: of a matrix that an engine owns; makes of this
+    the source over what the engine has gathered by now, for a read or for a question.
     """
 
     base: Tensor
@@ -108,6 +110,7 @@ class Source(NamedTuple):
     made_from: tuple[Copied, ...]
     defers: bool
     reads: Reads
+    gathered: Callable[[Source, bool], Source] | None = None
 
     @property
     def uses(self) -> set[str]:

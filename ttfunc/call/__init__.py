@@ -1,0 +1,1 @@
+"""The model with other weights."""

@@ -1,0 +1,1 @@
+"""Who owns a parameter, and what of it is here."""

@@ -1,0 +1,1 @@
+"""Any rows, in one program."""

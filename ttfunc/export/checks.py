@@ -1,0 +1,77 @@
+"""What a program for any rows takes: asked before it is called, because it checks nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ttfunc.call.patch_mixed import adapter_numbers
+from ttfunc.rows.token_ids import shortened
+from ttfunc.torch_private import is_exported, transforms_active
+
+
+def check_rows_and_ids(
+    name: str, shape: Sequence[int], rows: object, ids: object, mixed: bool
+) -> None:
+    """Raise unless these are rows for a matrix of such a shape, and ids of its tokens."""
+    if not isinstance(rows, Tensor) or not rows.is_floating_point():
+        raise TypeError(f"the rows of {name!r} must be a float tensor, got {_kind_of(rows)}.")
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise TypeError(
+            f"the ids of {name!r} must be an int64 tensor, got {_kind_of(ids)}. Convert them: "
+            "ids.to(torch.int64)."
+        )
+    height, width = shape
+    ndim = 1 + mixed
+    empty = ids.ndim == ndim and any(size == 0 for size in ids.shape)
+    fits = ids.ndim == ndim and rows.shape == (*ids.shape, width) and ids.shape[-1] <= height
+    if empty or not fits:
+        shapes = "(n, k) and (n, k, D)" if mixed else "(k,) and (k, D)"
+        raise ValueError(
+            f"the ids and rows of {name!r} must be {shapes}, with k from 1 to {height} and D "
+            f"{width}; got {tuple(ids.shape)} and {tuple(rows.shape)}."
+        )
+    if _has_values(ids):
+        for one in ids.view(-1, ids.shape[-1]).tolist():
+            _check_ids(name, one, height)
+
+
+def check_assignment(assignment: object, counts: Mapping[str, int]) -> None:
+    """Raise unless the assignment is one among so many adapters, the same for each matrix."""
+    first, *others = counts.values()
+    if any(count != first for count in others):  # sizes in a trace have no hash
+        raise ValueError(f"the ids have other numbers of adapters: {counts}. Give the same.")
+    if not isinstance(assignment, Tensor) or assignment.dtype != torch.int64:
+        raise TypeError(f"assignment must be an int64 tensor, got {_kind_of(assignment)}.")
+    if assignment.ndim != 1:
+        raise ValueError(f"assignment must be (B,), got {tuple(assignment.shape)}.")
+    if _has_values(assignment):
+        adapter_numbers(assignment, first)
+
+
+def _kind_of(value: object) -> str:
+    """What was given in place of a tensor, for a message."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether its values can be read here: it is not traced, nor on meta."""
+    unknown = is_exported() or transforms_active() or torch.compiler.is_dynamo_compiling()
+    return not (unknown or tensor.is_meta)
+
+
+def _check_ids(name: str, ids: list[int], height: int) -> None:
+    used = [token for token in ids if token != -1]
+    if beyond := [token for token in used if not 0 <= token < height]:
+        raise IndexError(
+            f"the ids {shortened(beyond)} are no tokens of {name!r}, which has {height} rows. Give "
+            f"0 to {height - 1}, or -1 for a row that is not used."
+        )
+    if len(set(used)) != len(used):
+        repeated = sorted({token for token in used if used.count(token) > 1})
+        raise ValueError(
+            f"the ids {shortened(repeated)} of {name!r} are given more than once: each token has "
+            "one row. Give -1 for the others."
+        )

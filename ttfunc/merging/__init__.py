@@ -1,0 +1,1 @@
+"""Rows into state dicts, and back."""

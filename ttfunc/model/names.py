@@ -1,0 +1,148 @@
+"""Other names of a matrix: those that the user gives, and those that a wrapper makes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain, takewhile
+from pathlib import Path
+from reprlib import repr as shown
+
+from torch import Tensor, nn
+
+from ttfunc.model.matrix import Matrix, holds_floats, matrix_of
+
+# The parts that wrappers put into the names of a model, and the wrapper of each.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "checkpoint_wrapper",
+    "base_model.model.": "PEFT",
+    "base_layer.": "PEFT",
+    "module.": "DataParallel or DistributedDataParallel",
+}
+_ANYWHERE = re.compile(
+    r"(?<![^.])"
+    r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|token_adapter)\."
+)
+_IN_PEFT = re.compile(r"(?<![^.])(?:base_layer|token_adapter)\.")
+_FIRST = re.compile(r"^(?:(?:module|base_model\.model)\.)+")
+PEFT = "base_model.model."  # before each name of the model in a PeftModel
+
+
+def check_names(names: object) -> None:
+    """Raise TypeError for anything but a mapping from names to names."""
+    if not isinstance(names, Mapping) or not all(isinstance(n, str) for n in names.values()):
+        raise TypeError(f"names must map strings to strings, got {shown(names)}.")
+
+
+def peft_twin(name: str) -> str:
+    """The name of the same parameter without the PeftModel around the model, or with one."""
+    return name.removeprefix(PEFT) if name.startswith(PEFT) else f"{PEFT}{name}"
+
+
+def without_peft(name: str) -> str:
+    """The name of the same parameter in the model itself, also of a layer in a LoRA's."""
+    return _IN_PEFT.sub("", name.removeprefix(PEFT))
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model in a PeftModel; any other model as it is."""
+    get = getattr(model, "get_base_model", None)
+    inner = get() if callable(get) else model
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def advice(names: Sequence[str], held: Collection[str]) -> str:
+    """A hint: what `held` may have for `names`, and how to give it; empty if that is not known."""
+    found = through_wrappers(names, held) or _behind_a_prefix(names, held)
+    if not found:
+        return ""
+    who = _who(found)
+    return (
+        f" Did you mean {next(iter(found.values()))!r}{f', with the {who}' if who else ''}? Then "
+        f"give names={found!r}."
+    )
+
+
+def is_end(a: str, b: str) -> int:
+    """How many parts the shorter of two names has, if the longer one ends in it; else 0."""
+    parts = same_end(a, b)
+    return parts if parts > min(_bare(a).count("."), _bare(b).count(".")) else 0
+
+
+def same_end(a: str, b: str) -> int:
+    """How many parts of two names are equal, from the last one on."""
+    parts = zip(reversed(_bare(a).split(".")), reversed(_bare(b).split(".")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))
+
+
+def through_wrappers(names: Iterable[str], held: Iterable[str]) -> dict[str, str]:
+    """For each of `names`, the only `held` one that differs just by parts that wrappers add."""
+    bare: dict[str, list[str]] = {}
+    for name in held:
+        bare.setdefault(_bare(name), []).append(name)
+    found = {name: bare.get(_bare(name), []) for name in names}
+    return {name: others[0] for name, others in found.items() if len(others) == 1}
+
+
+def _bare(name: str) -> str:
+    before = ""
+    while before != name:
+        before, name = name, _FIRST.sub("", _ANYWHERE.sub("", name))
+    return name
+
+
+def _behind_a_prefix(names: Sequence[str], held: Collection[str]) -> dict[str, str]:
+    """Pairs of a name and a held one, if one prefix before either side makes all of them equal."""
+    longer = {other.removesuffix(names[0]) for other in held if other.endswith(f".{names[0]}")}
+    shorter = {names[0].removesuffix(other) for other in held if names[0].endswith(f".{other}")}
+    if len(longer) + len(shorter) != 1:
+        return {}
+    (prefix,) = longer or shorter
+    pairs = {n: prefix + n if longer else n.removeprefix(prefix) for n in names}
+    return {name: other for name, other in pairs.items() if other in held}
+
+
+def _who(names: Mapping[str, str]) -> str:
+    """The parts that wrappers have put into one name of a pair, and the wrapper of each."""
+    parts = [
+        f"{part!r} of {who}"
+        for part, who in _WRAPPERS.items()
+        if any(f".{a}".count(f".{part}") != f".{b}".count(f".{part}") for a, b in names.items())
+    ]
+    return " and the ".join(parts)
+
+
+def did_you_mean(name: str, held: Collection[str]) -> str:
+    """A question for a message: which of `held` are like `name`."""
+    close = difflib.get_close_matches(name, held, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def names_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a model, under each of its names."""
+    listed = (model.named_parameters, model.named_buffers)
+    return dict(chain(*(f(remove_duplicate=False) for f in listed)))
+
+
+def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
+    """The matrix that `model` has under `name`. Raises KeyError, with similar names, for none."""
+    held = names_of(model)
+    name = next((one for one in (name, peft_twin(name), without_peft(name)) if one in held), name)
+    if name not in held:
+        hint = did_you_mean(name, held)
+        if found := through_wrappers([name], held):
+            hint = f" Did you mean {found[name]!r}? One of the two has the {_who(found)}."
+        raise KeyError(
+            f"{type(model).__name__} has no parameter {name!r}, for which {str(source)!r} has "
+            f"rows.{hint} Use the model that the rows were trained on, without a wrapper."
+        )
+    if not holds_floats(held[name]):
+        raise ValueError(
+            f"{name!r} is {held[name].dtype} ({type(held[name]).__name__}) in this "
+            f"{type(model).__name__}, and floating-point numbers are needed. Leave the token "
+            "matrices out of the quantisation."
+        )
+    return matrix_of(model, held[name])

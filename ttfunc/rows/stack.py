@@ -1,0 +1,141 @@
+"""Adapters side by side: a leading axis on each leaf, for `torch.vmap`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ttfunc.engines.ownership import is_sharded, unreadable
+from ttfunc.model.memory import same_bits
+from ttfunc.rows.deltas import (
+    RowSpec,
+    TokenDeltas,
+    check_one_model,
+    check_shapes,
+    check_type,
+)
+from ttfunc.rows.new_tokens import check_same_new
+from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast, union, with_rows
+from ttfunc.torch_private import outside_of_modes
+
+
+def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
+    """Put n adapters into one pytree with `(n, k, D)` leaves, over all of their tokens; for `vmap`.
+
+    >>> model = torch.nn.Embedding(100, 8)
+    >>> stacked = stack([ttfunc.init_deltas(model, [3, 7]), ttfunc.init_deltas(model, [7, 9])])
+    >>> stacked.deltas["weight"].shape, stacked.token_indices["weight"]
+    (torch.Size([2, 3, 8]), tensor([3, 7, 9]))
+    >>> x = torch.tensor([3, 9])
+    >>> torch.vmap(lambda p: ttfunc.functional_call(model, ttfunc.patch(p), x))(stacked).shape
+    torch.Size([2, 2, 8])
+
+    Adapter i is `optree.tree_map(lambda t: t[i], stacked)`. For a token or a matrix that only other
+    adapters have, it holds the model's row as it is now (or the original, if the rows belong to no
+    model or an engine has the matrix).
+
+    Args:
+        params_list: n TokenDeltas of one model, of the same tokens or different ones. They are not
+            changed.
+
+    Returns:
+        TokenDeltas of all k tokens, in the order in which they first come. Each leaf has the widest
+        dtype among the adapters' leaves, and the matrix where it holds rows of it. The leaves are
+        differentiable with respect to the adapters'.
+
+    Raises:
+        ValueError: none given; a delta that is not `(k, D)`; adapters of different models;
+            different originals of one token.
+        TypeError: anything but TokenDeltas.
+    """
+    adapters = aligned(params_list)
+    names = dict.fromkeys(name for adapter in adapters for name in adapter.specs)
+    deltas, specs = {}, {}
+    for name in names:
+        spec = _common([adapter.specs[name] for adapter in adapters if name in adapter.specs])
+        specs[name] = spec
+        device = next(one.deltas[name].device for one in adapters if name in one.deltas)
+        now = _rows_now(spec).to(device)
+        filled = [_filled(adapter, name, spec, now) for adapter in adapters]
+        with outside_of_autocast(device):
+            deltas[name] = torch.stack(filled)
+    return TokenDeltas(deltas, specs)
+
+
+def aligned(params_list: Iterable[TokenDeltas], least: int = 1) -> list[TokenDeltas]:
+    """The adapters as a list, `least` of them or more.
+
+    Raises unless each is well formed, all are of one model, and all have the same new tokens.
+    """
+    if isinstance(params_list, TokenDeltas) or not isinstance(params_list, Iterable):
+        raise TypeError(
+            f"a list of TokenDeltas is needed, got {type(params_list).__name__}. For one adapter "
+            "give [params]."
+        )
+    adapters = list(params_list)
+    if len(adapters) < least:
+        raise no_adapters()
+    for adapter in adapters:
+        check_type(adapter)
+        check_shapes(adapter)
+    check_one_model(adapters)
+    check_same_new(adapters)
+    return adapters
+
+
+def no_adapters() -> ValueError:
+    """What is raised where an adapter is needed and none was given."""
+    return ValueError("no adapters: give at least one TokenDeltas.")
+
+
+def scattered(delta: Tensor, indices: TokenIndices, into: Tensor, among: TokenIndices) -> Tensor:
+    """A copy of `into`, the rows of `among`, with `delta` at the places of `indices`."""
+    _, places = among.find(indices.on(into.device).ids, into.device)
+    return with_rows(into, places, delta.to(into.device, into.dtype))
+
+
+def _common(specs: list[RowSpec]) -> RowSpec:
+    indices = union(tuple(spec.indices for spec in specs))
+    with outside_of_modes():
+        first = specs[0].originals
+        wide = functools.reduce(torch.promote_types, (spec.originals.dtype for spec in specs))
+        originals = first.new_zeros(len(indices), first.shape[1], dtype=wide)
+        for spec in specs:
+            originals = scattered(spec.originals, spec.indices, originals, indices)
+        for spec in specs:
+            _, places = indices.find(spec.indices.on(first.device).ids, first.device)
+            same = same_bits(originals[places], spec.originals.to(first.device, wide))
+            if not same:
+                raise ValueError(
+                    f"the adapters for {spec.names[0]!r} were made when the model had other rows, "
+                    "or another dtype: their originals of one token differ. Make them anew with "
+                    "init_deltas on the model as it is."
+                )
+    matrix = next((spec.matrix for spec in specs if spec.matrix is not None), None)
+    return replace(specs[0], indices=indices, originals=originals, matrix=matrix)
+
+
+def _rows_now(spec: RowSpec) -> Tensor:
+    """The rows that the model itself has for these tokens."""
+    matrix = spec.matrix
+    if matrix is None or matrix.shape != spec.shape or is_sharded(matrix.tensor):
+        return spec.originals
+    ids, base = spec.indices.on(matrix.tensor.device).ids, unreadable(matrix.current)
+    if not spec.grown:
+        return base.index_select(0, ids)
+    # All adapters have the new tokens: what is here for these is not used.
+    return base.index_select(0, ids.clamp(max=len(base) - 1))
+
+
+def _filled(adapter: TokenDeltas, name: str, spec: RowSpec, now: Tensor) -> Tensor:
+    if name not in adapter.specs:
+        return now
+    delta, indices = adapter.deltas[name], adapter.specs[name].indices
+    into = now.to(delta.device, delta.dtype)
+    if len(indices) < len(spec.indices):
+        into = now.to(delta.device, torch.promote_types(delta.dtype, now.dtype))
+    return scattered(delta, indices, into, spec.indices)

@@ -1,0 +1,145 @@
+"""A patched weight over a parameter that an engine owns: it reads what its module has by then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttfunc.engines.ownership import Kept, is_owned, is_zero3, shape_of
+from ttfunc.model.beside import lengthened
+from ttfunc.torch_private import fsdp_manages, is_dtensor
+from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.dtensor_rows import ShardedRows
+from ttfunc.weight.lazy import Lazy, lazy
+from ttfunc.weight.placeholder import nan_placeholder
+from ttfunc.weight.reads import SharedRows, cast_like
+from ttfunc.weight.source import Reads, RowPatch, Source
+from ttfunc.weight.unreadable import Unreadable
+
+
+class Place:
+    """Where an owned parameter is: in a module, and in the copy of it that a call runs on.
+
+    Most engines gather into the module. Some put into the copy, which their own code then runs on,
+    what the module is to read.
+    """
+
+    def __init__(self, module: nn.Module, attribute: str, engines: Kept) -> None:
+        self.module, self.attribute = module, attribute
+        self.copy = module  # until there is one
+        placed: Any = module._parameters.get(attribute)
+        self.placed = placed  # in both
+        self.kept: Any = engines.of(module, attribute, placed)
+
+    @property
+    def owned(self) -> bool:
+        """Whether an engine owns the parameter."""
+        return is_owned(self.module, self.attribute)
+
+    def held(self) -> Tensor | None:
+        """What is there now."""
+        here = self.copy._parameters.get(self.attribute)
+        if here is self.placed or isinstance(here, Lazy):
+            return self.module._parameters.get(self.attribute)
+        return here
+
+
+def owned(weight: PatchedWeight, place: Place, reads: Reads) -> PatchedWeight:
+    """The same weight over what a place holds when it is read; the reads are noted in `reads`."""
+    source = weight.source
+    rows, base = source.rows, source.base
+    if isinstance(rows, SharedRows):
+        ids, values = rows.indices.on(base.device).ids, cast_like(rows.values, base)
+        nan = nan_placeholder(Unreadable, values, base, ids, rows.grown, reads)
+    else:
+        nan = rows.placeholder(base, reads)
+
+    def gathered(source: Source, read: bool) -> Source:
+        return _by_now(source, place, read=read)
+
+    # What an engine gathers is gone after the call, when logits may still be waiting.
+    return weight.with_source(
+        source._replace(placeholder=nan, memory=None, defers=False, reads=reads, gathered=gathered)
+    )
+
+
+def longer(tensor: Tensor, dimension: int, by: int, place: Place | None) -> Tensor:
+    """The tensor with `by` zeros at the end of a dimension; in its place when it is read."""
+    if place is None:
+        return lengthened(tensor, dimension, by)
+    if is_zero3(tensor) and tensor.requires_grad and torch.is_grad_enabled():
+        # DeepSpeed's F.linear knows the gradients of a module's own parameters alone.
+        raise RuntimeError(
+            f"{by} new tokens, and a {place.attribute} of {type(place.module).__name__} "
+            f"{tuple(shape_of(tensor))} with a number for each token, which ZeRO-3 has split and "
+            "which is trained: it would get no gradient. Freeze it, leave the head and the "
+            "embedding out of the adapter's target_modules, or resize the model before it is "
+            "split (model.resize_token_embeddings)."
+        )
+    shape = list(shape_of(tensor))
+    shape[dimension] += by
+    return lazy(tensor, tuple(shape), lambda: _longer_by_now(shape, dimension, by, place))
+
+
+def _by_now(source: Source, place: Place, *, read: bool) -> Source:
+    """The source over what the place holds; a question needs to know no more than its dtype."""
+    held: Any = place.held()
+    there = held is not None and not is_dtensor(held) and held.shape == source.base.shape
+    source = source._replace(gathered=None)
+    if not read:  # of all parameters and at any time, for the dtype of a model
+        return source._replace(base=held.detach()) if there else source
+    if is_dtensor(held) and not (fsdp_manages(place.module) and held is place.kept):
+        rows: RowPatch = _over_ranks(source.rows)
+    elif there:
+        rows = source.rows
+    elif _is_part(held, place):
+        rows = SharedRows(*_over_ranks(source.rows).part(place.kept))
+    else:
+        raise _not_gathered(place)
+    return source._replace(base=held.detach(), rows=rows)
+
+
+def _longer_by_now(shape: list[int], dimension: int, by: int, place: Place) -> Tensor:
+    held: Any = place.held()
+    if is_zero3(held):  # its dictionary gathers what is taken from it in a forward
+        held = place.module._parameters[place.attribute]
+    if held is None or is_dtensor(held) or held.ndim != len(shape):
+        raise _not_gathered(place)
+    found = lengthened(held, dimension, by)
+    if list(found.shape) != shape:
+        raise _not_gathered(place)
+    return found
+
+
+def _not_gathered(place: Place) -> RuntimeError:
+    return RuntimeError(
+        f"the {place.attribute} of {type(place.module).__name__} is not gathered here: its "
+        "engine gathers it while that module runs. Read it in the module's forward, or leave "
+        "it out of the sharding."
+    )
+
+
+def _over_ranks(rows: RowPatch) -> ShardedRows:
+    if not isinstance(rows, SharedRows):
+        raise RuntimeError(
+            "a mixed patch on a matrix that is split over ranks (tensor parallelism). Call the "
+            "model separately for each adapter's examples."
+        )
+    if rows.grown:
+        raise RuntimeError(
+            f"{rows.grown} new tokens for a matrix that is split over ranks (tensor parallelism), "
+            "whose logits are split too. Resize the model before it is split: "
+            "model.resize_token_embeddings(...)."
+        )
+    return ShardedRows(rows.values, rows.indices)
+
+
+def _is_part(held: Any, place: Place) -> bool:
+    """Whether it is this rank's part of the parameter, for a product."""
+    if held is None or is_dtensor(held) or not is_dtensor(place.kept):
+        return False
+    if isinstance(place.module, nn.Embedding):  # which tokens are its own, only its tool knows
+        return False
+    return bool(held.shape == place.kept.to_local().shape)

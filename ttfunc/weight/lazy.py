@@ -1,0 +1,155 @@
+"""A tensor that is made when something reads it, and until then answers for itself.
+
+Its memory is one NaN, expanded to its shape: code that reads the memory itself gets an error or
+NaN, never numbers that are wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ttfunc.own_names import OwnTensorNames
+from ttfunc.torch_private import forbid_writes, no_torch_function, tree_map
+from ttfunc.weight.overrides import QUESTIONS, refuse_layout, refuse_writes
+
+
+class OnTensorsAlone:
+    """A `__torch_dispatch__` that tensors of a class have, and that the class itself has not.
+
+    The dispatcher looks at the tensor. torch.compile looks at the class, and refuses one that has
+    it.
+    """
+
+    def __get__(self, tensor: Tensor | None, owner: Any) -> Any:
+        return Tensor.__torch_dispatch__ if tensor is None else owner._dispatched
+
+
+class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
+    """A tensor that `make` makes, at each read.
+
+    piece: makes the rows from a start to a stop alone, where they can be had without the whole.
+    """
+
+    make: Callable[[], Tensor]
+    piece: Callable[[int, int], Tensor] | None
+
+    # What tensors of the class do in place of a torch function, without being made.
+    handlers: ClassVar[Mapping[Any, Callable[..., Any]]] = {}
+
+    def answering(self, question: Callable[..., Any]) -> Tensor:
+        """The tensor that answers a question about metadata."""
+        return self
+
+    def now(self) -> Tensor:
+        """What a handler gets for it: itself, or what stands at this moment where it looks."""
+        return self if self.piece is not None else self.make()
+
+    def made(self) -> Tensor:
+        """The tensor itself."""
+        return self.make()
+
+    def values(self) -> Tensor:
+        """The tensor as the dispatcher reads it, below autograd."""
+        return self.made()
+
+    def loses_writes(self) -> bool:
+        """Whether what a function writes to it would be lost, as each read makes it anew."""
+        return True
+
+    def __dir__(self) -> list[str]:  # torch's own would read the values
+        return sorted(object.__dir__(self))
+
+    @classmethod
+    def handled(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the handler of a torch function gives; NotImplemented where there is none."""
+        handler = cls.handlers.get(func)
+        return NotImplemented if handler is None else handler(*args, **kwargs)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in QUESTIONS:
+
+            def answering(one: Any) -> Any:
+                return one.answering(func) if isinstance(one, Lazy) else one
+
+            with no_torch_function():
+                return func(*tree_map(answering, args), **tree_map(answering, kwargs))
+        args = tuple(map(_now, args))
+        kwargs = {name: _now(value) for name, value in kwargs.items()}
+        result = cls.handled(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+        refuse_writes(func, args, kwargs, _is_lost)
+
+        def made(one: Any) -> Any:
+            return one.made() if isinstance(one, cls) else one
+
+        return func(*tree_map(made, args), **tree_map(made, kwargs))
+
+    # Code that bypasses __torch_function__ comes to the dispatcher, below autograd: the gradient
+    # goes to the NaN, which passes it on.
+    __torch_dispatch__ = OnTensorsAlone()
+
+    @classmethod
+    def _dispatched(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        refuse_layout(func, args, _is_lost)
+        refuse_writes(func, args, kwargs, _is_lost)
+        with torch.no_grad():
+            return func(*tree_map(_values, args), **tree_map(_values, kwargs))
+
+
+def lazy(
+    like: Tensor,
+    shape: tuple[int, ...] | torch.Size,
+    make: Callable[[], Tensor],
+    piece: Callable[[int, int], Tensor] | None = None,
+) -> Lazy:
+    """A lazy tensor of a shape, with the dtype and device of another, and without a gradient."""
+    nan = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
+    forbid_writes(nan)
+    made = nan.expand(shape).as_subclass(Lazy)
+    made.make, made.piece = make, piece
+    return made
+
+
+def _piece(tensor: Any, index: Any) -> Any:
+    """A slice of the first dimension alone."""
+    if not isinstance(tensor, Lazy) or not isinstance(index, slice):
+        return NotImplemented
+    if tensor.piece is None or index.step not in (None, 1):
+        return NotImplemented
+    start, stop, _ = index.indices(len(tensor))
+    return tensor.piece(start, max(start, stop))
+
+
+def _now(value: Any) -> Any:
+    return value.now() if isinstance(value, Lazy) else value
+
+
+def _values(value: Any) -> Any:
+    return value.values() if isinstance(value, Lazy) else value
+
+
+def _is_lost(value: Any) -> bool:
+    return isinstance(value, Lazy) and value.loses_writes()
+
+
+Lazy.handlers = {Tensor.__getitem__: _piece}
