@@ -175,7 +175,7 @@ def tell(
     print(
         f"{name:>12} {found['version']:<14} {count_calls(said, held_out)}; "
         f"{found['speed']:>5,.0f} tokens a second; "
-        f"{'the same tokens' if same else 'OTHER TOKENS'} as transformers",
+        f"{'the same tokens as' if same else 'other tokens than'} transformers",
         flush=True,
     )
 
