@@ -18,7 +18,7 @@ from tests.helpers.llama import llama
 from tests.helpers.models import D, V, make
 from tests.helpers.rows import random_rows
 from tests.helpers.tokenizers import tokenizer
-from tests.test_inspecting import cells, slowly
+from tests.rows.test_inspecting import cells, slowly
 from ttfunc import TokenModule, __version__, load, merge_checkpoint, save, save_peft
 from ttfunc.__main__ import main
 from ttfunc.disk import inspected
