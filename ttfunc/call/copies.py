@@ -238,8 +238,8 @@ def _of_copy(hook: Any, module: nn.Module, others: Mapping[int, Any]) -> Any:
 
 def _differ(placed: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     """Whether any value is another object now: in most calls none is."""
-    same = list(found) == list(placed) and all(map(is_, found.values(), placed.values()))
-    return not same
+    same = len(found) == len(placed) and all(map(is_, found, placed))
+    return not (same and all(map(is_, found.values(), placed.values())))
 
 
 def _not_copied(kind: type[nn.Module]) -> TypeError:

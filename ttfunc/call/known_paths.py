@@ -44,6 +44,11 @@ class Known:
         self.paths: dict[tuple[int, ...], Path] = {}
         self.matrices: dict[str, Matrix] = {}
 
+    def has(self, tree: Tree) -> bool:
+        """Whether the model is what it was, but for buffers, which some models make anew."""
+        mine = self.tree
+        return mine.children == tree.children and mine.parameters == tree.parameters
+
     def remember(self, tensors: Iterable[object], path: Path) -> None:
         """Use the path in later calls with the same tensors, as long as it is as it is now."""
         if len(self.paths) >= _MOST_PATHS:
@@ -67,7 +72,7 @@ def model_at_call(module: nn.Module) -> Model | None:
     if torch.compiler.is_dynamo_compiling() or is_traced():
         return None
     tree, known = tree_of(module), _KNOWN.get(module)
-    if known is None or known.tree[:2] != tree[:2]:
+    if known is None or not known.has(tree):
         known = Known(tree)
         _KNOWN[module] = known
     return Model(module, tree, known)
@@ -86,10 +91,10 @@ def tree_of(model: nn.Module) -> Tree:
         if own := state["_buffers"]:
             buffers += own.values()
         if own := state["_modules"]:
-            children += (held := list(own.values()))
+            children += (held := [*own.values()])
             for child in held:
-                if id(child) not in seen:
-                    seen.add(id(child))
+                if (identity := id(child)) not in seen:
+                    seen.add(identity)
                     pending.append(child)
     return Tree([*map(id, children)], [*map(id, parameters)], [*map(id, buffers)])
 

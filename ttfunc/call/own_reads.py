@@ -83,8 +83,6 @@ class OwnReads(TorchFunctionMode):
             for place, name in self._places:
                 if place.held() is tensor:
                     return name
-        if not self._memory or type(tensor) not in (Tensor, nn.Parameter):
-            return None
         first, last = addresses_of(tensor) or (0, 0)
         return next((name for a, b, name in self._memory if first < b and a < last), None)
 

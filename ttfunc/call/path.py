@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, filterfalse
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ttfunc.call.references import HELD, PLUMBING, global_references, references
+from ttfunc.call.references import FOLLOWED, HELD, PLUMBING, global_references, references
 from ttfunc.model.memory import overlaps
 from ttfunc.model.sizes import PLAIN
 from ttfunc.torch_private import ENGINE_STATE, is_exported
@@ -79,22 +80,28 @@ class Path:
 
     def _marks_of(self, steps: Iterable[Step], buffers: Iterable[int]) -> list[object]:
         """For each attribute what it refers to: modules by identity, other objects by class."""
-        marks: list[object] = [sum(map(self._wanted.__contains__, buffers))]
+        wanted = self._wanted
+        marks: list[object] = [sum(map(wanted.__contains__, buffers))]
+        objects: dict[int, object] = {}  # of other classes
         for step in steps:
-            for name, value in step.state.items():
+            for name in filterfalse(PLUMBING.__contains__, step.state):
+                value = step.state[name]
                 kind = type(value)
-                if kind in PLAIN or name in PLUMBING:
+                if kind in PLAIN:
                     continue
                 marks.append(name)
                 if kind in (list, dict) and len(value) > _LONG and name not in step.leading:
                     marks.append(len(value))
                     continue
-                for one in references(value):
+                for one in references(value) if kind in FOLLOWED else (value,):
                     marks.append(type(one))
-                    if id(one) in self._wanted or isinstance(one, nn.Module):
+                    if id(one) in wanted or isinstance(one, nn.Module):
                         marks.append(id(one))
-                    elif type(one).__dictoffset__:  # an object that has one as an attribute
-                        marks += self._wanted.intersection(map(id, vars(one).values()))
+                    elif type(one).__dictoffset__:
+                        objects[id(one)] = one
+        # Such an object may have one of them as an attribute.
+        held = chain.from_iterable(vars(one).values() for one in objects.values())
+        marks += wanted.intersection(map(id, held))
         return marks
 
 
@@ -146,7 +153,11 @@ def find_path(
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return "_compiled_call_impl" in vars(module) or "_orig_mod" in module._modules
+    """Whether torch.compile has made the module, or one of its functions."""
+    if "_compiled_call_impl" in vars(module) or "_orig_mod" in module._modules:
+        return True
+    functions = [type(module).forward, *vars(module).values()]
+    return any("_torchdynamo_orig_callable" in getattr(one, "__dict__", ()) for one in functions)
 
 
 def _referrers(

@@ -22,7 +22,7 @@ HELD = ("_parameters", "_buffers", "_modules")
 PLUMBING = frozenset(vars(nn.Module()))
 _CALLABLES = (FunctionType, MethodType, functools.partial)
 # Another class to follow needs a branch in `parts_of` and one in `_rebuilt`.
-_FOLLOWED = {list, tuple, dict, weakref.ref, *_CALLABLES}
+FOLLOWED = {list, tuple, dict, weakref.ref, *_CALLABLES}
 # What was looked at, by its identity, and what is in its place now.
 Seen: TypeAlias = dict[int, tuple[Any, Any]]
 _NOT_RESTORED: tuple[Any, ...] = (type, ModuleType, Tensor, *weakref.ProxyTypes)
@@ -33,14 +33,16 @@ def references(value: object, seen: set[int] | None = None) -> Iterator[object]:
     kind = type(value)
     if kind in PLAIN:
         return
-    if kind not in _FOLLOWED:
+    if kind not in FOLLOWED:
         yield value
         return
     seen = set() if seen is None else seen
     if id(value) not in seen:
         seen.add(id(value))
-        for part in parts_of(value):
-            yield from references(part, seen)
+        parts = parts_of(value)
+        if not PLAIN.issuperset(map(type, parts)):
+            for part in parts:
+                yield from references(part, seen)
 
 
 def substituted(value: Any, others: Mapping[int, Any]) -> Any:
@@ -51,12 +53,17 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
     """
     if id(value) in others:
         return others[id(value)]
-    if type(value) not in _FOLLOWED or not any(id(one) in others for one in references(value)):
+    kind = type(value)
+    if kind not in FOLLOWED:
         return value
-    if type(value) is FunctionType:
+    if kind is FunctionType:
         return _function_anew(value, lambda part, known: substituted(part, {**others, **known}))
-    others = {**others, id(value): value}  # ends the recursion for a list that holds itself
-    return _rebuilt(value, lambda part: substituted(part, others))
+    parts = parts_of(value)
+    if PLAIN.issuperset(map(type, parts)):
+        return value
+    if kind in (list, dict):
+        others = {**others, id(value): value}  # ends the recursion where one holds itself
+    return _rebuilt(value, parts, [substituted(part, others) for part in parts])
 
 
 def restored(value: Any, own: Callable[[Any], Any], seen: Seen, depth: int = 100) -> Any:
@@ -76,25 +83,18 @@ def restored(value: Any, own: Callable[[Any], Any], seen: Seen, depth: int = 100
     def of(part: Any) -> Any:
         return restored(part, own, seen, depth - 1)
 
-    if kind in _CALLABLES or kind is weakref.ref or issubclass(kind, tuple):
-        seen[id(value)] = value, _restored_anew(value, of)
-        return seen[id(value)][1]
-    _restore_items(value, of)
-    for name, part in _attributes(value):
-        if (fixed := of(part)) is not part:
-            object.__setattr__(value, name, fixed)
-    return value
-
-
-def _restored_anew(value: Any, of: Callable[[Any], Any]) -> Any:
-    if type(value) is FunctionType:
-        return _function_anew(value, lambda part, known: known.get(id(part)) or of(part))
-    parts = parts_of(value)
-    fixed = [*map(of, parts)]
-    if _same(parts, fixed):
+    if kind is FunctionType:
+        fixed = _function_anew(value, lambda part, known: known.get(id(part)) or of(part))
+    elif kind in _CALLABLES or kind is weakref.ref or issubclass(kind, tuple):
+        fixed = _rebuilt(value, parts := parts_of(value), [*map(of, parts)])
+    else:
+        _restore_items(value, of)
+        for name, part in _attributes(value):
+            if (other := of(part)) is not part:
+                object.__setattr__(value, name, other)
         return value
-    is_tuple = isinstance(value, tuple)
-    return tuple.__new__(type(value), fixed) if is_tuple else _rebuilt(value, of)
+    seen[id(value)] = value, fixed
+    return fixed
 
 
 def _restore_items(value: Any, of: Callable[[Any], Any]) -> None:
@@ -174,16 +174,19 @@ def parts_of(value: Any) -> list[Any]:
     return list(value)
 
 
-def _rebuilt(value: Any, of: Callable[[Any], Any]) -> Any:
-    """A value of a followed class, but for functions, with `of(part)` for each of its parts."""
-    kind = type(value)
+def _rebuilt(value: Any, parts: list[Any], new: list[Any]) -> Any:
+    """A value of a followed class with new parts, or itself where they are the same."""
+    kind: Any = type(value)
+    if _same(parts, new):
+        return value
     if kind is dict:
-        return {key: of(part) for key, part in value.items()}
+        return dict(zip(value, new, strict=True))
     if kind is functools.partial:
-        named = {name: of(part) for name, part in value.keywords.items()}
-        return functools.partial(of(value.func), *map(of, value.args), **named)
-    parts = map(of, parts_of(value))
-    return kind(*parts) if kind in (MethodType, weakref.ref) else kind(parts)
+        named = dict(zip(value.keywords, new[1 + len(value.args) :], strict=True))
+        return functools.partial(*new[: 1 + len(value.args)], **named)
+    if isinstance(value, tuple):
+        return tuple.__new__(kind, new)  # also for a named one
+    return new if kind is list else kind(*new)
 
 
 def _same(some: Any, others: Any) -> bool:

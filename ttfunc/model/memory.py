@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ttfunc.engines.ownership import is_sharded
@@ -67,9 +67,9 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 def addresses_of(tensor: Tensor) -> tuple[int, int] | None:
     """Where its bytes begin and end in memory, also of one that shares them in another storage.
 
-    (As numpy's and DLPack's views do.) None where it has no memory of its own.
+    (As numpy's and DLPack's views do.) None for one without memory, or of another class.
     """
-    if storage_of(tensor) is None:
+    if type(tensor) not in (Tensor, nn.Parameter) or storage_of(tensor) is None:
         return None
     try:
         start = tensor.data_ptr()
