@@ -183,10 +183,11 @@ def _rebuilt(value: Any, parts: list[Any], new: list[Any]) -> Any:
         return dict(zip(value, new, strict=True))
     if kind is functools.partial:
         named = dict(zip(value.keywords, new[1 + len(value.args) :], strict=True))
-        return functools.partial(*new[: 1 + len(value.args)], **named)
+        function, *args = new[: 1 + len(value.args)]
+        return functools.partial(function, *args, **named)
     if isinstance(value, tuple):
         return tuple.__new__(kind, new)  # also for a named one
-    return new if kind is list else kind(*new)
+    return new if kind is list else type(value)(*new)
 
 
 def _same(some: Any, others: Any) -> bool:
