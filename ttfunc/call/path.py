@@ -83,21 +83,26 @@ class Path:
         wanted = self._wanted
         marks: list[object] = [sum(map(wanted.__contains__, buffers))]
         objects: dict[int, object] = {}  # of other classes
-        for step in steps:
-            for name in filterfalse(PLUMBING.__contains__, step.state):
-                value = step.state[name]
+        for _, state, leading in steps:
+            for name in filterfalse(PLUMBING.__contains__, state):
+                value = state[name]
                 kind = type(value)
                 if kind in PLAIN:
                     continue
                 marks.append(name)
-                if kind in (list, dict) and len(value) > _LONG and name not in step.leading:
+                if kind not in FOLLOWED:
+                    found: Iterable[object] = (value,)
+                elif kind in (list, dict) and len(value) > _LONG and name not in leading:
                     marks.append(len(value))
                     continue
-                for one in references(value) if kind in FOLLOWED else (value,):
-                    marks.append(type(one))
-                    if id(one) in wanted or isinstance(one, nn.Module):
+                else:
+                    found = references(value)
+                for one in found:
+                    kind = type(one)
+                    marks.append(kind)
+                    if id(one) in wanted or issubclass(kind, nn.Module):
                         marks.append(id(one))
-                    elif type(one).__dictoffset__:
+                    elif kind.__dictoffset__:
                         objects[id(one)] = one
         # Such an object may have one of them as an attribute.
         held = chain.from_iterable(vars(one).values() for one in objects.values())
