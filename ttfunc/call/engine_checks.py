@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ttfunc.call.stale import what_is_there, why
+from ttfunc.call.stale import stale_patch, tied_since
 from ttfunc.engines.ownership import is_sharded, is_split_twice, shape_of
 from ttfunc.engines.shards import rows_at
-from ttfunc.model.matrix import Matrix, count_kept
+from ttfunc.model.matrix import Matrix, count_places
 from ttfunc.torch_private import fsdp_manages, outside_of_transforms, transforms_active
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place
@@ -58,12 +58,9 @@ def _check_fresh(
     model: nn.Module, name: str, known: Tensor, now: Tensor | None, source: Source, matrix: Matrix
 ) -> None:
     # What was sharded since is another tensor, in the same model.
-    sharded_since = not is_sharded(known) and matrix.path.model() in set(model.modules())
+    sharded_since = not is_sharded(known) and matrix.model() in set(model.modules())
     if now is None or not (now is known or sharded_since):
-        raise ValueError(
-            f"stale patch: the parameter {name!r} that it was made from {what_is_there(now)} in "
-            f"this {type(model).__name__}: {why(model, name, now, source.matrix)}"
-        )
+        raise stale_patch(model, name, now, source.matrix)
     if shape_of(now) != source.base.shape:
         raise ValueError(
             f"stale patch: the parameter {name!r} that it was made from has shape "
@@ -102,8 +99,5 @@ def _check_ties(model: nn.Module, matrix: Matrix, places: Sequence[Place]) -> No
             f"{matrix.names} were one matrix when the parameters were made, and FSDP2 has more "
             "than one parameter of them. Make them anew with init_deltas on this model."
         )
-    if count_kept(model, kept) != len(places):
-        raise ValueError(
-            f"{type(model).__name__} ties {matrix.slots[0][0]!r} to more places than it did when "
-            "the parameters were made. Make them anew with init_deltas after tying the weights."
-        )
+    if count_places(model, kept) != len(places):
+        raise tied_since(model, matrix.slots[0][0])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttfunc.call.patch import matrix_of_rows
+from ttfunc.call.stale import matrix_of_rows
 from ttfunc.engines.ownership import unreadable
 from ttfunc.rows.deltas import TokenDeltas
 from ttfunc.rows.new_tokens import check_complete

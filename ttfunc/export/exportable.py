@@ -13,7 +13,7 @@ from ttfunc.call.functional_call import functional_call
 from ttfunc.call.patch_mixed import adapter_numbers
 from ttfunc.export.checks import check_assignment, check_rows_and_ids
 from ttfunc.model.given import refuse_token_module
-from ttfunc.model.matrix import count_slots, matrices_of
+from ttfunc.model.matrix import count_places, matrices_of
 from ttfunc.model.targets import Targets, find_targets
 from ttfunc.own_names import OwnNames
 from ttfunc.rows.deltas import TokenDeltas, check_type
@@ -244,7 +244,7 @@ class Exportable(nn.Module, metaclass=OwnNames):
         check_shapes(params)
         for name, matrix in self.matrices.items():
             held = [tensor for _, tensor in matrix.slots]
-            if count_slots(self.model, held) != len(held):
+            if count_places(self.model, held) != len(held):
                 raise ValueError(
                     f"{name!r} was tied or replaced since the program was made. Make "
                     f"{type(self).__name__}(model) anew."

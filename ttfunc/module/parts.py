@@ -10,7 +10,8 @@ from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
 
-from ttfunc.call.slots import find_slots
+from ttfunc.call.known_paths import model_at_call
+from ttfunc.call.swaps import swaps_of
 from ttfunc.module.fused_head import can_fuse, longer_weight
 from ttfunc.module.sizes import Sizes
 from ttfunc.rows.deltas import TokenDeltas
@@ -62,7 +63,8 @@ def is_fusing(bridge: Bridge) -> bool:
 
 def stand_ins(bridge: Bridge) -> dict[int, Tensor]:
     """The weights of a call, by the identity of the model's own."""
-    return {id(slot.held): slot.stand_in for slot in find_slots(bridge.base, bridge._weights())}
+    swaps = swaps_of(bridge.base, bridge._weights(), model_at_call(bridge.base))
+    return {key: one for swap in swaps for key, one in swap.replacements().items()}
 
 
 def part(bridge: Bridge, own: Any, weights: Mapping[int, Tensor] | None = None) -> Any:

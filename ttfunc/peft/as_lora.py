@@ -92,7 +92,7 @@ def _rank(params: TokenDeltas, rank: int | None) -> int:
 
 def _layers(params: TokenDeltas) -> Iterator[_Layer]:
     for key, spec in params.specs.items():
-        model = spec.matrix.path.model() if spec.matrix is not None else None
+        model = spec.matrix.model() if spec.matrix is not None else None
         if spec.matrix is None or model is None:
             raise RuntimeError(f"the rows of {key!r} belong to no model: load them onto one")
         if spec.grown:
