@@ -170,7 +170,7 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("case", HELD.keys() | OTHER.keys())
+@pytest.mark.parametrize("case", sorted(HELD.keys() | OTHER.keys()))
 def test_what_a_call_has_left_is_restored_in_objects_of_any_class(case: str):
     made, inside = OTHER[case] if case in OTHER else (lambda _: HELD[case][0], HELD[case][1])
     value = made(A)
