@@ -13,7 +13,7 @@ from tests.helpers.rows import random_rows
 from ttfunc import init_deltas, patch, patch_mixed
 from ttfunc.engines.ownership import Kept
 from ttfunc.weight.engine_weight import OwnedWeight, Place, gathered, owned
-from ttfunc.weight.source import Reads
+from ttfunc.weight.reads import Reads
 
 V, D, IDS = 11, 4, [7, 2]
 

@@ -20,7 +20,7 @@ def check_said(
 ) -> None:
     """Warn, once for a model, where a call read new tokens and made no logits for them."""
     sources = [slot.stand_in.source for slot in slots if is_patch(slot.stand_in)]
-    sources = [source for source in sources if source.rows.grown]
+    sources = [source for source in sources if source.new_tokens]
     uses = set().union(*(source.uses for source in sources))
     if isinstance(out, Tensor):  # hidden states may be as wide as the matrix was high
         short = out.ndim > 2 and out.is_floating_point()

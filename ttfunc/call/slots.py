@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.call.engine_checks import check_owned
+from ttfunc.call.patch_mixed import check_batch_first
 from ttfunc.call.stale import check_fresh
 from ttfunc.engines.ownership import Kept, engines_at_work, shape_of
 from ttfunc.model.beside import Beside, beside
@@ -29,8 +30,8 @@ from ttfunc.model.names import did_you_mean, peft_twin
 from ttfunc.torch_private import fsdp_manages, is_dtensor, is_traced
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place, longer, owned
-from ttfunc.weight.per_example import check_batch_first
-from ttfunc.weight.source import Reads, Source
+from ttfunc.weight.reads import Reads
+from ttfunc.weight.source import Source
 
 
 class Slot(NamedTuple):
@@ -216,11 +217,7 @@ def sizes_of(slots: Sequence[Slot]) -> dict[int, int]:
 
 
 def _grown(sources: Iterable[Source]) -> dict[int, int]:
-    return {
-        len(source.base): len(source.base) + source.rows.grown
-        for source in sources
-        if source.rows.grown
-    }
+    return {len(source.base): source.height for source in sources if source.new_tokens}
 
 
 def _fits(weight: Tensor, held: Tensor, weights: Mapping[str, Tensor]) -> bool:
@@ -237,7 +234,7 @@ def _lengthen_beside(slots: dict[str, Slot]) -> None:
     made: dict[int, Tensor] = {}  # a tied one goes by several names
     for slot in [slot for slot in slots.values() if is_patch(slot.weight)]:
         source = slot.weight.source  # type: ignore[attr-defined]
-        if not source.rows.grown:
+        if not source.new_tokens:
             continue
         for one in beside(slot.way, slot.name, len(source.base)):
             known = slots.get(one.name)
@@ -246,7 +243,7 @@ def _lengthen_beside(slots: dict[str, Slot]) -> None:
                 continue
             place = _place_beside(one)
             if id(one.tensor) not in made:
-                made[id(one.tensor)] = longer(tensor, one.dimension, source.rows.grown, place)
+                made[id(one.tensor)] = longer(tensor, one.dimension, source.new_tokens, place)
             weight = made[id(one.tensor)]
             slots[one.name] = Slot(
                 one.name, one.way, one.tensor, weight, weight, slot.matrix, place

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ttfunc.call.patch_mixed import adapter_numbers
-from ttfunc.rows.token_ids import shortened
+from ttfunc.rows.given import shortened
 from ttfunc.torch_private import is_exported, transforms_active
 
 

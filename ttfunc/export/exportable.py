@@ -16,8 +16,8 @@ from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import count_slots, matrices_of
 from ttfunc.model.targets import Targets, find_targets
 from ttfunc.rows.deltas import TokenDeltas, check_shapes, check_type
-from ttfunc.weight.any_rows import AnyRows
 from ttfunc.weight.deferred import patched
+from ttfunc.weight.rows import rows_at
 
 # One tensor where the model has one matrix of rows, and one for each name where it has several.
 Each: TypeAlias = "Tensor | Mapping[str, Tensor]"
@@ -175,7 +175,7 @@ class Exportable(nn.Module):
         weights: dict[str, Tensor] = {}
         for name, matrix in self.matrices.items():
             base = matrix.current.detach()
-            patch = AnyRows(rows[name], ids[name])
+            patch = rows_at(rows[name], ids[name], len(base))
             weight = patched(base, patch, matrix, dense=False)
             weights.update(dict.fromkeys(matrix.distinct, weight))
         return functional_call(self.model, weights, args, {**self.kwargs, **kwargs})

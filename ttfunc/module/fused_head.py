@@ -20,7 +20,6 @@ from ttfunc.torch_private import no_torch_function, tree_map
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import OwnedWeight
 from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER
-from ttfunc.weight.reads import SharedRows
 
 
 def can_fuse(weight: object) -> TypeGuard[PatchedWeight]:
@@ -31,7 +30,7 @@ def can_fuse(weight: object) -> TypeGuard[PatchedWeight]:
     if not weight.deferred:
         return False
     rows = weight.source.rows
-    return isinstance(rows, SharedRows) and rows.values.requires_grad and torch.is_grad_enabled()
+    return rows.fixed and rows.values.requires_grad and torch.is_grad_enabled()
 
 
 def longer_states(hidden: Tensor, weight: PatchedWeight) -> Tensor:
@@ -82,7 +81,7 @@ class LongerWeight(Tensor):
         source = self.weight.source
         source.reads.product = True  # also late: the rows are a copy of their own
         base, values = source.base, source.rows.values
-        indices = source.rows.indices  # type: ignore[attr-defined]
+        indices: Any = source.rows.ids
         width, known = base.shape[1], min(stop, len(base))
         here = [row for row, token in enumerate(indices.ids) if start <= token < stop]
         at = torch.tensor([indices.ids[row] - start for row in here], device=base.device)

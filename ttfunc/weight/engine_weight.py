@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from ttfunc.engines.ownership import Kept, is_owned, is_zero3, shape_of
 from ttfunc.model.beside import lengthened
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.torch_private import fsdp_manages, is_dtensor, no_torch_function, tree_map
 from ttfunc.weight.deferred import PatchedWeight
-from ttfunc.weight.dtensor_rows import ShardedRows
 from ttfunc.weight.overrides import ANSWERED_BY_BASE, ANSWERED_BY_PLACEHOLDER, SIZES
 from ttfunc.weight.placeholder import nan_placeholder
-from ttfunc.weight.reads import SharedRows, cast_like
-from ttfunc.weight.source import Reads, RowPatch
+from ttfunc.weight.product import cast_like
+from ttfunc.weight.reads import Reads
+from ttfunc.weight.rows import Rows
+from ttfunc.weight.source import Source
 from ttfunc.weight.unreadable import Unreadable
 
 _QUESTIONS = SIZES | ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER
@@ -83,9 +85,9 @@ def owned(weight: PatchedWeight, place: Place, reads: Reads) -> OwnedWeight:
     """The same weight over what a place holds when it is read; the reads are noted in `reads`."""
     source = weight.source
     rows, base = source.rows, source.base
-    if isinstance(rows, SharedRows):
-        ids, values = rows.indices.on(base.device).ids, cast_like(rows.values, base)
-        nan = nan_placeholder(Unreadable, values, base, ids, rows.grown, reads)
+    if isinstance(rows.ids, TokenIndices):
+        ids, values = rows.ids.on(base.device).ids, cast_like(rows.values, base)
+        nan = nan_placeholder(Unreadable, values, base, ids, source.new_tokens, reads)
     else:
         nan = rows.placeholder(base, reads)
     made = nan.as_subclass(OwnedWeight)
@@ -156,11 +158,11 @@ def gathered(value: Any) -> Any:
     source, place = value.source, value.place
     held: Any = place.held()
     if is_dtensor(held) and not (fsdp_manages(place.module) and held is place.kept):
-        rows: RowPatch = _over_ranks(source.rows)
+        rows = _over_ranks(source)
     elif held is not None and not is_dtensor(held) and held.shape == source.base.shape:
         rows = source.rows
     elif _is_part(held, place):
-        rows = SharedRows(*_over_ranks(source.rows).part(place.kept))
+        rows = _over_ranks(source).part(place.kept)
     else:
         raise _not_gathered(place)
     return value.with_source(source._replace(base=held.detach(), rows=rows))
@@ -186,19 +188,19 @@ def _not_gathered(place: Place) -> RuntimeError:
     )
 
 
-def _over_ranks(rows: RowPatch) -> ShardedRows:
-    if not isinstance(rows, SharedRows):
+def _over_ranks(source: Source) -> Rows:
+    if not source.rows.fixed:
         raise RuntimeError(
             "a mixed patch on a matrix that is split over ranks (tensor parallelism). Call the "
             "model separately for each adapter's examples."
         )
-    if rows.grown:
+    if source.new_tokens:
         raise RuntimeError(
-            f"{rows.grown} new tokens for a matrix that is split over ranks (tensor parallelism), "
-            "whose logits are split too. Resize the model before it is split: "
+            f"{source.new_tokens} new tokens for a matrix that is split over ranks (tensor "
+            "parallelism), whose logits are split too. Resize the model before it is split: "
             "model.resize_token_embeddings(...)."
         )
-    return ShardedRows(rows.values, rows.indices)
+    return source.rows
 
 
 def _is_part(held: Any, place: Place) -> bool:
