@@ -14,6 +14,7 @@ from ttfunc.call.stale import stale_patch, tied_since
 from ttfunc.engines.ownership import is_sharded, is_split_twice, shape_of
 from ttfunc.engines.shards import rows_at
 from ttfunc.model.matrix import Matrix, count_places
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.torch_private import fsdp_manages, outside_of_transforms, transforms_active
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place
@@ -76,14 +77,13 @@ def _check_fresh(
 
 def _has_rows_of(now: Tensor, known: Tensor, source: Source) -> bool:
     """Whether a matrix has the rows of what it was before; asked once, as that is let go of."""
-    indices = getattr(source.rows, "indices", None)
-    if indices is None or known.is_meta:
+    indices = source.rows.ids
+    if not isinstance(indices, TokenIndices) or known.is_meta:
         return True
-    tokens = [token for token in indices.ids if token < len(known)]
-    ids = torch.tensor(tokens, dtype=torch.int64)
+    ids = indices.within(0, len(known))[1].on(known.device).ids
     with outside_of_transforms(), torch.no_grad():
         found = rows_at(now, ids.to(now.device))
-        expected = known.index_select(0, ids.to(known.device))
+        expected = known.index_select(0, ids)
         return torch.equal(found.cpu(), expected.to(found.dtype).cpu())
 
 

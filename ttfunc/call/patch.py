@@ -10,7 +10,7 @@ from ttfunc.rows.deltas import TokenDeltas, check_type, combine
 from ttfunc.rows.new_tokens import check_complete
 from ttfunc.rows.shapes import check_shapes
 from ttfunc.weight.deferred import patched
-from ttfunc.weight.reads import SharedRows
+from ttfunc.weight.rows import Rows
 
 
 def patch(
@@ -74,7 +74,7 @@ def patch(
         copied = dense or matrix.has_max_norm
         if copied and is_sharded(matrix.tensor):
             raise _no_copy(name, dense)
-        rows = SharedRows(delta, spec.indices, spec.grown)
+        rows = Rows(delta, spec.indices)
         each = [one.deltas[name] for one in (params, *more) if name in one.deltas]
         weight = patched(
             base, rows, matrix, dense=copied, defers=deferred_logits,

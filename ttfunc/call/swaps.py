@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ttfunc.call.engine_checks import check_owned
 from ttfunc.call.known_paths import Model
 from ttfunc.call.matrices import is_patch, matrices_of_weights
+from ttfunc.call.patch_mixed import check_batch_first
 from ttfunc.call.stale import check_fresh
 from ttfunc.engines.ownership import Kept, engines_at_work, shape_of
 from ttfunc.model.beside import Beside, beside
@@ -25,8 +26,8 @@ from ttfunc.model.matrix import (
 from ttfunc.torch_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place, longer, owned
-from ttfunc.weight.per_example import check_batch_first
-from ttfunc.weight.source import Reads, Source
+from ttfunc.weight.reads import Reads
+from ttfunc.weight.source import Source
 
 
 class Swap(NamedTuple):
@@ -171,11 +172,7 @@ def sizes_of(swaps: Iterable[Swap]) -> dict[int, int]:
 
 
 def _grown(sources: Iterable[Source]) -> dict[int, int]:
-    return {
-        len(source.base): len(source.base) + source.rows.grown
-        for source in sources
-        if source.rows.grown
-    }
+    return {len(source.base): source.height for source in sources if source.new_tokens}
 
 
 def _fits(weight: Tensor, held: Tensor, weights: Mapping[str, Tensor]) -> bool:
@@ -192,7 +189,7 @@ def _lengthen_beside(swaps: dict[str, Swap]) -> None:
     made: dict[int, Tensor] = {}  # a tied one goes by several names
     for name, swap in [(name, swap) for name, swap in swaps.items() if is_patch(swap.weight)]:
         source = swap.weight.source  # type: ignore[attr-defined]
-        if not source.rows.grown:
+        if not source.new_tokens:
             continue
         way = next(
             way for way, (one, _) in zip(swap.ways, swap.matrix.slots, strict=True) if one == name
@@ -204,7 +201,7 @@ def _lengthen_beside(swaps: dict[str, Swap]) -> None:
                 continue
             place = _place_beside(one)
             if id(one.tensor) not in made:
-                made[id(one.tensor)] = longer(tensor, one.dimension, source.rows.grown, place)
+                made[id(one.tensor)] = longer(tensor, one.dimension, source.new_tokens, place)
             weight = made[id(one.tensor)]
             swaps[one.name] = Swap(
                 [one.name],

@@ -54,7 +54,7 @@ def check_logits(
     model: nn.Module, swaps: Sequence[Swap], sizes: Mapping[int, int], out: Any, method: Any
 ) -> None:
     """Warn, once for a model, where a call read new tokens and made no logits for them."""
-    grown = [one.source for _, _, one in _patches(swaps) if one.source.rows.grown]
+    grown = [one.source for _, _, one in _patches(swaps) if one.source.new_tokens]
     uses = set().union(*(source.uses for source in grown))
     if isinstance(out, Tensor):  # hidden states may be as wide as the matrix was high
         widths = sizes.keys() - {source.base.shape[1] for source in grown}

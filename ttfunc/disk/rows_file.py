@@ -32,7 +32,7 @@ from ttfunc.disk.tensors import (
     tensor_of,
 )
 from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type
-from ttfunc.rows.token_ids import token_indices
+from ttfunc.rows.given import token_indices
 
 FORMAT = 2
 PARTS = ("deltas", "token_indices", "originals")

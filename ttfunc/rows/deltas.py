@@ -16,7 +16,8 @@ from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_bits
 from ttfunc.model.origin import Origin
 from ttfunc.rows.ends import told_half
-from ttfunc.rows.token_ids import TokenIndices, check_apart, union
+from ttfunc.rows.given import check_apart
+from ttfunc.rows.token_ids import TokenIndices, union
 from ttfunc.torch_private import OPTREE_GLOBAL, outside_of_modes, torch_pytree
 
 

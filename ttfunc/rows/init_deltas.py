@@ -18,9 +18,10 @@ from ttfunc.model.origin import origin_of
 from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.ends import warn_of_half
+from ttfunc.rows.given import check_dtype, token_indices
 from ttfunc.rows.new_tokens import check_after, check_ends, next_token
 from ttfunc.rows.starts import Init, delta_dtype, start_of_each, start_rows
-from ttfunc.rows.token_ids import TokenIndices, check_dtype, token_indices
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.torch_private import warn_of_untested
 
 
