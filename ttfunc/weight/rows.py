@@ -64,14 +64,18 @@ class Rows(NamedTuple):
         return isinstance(self.ids, TokenIndices) and not self.by_example
 
     def height(self, base: Tensor) -> int:
-        """How many rows the matrix has: those of the base, and those of new tokens."""
+        """How many rows the matrix has: the base's, and those of new tokens."""
         return self.ids.height(len(base))
+
+    def new_tokens(self, base: Tensor) -> int:
+        """How many more rows than the base the matrix has."""
+        return self.height(base) - len(base)
 
     def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
         """`F.embedding` of `(...)` integer tokens, or of `(B, ...)`: `(..., D)`.
 
         `E = W[x]`, then `E[t] = R[i]` where `x[t] = S[i]`. Differentiable with respect to the rows
-        alone: `dR[i]` is the sum of `dE[t]` over these t, which is 0 for the row of `padding_idx`.
+        alone: `dR[i]` is the sum of `dE[t]` over these t, and 0 for the row of `padding_idx`.
 
         >>> base, rows = torch.zeros(9, 2), torch.ones(1, 2)
         >>> Rows(rows, TokenIndices((3,))).lookup(torch.tensor([3, 4]), base)
@@ -79,13 +83,13 @@ class Rows(NamedTuple):
                 [0., 0.]])
         """
         if is_dtensor(base):
-            return dtensor_rows.lookup(self.values, self._indices, tokens, base, padding_idx)
+            return dtensor_rows.lookup(self.values, self._fixed_ids, tokens, base, padding_idx)
         if self.by_example:
-            self._check(tokens, least=2)
+            _check_examples(self.values.shape[0], tokens, least=2)
         hit, row = self.ids.find(tokens, base.device)
         rows, padding_row = cast_like(self.values, base), None
         if padding_idx is not None and self.fixed:
-            padding_row = self._indices.row_of(padding_idx % len(base))
+            padding_row = self._fixed_ids.row_of(padding_idx % len(base))
         elif padding_idx is not None:
             is_padding = self._places(base)[1] == padding_idx % len(base)
             rows = torch.where(is_padding.unsqueeze(-1), rows.detach(), rows)
@@ -94,7 +98,7 @@ class Rows(NamedTuple):
             first = k * torch.arange(count, device=row.device)
             row, rows = row + beside(first, row.ndim), rows.flatten(0, 1)
         # An id that is no token stays as it is, and F.embedding raises for it.
-        known = torch.where(hit, 0, tokens) if self.height(base) > len(base) else tokens
+        known = torch.where(hit, 0, tokens) if self.new_tokens(base) else tokens
         replaced = F.embedding(row, rows, padding_idx=padding_row)
         return torch.where(hit.unsqueeze(-1), replaced, F.embedding(known, base))
 
@@ -104,23 +108,23 @@ class Rows(NamedTuple):
         `Y = H Wᵀ`, then `Y[:, S] = H Rᵀ`. Differentiable with respect to all but `base`.
         """
         if is_dtensor(base):
-            return dtensor_rows.product(self.values, self._indices, hidden, base, bias)
+            return dtensor_rows.product(self.values, self._fixed_ids, hidden, base, bias)
         if self.fixed:
-            return product(hidden, base, self.values, bias, self._indices)
+            return product(hidden, base, self.values, bias, self._fixed_ids)
         height, rows = self.height(base), autocast(cast_like(self.values, base))
         hidden, base = autocast(hidden), autocast(base)
-        bias = None if bias is None else lengthened(autocast(bias), height)
         used, columns = self._places(base)
-        offset = None if bias is None else bias[columns]
-        if not self.by_example:
-            replaced = F.linear(hidden, rows, offset)
-        else:
-            self._check(hidden, least=3)
+        if self.by_example:
+            _check_examples(self.values.shape[0], hidden, least=3)
+            replaced = hidden.flatten(1, -2) @ rows.mT
+            replaced = replaced.view(*hidden.shape[:-1], rows.shape[1])
             used, columns = beside(used, hidden.ndim), beside(columns, hidden.ndim)
-            replaced = (hidden.flatten(1, -2) @ rows.mT).view(*hidden.shape[:-1], rows.shape[1])
-            replaced = replaced if offset is None else replaced + beside(offset, hidden.ndim)
-        fresh = base_product(hidden, base, bias, height)
-        columns = columns.expand_as(replaced)
+        else:
+            replaced = hidden @ rows.mT
+        if bias is not None:
+            bias = lengthened(autocast(bias), height)
+            replaced = replaced + bias[columns]
+        fresh, columns = base_product(hidden, base, bias, height), columns.expand_as(replaced)
         replaced = torch.where(used, replaced, fresh.gather(-1, columns))
         if torch.is_grad_enabled() or transforms_active() or is_exported():
             return fresh.scatter(-1, columns, replaced)
@@ -129,9 +133,9 @@ class Rows(NamedTuple):
     def materialise(self, base: Tensor) -> Tensor:
         """The matrix itself. Raises RuntimeError where each example has its own."""
         if is_dtensor(base):
-            return dtensor_rows.materialise(self.values, self._indices, base)
+            return dtensor_rows.materialise(self.values, self._fixed_ids, base)
         rows, columns = self._written(base)
-        return with_rows(base, columns, rows, self.height(base) - len(base))
+        return with_rows(base, columns, rows, self.new_tokens(base))
 
     def piece(self, base: Tensor, start: int, stop: int) -> Tensor:
         """The rows of the matrix from `start` to `stop`, `(stop - start, D)`; a copy.
@@ -141,30 +145,28 @@ class Rows(NamedTuple):
         if is_dtensor(base):
             raise _on_some_ranks(start, stop)
         if self.by_example:
-            raise not_mixed()
+            raise _not_mixed()
         if not self.fixed:
             return self.lookup(torch.arange(start, stop, device=base.device), base)
-        here, ids = self._indices.within(start, stop)
+        here, ids = self._fixed_ids.within(start, stop)
         return Rows(self.values[here], ids).materialise(base[start:stop])
 
     def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
         """One NaN in the shape of the matrix, for code that bypasses `__torch_function__`.
 
-        Its gradient goes to the rows; where each example has its own rows, it is refused. Such a
-        read is noted in `reads`.
+        Its gradient goes to the rows; where each example has its own, it is refused. Such a read is
+        noted in `reads`.
         """
-        more = self.height(base) - len(base)
-        if is_dtensor(base):
-            values, ids = cast_like(self.values, base), self._indices.on(base.device).ids
-            return nan_placeholder(Unreadable, values, base, ids, more, reads)
         if self.by_example:
             return self._refusing(base, reads)
-        if in_strict_export():
+        on_ranks, more = is_dtensor(base), self.new_tokens(base)
+        if not on_ranks and in_strict_export():
             return strict_placeholder(base, more)
-        if no_placeholder():
+        if not on_ranks and no_placeholder():
             return self.materialise(base)
-        values, ids = self._written(base)
-        return nan_placeholder(NaNPlaceholder, values, base, ids, more, reads)
+        kind = Unreadable if on_ranks else NaNPlaceholder
+        rows, columns = self._written(base)
+        return nan_placeholder(kind, rows, base, columns, more, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> Rows:
         """The rows after `func`, which acts on each row separately."""
@@ -172,11 +174,10 @@ class Rows(NamedTuple):
 
     def part(self, base: Tensor) -> Rows:
         """The rows in this rank's part of a matrix that is split over ranks."""
-        return Rows(*dtensor_rows.part(self.values, self._indices, base))
+        return Rows(*dtensor_rows.part(self.values, self._fixed_ids, base))
 
     @property
-    def _indices(self) -> TokenIndices:
-        """The ids where they are fixed."""
+    def _fixed_ids(self) -> TokenIndices:
         return cast(TokenIndices, self.ids)
 
     def _places(self, base: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,35 +193,23 @@ class Rows(NamedTuple):
         In the place of an unused row that is what the base has there.
         """
         if self.by_example:
-            raise not_mixed()
+            raise _not_mixed()
         rows = cast_like(self.values, base)
         if self.fixed:
-            return rows, self._indices.on(base.device).ids
+            return rows, self._fixed_ids.on(base.device).ids
         used, columns = self._places(base)
         there = base[torch.where(used, 0, columns)]
         return torch.where(used.unsqueeze(-1), rows, there), columns
 
     def _refusing(self, base: Tensor, reads: Reads) -> Tensor:
-        height = self.height(base)
+        more = self.new_tokens(base)
+        if torch.compiler.is_dynamo_compiling():
+            return strict_placeholder(base, more)
         if no_placeholder():
-            if torch.compiler.is_dynamo_compiling():
-                return self.values.new_full((), torch.nan).expand(height, base.shape[1])
             with outside_of_transforms():  # so that the dispatcher finds the weight itself
-                return base.new_full((), torch.nan).expand(height, base.shape[1])
+                return strict_placeholder(base, more)
         _, columns = self._places(base)
-        more = height - len(base)
         return nan_placeholder(_Refusing, self.values[0], base, columns, more, reads)
-
-    def _check(self, given: Tensor, least: int) -> None:
-        count = self.values.shape[0]
-        if given.ndim < least or given.shape[0] != count:  # len would be a constant in a graph
-            raise ValueError(
-                f"a mixed patch for {count} examples was given a batch of shape "
-                f"{tuple(given.shape)}: its first dimension must be the examples. If generation "
-                "with a decoder repeats the examples (num_beams, num_return_sequences), repeat "
-                "the assignment too: torch.as_tensor(assignment).repeat_interleave(n). The encoder "
-                "of an encoder-decoder does not repeat them, so that model cannot be mixed there."
-            )
 
 
 def rows_at(values: Tensor, ids: Tensor, height: int) -> Rows:
@@ -239,7 +228,7 @@ class _Refusing(NaNPlaceholder):
 
     @staticmethod
     def matrix(rows: Tensor, base: Tensor, ids: Tensor, grown: int) -> Tensor:
-        raise not_mixed()
+        raise _not_mixed()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -260,7 +249,19 @@ def no_placeholder() -> bool:
     return is_traced() if transforms_active() else in_dual_level()
 
 
-def not_mixed() -> RuntimeError:
+def _check_examples(count: int, given: Tensor, least: int) -> None:
+    """Raise ValueError for a batch that does not have so many examples in its first dimension."""
+    if given.ndim < least or given.shape[0] != count:  # len would be a constant in a graph
+        raise ValueError(
+            f"a mixed patch for {count} examples was given a batch of shape "
+            f"{tuple(given.shape)}: its first dimension must be the examples. If generation "
+            "with a decoder repeats the examples (num_beams, num_return_sequences), repeat "
+            "the assignment too: torch.as_tensor(assignment).repeat_interleave(n). The encoder "
+            "of an encoder-decoder does not repeat them, so that model cannot be mixed there."
+        )
+
+
+def _not_mixed() -> RuntimeError:
     """What is raised where several adapters would need one matrix."""
     return RuntimeError(
         "the model reads its token matrix in a way that cannot be mixed. Only looking up tokens "

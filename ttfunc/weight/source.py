@@ -72,7 +72,7 @@ class Source(NamedTuple):
     @property
     def new_tokens(self) -> int:
         """How many rows it has more than its base."""
-        return self.height - len(self.base)
+        return self.rows.new_tokens(self.base)
 
     @property
     def uses(self) -> set[str]:
