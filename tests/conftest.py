@@ -16,8 +16,11 @@ pytest.register_assert_rewrite("tests.helpers")  # their failures show values, t
 
 torch.set_num_threads(1)  # also where a plugin of pytest has imported it before
 
-hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
-hypothesis.settings.load_profile("default")
+# The suite draws the same cases in every run, so that a change is red or green for what it changes.
+# `pytest --hypothesis-profile=explore` draws new ones.
+hypothesis.settings.register_profile("suite", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("suite")
 
 
 torch.manual_seed(0)  # for what the test modules draw when they are imported

@@ -72,7 +72,7 @@ def test_the_gradient_of_each_adapter_is_that_of_its_examples(case: str):
 @settings(max_examples=15)
 @given(data=st.data())
 def test_a_mixed_batch_is_a_call_of_each_with_new_tokens_and_other_ids(case: str, data):
-    model = make(case).requires_grad_(False)
+    model = make(case).double().requires_grad_(False)  # sums that cancel lose no digits that count
     new = [V + i for i in range(data.draw(st.integers(0, 2), label="new tokens"))]
     some = st.lists(st.integers(0, V - 1), min_size=not new, max_size=6, unique=True)
     ids = data.draw(st.lists(some, min_size=1, max_size=4), label="old tokens")
@@ -90,7 +90,7 @@ def test_a_mixed_batch_is_a_call_of_each_with_new_tokens_and_other_ids(case: str
         given = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         return logits, given
 
-    weights = torch.randn(len(assignment), 4, V + len(new))
+    weights = torch.randn(len(assignment), 4, V + len(new), dtype=torch.float64)
     alone = [
         functional_call(model, patch(each[a]) if a >= 0 else {}, (x[i : i + 1],))
         for i, a in enumerate(assignment)
@@ -99,7 +99,7 @@ def test_a_mixed_batch_is_a_call_of_each_with_new_tokens_and_other_ids(case: str
     if all(a < 0 for a in assignment):
         assert torch.equal(together, model(x))
     else:
-        torch.testing.assert_close(found(together), found(torch.cat(alone)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found(together), found(torch.cat(alone)))
     with torch.no_grad():
         again = functional_call(model, patch_mixed(each, assignment), (x,))
     torch.testing.assert_close(again, together)
