@@ -131,13 +131,12 @@ def _of_rows(given: Inspected) -> list[str]:
 
 
 def _checkpoint(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
-    headers = checkpoint.headers
+    headers, entries = checkpoint.headers, checkpoint.tensors
     count = sum(map(len, headers.values()))
     yield (
         f"{path}: {count} tensors in {len(headers)} .safetensors files; {size(checkpoint.size)} in "
         f"{len(checkpoint.files)} files"
     )
-    entries = {name: entry for header in headers.values() for name, entry in header.items()}
     weight: Counter[str] = Counter()
     for entry in entries.values():
         weight[entry.dtype] += entry.end - entry.start

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from ttfunc.disk import rows_file
 from ttfunc.disk.atomic import Edits, Piece, copy_file, make_directory, stage, sync_directory
-from ttfunc.disk.folder import INDEX, Checkpoint, open_checkpoint, warn_of_copies
+from ttfunc.disk.folder import INDEX, Checkpoint, check_copyable, open_checkpoint, warn_of_copies
 from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
 from ttfunc.disk.resizing import resizing
 from ttfunc.disk.tensors import path_of
@@ -177,6 +177,7 @@ def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
             f"the destination {str(new)!r} is inside of the source {str(root)!r}, which must not "
             "change. Give a path outside of the source."
         )
+    check_copyable(root)
     return open_checkpoint(root)
 
 
