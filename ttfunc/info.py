@@ -13,7 +13,7 @@ from ttfunc.disk import rows_file
 from ttfunc.disk.folder import Checkpoint, open_checkpoint
 from ttfunc.disk.inspected import changed_rows, highest, matrix_in, rows_of_module
 from ttfunc.disk.matrices import under_names
-from ttfunc.disk.module_file import file_of
+from ttfunc.disk.rows_file import file_of
 from ttfunc.disk.tokenizer import has_tokenizer, tokenizer_in
 from ttfunc.model.memory import same_bits
 from ttfunc.peft.adapter import CONFIG, read_adapter

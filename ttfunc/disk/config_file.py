@@ -83,7 +83,7 @@ def _usual(size: int, note: bool = False) -> re.Pattern[str]:
 
 
 class _Member(NamedTuple):
-    """Of an object in JSON: where its key ends, and from where to where its value goes."""
+    """A member of an object in JSON: where its key ends, and where its value starts and ends."""
 
     key: int
     start: int
@@ -147,7 +147,7 @@ def _with_number(text: str, place: int, member: _Member, path: str, entry: Entry
 
 
 def _members(text: str, place: int) -> dict[str, _Member]:
-    """Those of the object that begins at `place`."""
+    """The members of the object that begins at `place`, by their keys."""
     return dict(_each_member(text, place))
 
 
@@ -163,5 +163,5 @@ def _each_member(text: str, place: int) -> Iterator[tuple[str, _Member]]:
 
 
 def _after(text: str, at: int) -> int:
-    """Where what follows on white space begins."""
+    """The position after the white space that begins at `at`."""
     return _SPACE.match(text, at).end()  # type: ignore[union-attr]

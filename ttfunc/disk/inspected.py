@@ -10,7 +10,7 @@ import torch
 
 from ttfunc.disk.folder import Checkpoint
 from ttfunc.disk.header import FLOATS
-from ttfunc.disk.module_file import is_of_module
+from ttfunc.disk.rows_file import is_of_module
 from ttfunc.disk.tensors import differing, opened, tensor_of
 from ttfunc.model.names import through_wrappers
 from ttfunc.rows.inspecting import Base, Inspected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 from ttfunc.disk.atomic import open_file
 from ttfunc.disk.folder import Checkpoint, says_tied
 from ttfunc.disk.header import FLOATS, TensorEntry
-from ttfunc.disk.tensors import cpu_copy
+from ttfunc.disk.tensors import check_rows, cpu_copy
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.new_tokens import shape_in_weights
 from ttfunc.rows.renaming import apart_among, renamed
@@ -66,10 +67,7 @@ def under_names(
     checkpoint: Checkpoint, params: TokenDeltas, names: Mapping[str, str] | None
 ) -> TokenDeltas:
     """`params` with the names of the tensors in `checkpoint`: see `renamed`."""
-
-    def missing(spec: RowSpec, other: str) -> str:
-        return _missing(checkpoint, spec, other)
-
+    missing = functools.partial(_missing, checkpoint)
     return renamed(params, names, checkpoint.tensors, "the checkpoint", missing)
 
 
@@ -91,6 +89,7 @@ def find_matrices(
     absent = []
     for key, spec in params.specs.items():
         rows = cpu_copy(values[key], f"the rows of {key!r}")
+        check_rows(rows, len(spec.indices), spec.shape[1], f"the rows of {key!r}")
         found = [
             StoredMatrix(file, key, name, header[name], spec, rows)
             for file, header in checkpoint.headers.items()
@@ -104,7 +103,6 @@ def find_matrices(
             continue
         _check_apart(checkpoint, found, merged)
         for stored in found:
-            _check_rows(stored)
             _check_matrix(checkpoint, stored, merged)
         matrices += found
     if absent:
@@ -194,21 +192,6 @@ def _of_shape(
     checkpoint: Checkpoint, shape: tuple[int, ...], without: Collection[str]
 ) -> list[str]:
     return [n for n, e in checkpoint.tensors.items() if e.shape == shape and n not in without]
-
-
-def _check_rows(stored: StoredMatrix) -> None:
-    spec, rows = stored.spec, stored.rows
-    needed = (len(spec.indices), spec.shape[1])
-    if tuple(rows.shape) != needed or not rows.is_floating_point():
-        raise ValueError(
-            f"the rows of {stored.key!r} are {rows.dtype} of shape {tuple(rows.shape)}, "
-            f"and floats of {needed} are needed. Merge stacked adapters one at a time."
-        )
-    if wrong := [token for token in spec.indices.ids if token < 0]:
-        raise ValueError(
-            f"token indices {shown(wrong)} of {stored.key!r} are outside of its {spec.shape[0]} "
-            "rows."
-        )
 
 
 def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) -> None:

@@ -29,7 +29,7 @@ class Tail(NamedTuple):
     more: bytes
 
     def longer(self, entry: TensorEntry) -> int:
-        """By how many bytes."""
+        """How many bytes the tensor gains."""
         old = entry.shape[self.dim]
         return (entry.end - entry.start) // old * (self.size - old)
 
