@@ -39,9 +39,8 @@ def stage(destination: Path, make: Callable[[Path], None]) -> None:
     there; it can be deleted. If `make` raises or is interrupted, what it made is removed.
     """
     name = destination.name
-    while (
-        len(os.fsencode(name)) > 200
-    ):  # a name has 255 bytes at most, on macOS of whole characters
+    # A name has at most 255 bytes, and on macOS whole characters.
+    while len(os.fsencode(name)) > 200:
         name = name[:-1]
     partial = destination.parent / f".{name}.ttfunc-{secrets.token_hex(4)}.partial"
     try:

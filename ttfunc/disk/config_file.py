@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ttfunc.model.sizes import USUAL, Entry
@@ -148,18 +148,16 @@ def _with_number(text: str, place: int, member: _Member, path: str, entry: Entry
 
 def _members(text: str, place: int) -> dict[str, _Member]:
     """The members of the object that begins at `place`, by their keys."""
-    return dict(_each_member(text, place))
-
-
-def _each_member(text: str, place: int) -> Iterator[tuple[str, _Member]]:
+    members: dict[str, _Member] = {}
     at = _after(text, place + 1)
     while text[at] != "}":
         name, key = _VALUE.raw_decode(text, at)
         start = _after(text, _after(text, key) + 1)
         _, end = _VALUE.raw_decode(text, start)
-        yield name, _Member(key, start, end)
+        members[name] = _Member(key, start, end)
         at = _after(text, end)
         at = _after(text, at + 1) if text[at] == "," else at
+    return members
 
 
 def _after(text: str, at: int) -> int:

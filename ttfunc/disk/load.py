@@ -81,19 +81,16 @@ def _called(
     params: TokenDeltas, model: nn.Module, names: Mapping[str, str] | None, path: Path
 ) -> TokenDeltas:
     """The parameters under the names of `model`."""
-    held, known = names_of(model), [name for spec in params.specs.values() for name in spec.names]
-    missing = f"this {type(model).__name__} has no such parameter."
-    params = renamed(
-        params, names, held, f"this {type(model).__name__}", lambda spec, other: missing
-    )
-    called = [name for spec in params.specs.values() for name in spec.names]
-    absent = [name for name in called if name not in held]
-    if absent and names is None and (told := advice(known, held)):
+    held, who = names_of(model), f"this {type(model).__name__}"
+    found = renamed(params, names, held, who, lambda *_: f"{who} has no such parameter.")
+    absent = [name for spec in found.specs.values() for name in spec.names if name not in held]
+    known = [name for spec in params.specs.values() for name in spec.names]
+    if absent and names is None and (hint := advice(known, held)):
         raise KeyError(
             f"{type(model).__name__} has no parameter {absent[0]!r}, for which {str(path)!r} has "
-            f"rows.{told} Or use the model that the rows were trained on, without a wrapper."
+            f"rows.{hint} Or use the model that the rows were trained on, without a wrapper."
         )
-    return params
+    return found
 
 
 def _of_trainer(

@@ -173,10 +173,10 @@ def _is_matrix(entry: Any) -> bool:
     if type(grown) is not int or grown < 1:
         return False
     names, shape = entry["names"], entry["shape"]
-    if not isinstance(names, list) or not isinstance(shape, list):
+    if not _are_strings(names) or not names or not all(names):
         return False
-    named = len(names) > 0 and all(isinstance(name, str) and name for name in names)
-    return named and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+    is_pair = isinstance(shape, list) and len(shape) == 2
+    return is_pair and all(type(size) is int and size > 0 for size in shape)
 
 
 def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:
