@@ -219,6 +219,23 @@ def test_what_cannot_be_told(case: str, tmp_path: Path, known: Path, capsys, mon
     assert re.search(reason, line)
 
 
+def test_links_that_leave_the_folder_are_followed(known: Path, tmp_path: Path, capsys):
+    """As in a cache of files under their hashes: what is only read may lie anywhere."""
+    model = make("tied")
+    params = optree.tree_map(lambda row: row + 1, random_rows(model))
+    save(params, tmp_path / "rows")
+    store, linked = tmp_path / "store", written(tmp_path / "model", stored(model))
+    store.mkdir()
+    for number, file in enumerate([*linked.iterdir(), *known.iterdir()]):
+        here = file.rename(store / f"{number}") if file.parent == linked else file
+        (linked / file.name).symlink_to(here)
+    (linked / "more").symlink_to(store)
+    both = called(capsys, tmp_path / "rows", "--model", linked)
+    assert both == called(capsys, tmp_path / "rows", "--model", linked, "--tokenizer", linked)
+    assert len(both[0]) == 3
+    assert main(["info", str(linked)]) == 0
+
+
 def test_a_tokenizer_without_transformers(known: Path, tmp_path: Path, capsys, monkeypatch):
     save(random_rows(make("tied")), tmp_path / "rows")
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -13,7 +13,7 @@ from ttfunc.disk import rows_file
 from ttfunc.disk.folder import Checkpoint, open_checkpoint
 from ttfunc.disk.inspected import changed_rows, highest, matrix_in, rows_of_module
 from ttfunc.disk.matrices import under_names
-from ttfunc.disk.module_file import file_of
+from ttfunc.disk.rows_file import file_of
 from ttfunc.disk.tokenizer import has_tokenizer, tokenizer_in
 from ttfunc.model.memory import same_bits
 from ttfunc.peft.adapter import CONFIG, read_adapter
@@ -131,13 +131,12 @@ def _of_rows(given: Inspected) -> list[str]:
 
 
 def _checkpoint(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
-    headers = checkpoint.headers
+    headers, entries = checkpoint.headers, checkpoint.tensors
     count = sum(map(len, headers.values()))
     yield (
         f"{path}: {count} tensors in {len(headers)} .safetensors files; {size(checkpoint.size)} in "
         f"{len(checkpoint.files)} files"
     )
-    entries = {name: entry for header in headers.values() for name, entry in header.items()}
     weight: Counter[str] = Counter()
     for entry in entries.values():
         weight[entry.dtype] += entry.end - entry.start

@@ -223,6 +223,22 @@ def test_a_file_that_is_a_symlink_out_of_the_folder_is_refused(source, model, tm
     refused(source, model, ValueError, "notes.txt' is a symlink that leaves the folder")
 
 
+@pytest.mark.parametrize("name", ["snapshots/main/text_model", "downloaded"])
+def test_links_into_a_hub_s_cache_are_followed(name, source, model, tmp_path):
+    """As those of a part of a snapshot, and of a folder that a download was linked into."""
+    params, before = random_rows(model), contents(source)
+    merge_checkpoint(source, params, tmp_path / "plain")
+    blobs, linked = tmp_path / "blobs", tmp_path / name
+    source.rename(blobs)
+    linked.mkdir(parents=True)
+    for file in names_in(blobs):
+        (linked / file).symlink_to(blobs / file)
+    merge_checkpoint(linked, params, tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "plain")
+    assert contents(blobs) == before
+    assert not any(path.is_symlink() for path in (tmp_path / "merged").iterdir())
+
+
 def test_a_source_that_is_no_file_and_no_folder(model, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")

@@ -34,7 +34,7 @@ from ttfunc import (
     save_peft,
     unmerge_checkpoint,
 )
-from ttfunc.disk import atomic, origins
+from ttfunc.disk import atomic, rows_file
 from ttfunc.model.origin import Origin, Sample
 
 
@@ -197,5 +197,5 @@ def test_a_sample_of_the_matrix_is_written_from_a_device_without_float64():
             return self.as_subclass(torch.Tensor)
 
     numbers = torch.ones(2).as_subclass(OfMps)
-    written = origins.as_json(Origin(sample=Sample((0, 1), numbers)))
+    written = rows_file._origin_as_json(Origin(sample=Sample((0, 1), numbers)))
     assert written["sample"]["numbers"] == [1.0, 1.0]

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.helpers.interrupts import at_each_bytecode, by_signals
-from ttfunc.disk.uninterrupted import to_the_end
+from ttfunc.disk.atomic import to_the_end
 
 
 def fail() -> None:

@@ -15,7 +15,7 @@ from tests.helpers.models import make
 from tests.helpers.peft_reference import IDX, toy
 from tests.helpers.rows import random_rows
 from ttfunc import load_peft, save_as_lora, save_peft
-from ttfunc.peft.card import card_of
+from ttfunc.peft.writer import card_of
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ttfunc.peft.pattern import matching
+from ttfunc.peft.rules import matching
 
 NAMES = [
     "", "embed_tokens", "lm_head", "model.embed_tokens", "model.layers.0.mlp",

@@ -1,7 +1,13 @@
-"""Files that appear whole or not at all: copied to a temporary name, synced, renamed once."""
+"""Files that appear whole or not at all: written to a temporary name, synced, renamed once.
+
+Python runs signal handlers, and so raises KeyboardInterrupt, between any two bytecodes of the main
+thread. This includes `finally` and `except`, so no order of statements there is safe. Work that
+must not be left half done runs in a thread of its own (`to_the_end`), where no handler runs.
+"""
 
 from __future__ import annotations
 
+import _thread  # threading's own start may be interrupted while it holds locks of Python
 import contextlib
 import ctypes
 import errno
@@ -11,12 +17,11 @@ import shutil
 import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
-
-from ttfunc.disk.uninterrupted import to_the_end
+from typing import BinaryIO, TypeAlias, TypeVar
 
 Edits: TypeAlias = Iterable[tuple[int, memoryview]]
 Piece: TypeAlias = "bytes | range"
+T = TypeVar("T")
 
 _BLOCK = 1 << 20  # what is held in memory
 _SPAN = 1 << 24  # what the kernel copies between two reports of progress
@@ -34,9 +39,8 @@ def stage(destination: Path, make: Callable[[Path], None]) -> None:
     there; it can be deleted. If `make` raises or is interrupted, what it made is removed.
     """
     name = destination.name
-    while (
-        len(os.fsencode(name)) > 200
-    ):  # a name has 255 bytes at most, on macOS of whole characters
+    # A name has at most 255 bytes, and on macOS whole characters.
+    while len(os.fsencode(name)) > 200:
         name = name[:-1]
     partial = destination.parent / f".{name}.ttfunc-{secrets.token_hex(4)}.partial"
     try:
@@ -46,6 +50,44 @@ def stage(destination: Path, make: Callable[[Path], None]) -> None:
         to_the_end(lambda: _remove(partial))
         raise
     sync_directory(destination.parent)
+
+
+def to_the_end(act: Callable[[], T]) -> T:
+    """Run `act()` once and completely; an interrupt meanwhile is raised when it has ended.
+
+    So `act` should be short, and should wait for nothing. Returns and raises what `act` does.
+    """
+    claim, ended = _thread.allocate_lock(), _thread.allocate_lock()
+    outcome: list[tuple[Callable[[], T], BaseException | None]] = []
+
+    def work() -> None:
+        if not claim.acquire(blocking=False):  # it was started twice
+            return
+        try:
+            result = act()
+            outcome.append((lambda: result, None))
+        except BaseException as error:
+            outcome.append((act, error))
+        ended.release()
+
+    ended.acquire()
+    interrupt: BaseException | None = None
+    while not outcome:
+        try:
+            _thread.start_new_thread(work, ())
+            while not outcome:
+                # An interrupt may come when the lock is already taken: then ask for it again.
+                ended.acquire(timeout=0.1)
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and claim.acquire(blocking=False):
+                return act()  # no thread can be started here
+            interrupt = error
+    result, failure = outcome.pop()
+    if interrupt is not None:
+        raise interrupt from failure
+    if failure is not None:
+        raise failure
+    return result()
 
 
 def writable(path: Path) -> Path:

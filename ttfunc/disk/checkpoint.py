@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ttfunc.disk import rows_file
-from ttfunc.disk.atomic import Edits, Piece, copy_file, make_directory, stage, sync_directory
-from ttfunc.disk.folder import INDEX, Checkpoint, open_checkpoint, warn_of_copies
+from ttfunc.disk.atomic import copy_file, make_directory, stage, sync_directory
+from ttfunc.disk.folder import INDEX, Checkpoint, check_copyable, open_checkpoint, warn_of_copies
 from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
 from ttfunc.disk.resizing import resizing
 from ttfunc.disk.tensors import path_of
@@ -82,10 +82,10 @@ def merge_checkpoint(
         originals = params.originals[stored.key]
         if not originals.is_meta and not holds(checkpoint.root, stored, originals.cpu()):
             warnings.warn(
-                f"the rows of {stored.name!r} in {_file(checkpoint, stored)} ({stored.dtype}) are "
-                f"not the originals ({originals.dtype}) of the parameters, and unmerge_checkpoint "
-                "will not give them back. Is it another model, or was it merged into before? Keep "
-                "this checkpoint.",
+                f"the rows of {stored.name!r} in {str(checkpoint.root / stored.file)!r} "
+                f"({stored.dtype}) are not the originals ({originals.dtype}) of the "
+                "parameters, and unmerge_checkpoint will not give them back. Is it another model, "
+                "or was it merged into before? Keep this checkpoint.",
                 stacklevel=2,
             )
     new = [token for s in matrices for token in s.spec.indices.ids if token >= s.spec.shape[0]]
@@ -133,9 +133,9 @@ def unmerge_checkpoint(
         deltas = params.deltas[stored.key].detach()
         if not deltas.is_meta and not holds(checkpoint.root, stored, deltas.cpu()):
             warnings.warn(
-                f"the rows of {stored.name!r} in {_file(checkpoint, stored)} are not those that "
-                "merging these parameters writes. Was it merged with other parameters? The "
-                "originals replace them anyway.",
+                f"the rows of {stored.name!r} in {str(checkpoint.root / stored.file)!r} are not "
+                "those that merging these parameters writes. Was it merged with other parameters? "
+                "The originals replace them anyway.",
                 stacklevel=2,
             )
     heights = {s.name: s.entry.shape[0] - s.spec.grown for s in matrices}
@@ -149,10 +149,6 @@ def _given(
         params_or_path = rows_file.read(params_or_path)
     check_type(params_or_path, _ORDER)
     return under_names(checkpoint, params_or_path, names)
-
-
-def _file(checkpoint: Checkpoint, stored: StoredMatrix) -> str:
-    return repr(str(checkpoint.root / stored.file))
 
 
 def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
@@ -177,6 +173,7 @@ def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
             f"the destination {str(new)!r} is inside of the source {str(root)!r}, which must not "
             "change. Give a path outside of the source."
         )
+    check_copyable(root)
     return open_checkpoint(root)
 
 
@@ -206,14 +203,22 @@ def _write_copy(
         for name in folders:
             make_directory(checkpoint.root / name, partial / name)
         for name in checkpoint.files:
-            pieces = resized.pieces(checkpoint, name)
             edits = (
                 edit
                 for stored in matrices
                 if stored.file == name
                 for edit in stored.edits(stored.rows, heights[stored.name], resized.moved(stored))
             )
-            _copy_one(checkpoint, name, edits, pieces, partial, advance)
+            pieces = resized.pieces(checkpoint, name)
+            left = checkpoint.files[name].size
+            copying = copy_file(checkpoint.root / name, partial / name, edits, pieces)
+            with closing(copying):  # also where `progress` raises: that is no error of the file
+                for count in copying:
+                    left -= count
+                    advance(count)
+            if left:  # what was written anew
+                advance(left)
+            checkpoint.check_unchanged(name)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial, {*checkpoint.headers, INDEX, "config.json"})
         for name in reversed(folders):
@@ -221,22 +226,3 @@ def _write_copy(
         checkpoint.check_unchanged()  # so all of the copy is from one point in time
 
     stage(destination, make)
-
-
-def _copy_one(
-    checkpoint: Checkpoint,
-    name: str,
-    edits: Edits,
-    pieces: Sequence[Piece] | None,
-    partial: Path,
-    advance: Callable[[int], None],
-) -> None:
-    left = checkpoint.files[name].size
-    # An error of the progress callback must not be reported as an error of the file.
-    with closing(copy_file(checkpoint.root / name, partial / name, edits, pieces)) as copying:
-        for count in copying:
-            left -= count
-            advance(count)
-    if left:  # what was written anew
-        advance(left)
-    checkpoint.check_unchanged(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ttfunc.model.sizes import USUAL, Entry
@@ -83,7 +83,7 @@ def _usual(size: int, note: bool = False) -> re.Pattern[str]:
 
 
 class _Member(NamedTuple):
-    """Of an object in JSON: where its key ends, and from where to where its value goes."""
+    """A member of an object in JSON: where its key ends, and where its value starts and ends."""
 
     key: int
     start: int
@@ -147,21 +147,19 @@ def _with_number(text: str, place: int, member: _Member, path: str, entry: Entry
 
 
 def _members(text: str, place: int) -> dict[str, _Member]:
-    """Those of the object that begins at `place`."""
-    return dict(_each_member(text, place))
-
-
-def _each_member(text: str, place: int) -> Iterator[tuple[str, _Member]]:
+    """The members of the object that begins at `place`, by their keys."""
+    members: dict[str, _Member] = {}
     at = _after(text, place + 1)
     while text[at] != "}":
         name, key = _VALUE.raw_decode(text, at)
         start = _after(text, _after(text, key) + 1)
         _, end = _VALUE.raw_decode(text, start)
-        yield name, _Member(key, start, end)
+        members[name] = _Member(key, start, end)
         at = _after(text, end)
         at = _after(text, at + 1) if text[at] == "," else at
+    return members
 
 
 def _after(text: str, at: int) -> int:
-    """Where what follows on white space begins."""
+    """The position after the white space that begins at `at`."""
     return _SPACE.match(text, at).end()  # type: ignore[union-attr]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ttfunc.disk.atomic import open_file
-from ttfunc.disk.header import LONGEST, TensorEntry, parse_json, read_header
+from ttfunc.disk.header import TensorEntry, read_header, read_json
 
 INDEX = "model.safetensors.index.json"
 _TICK = 20_000_000  # nanoseconds; longer than a tick of the clock that kernels stamp files with
@@ -53,10 +54,15 @@ class Checkpoint:
         """Bytes of all files."""
         return sum(stamp.size for stamp in self.files.values())
 
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """The tensors of all files of the model, by name."""
+        return {name: entry for header in self.headers.values() for name, entry in header.items()}
+
     def check_unchanged(self, name: str | None = None) -> None:
         """Raises ValueError where a file, or by default anything, is not as it was found."""
-        now = {name: _stamp(self.root / name)} if name is not None else _walk(self.root)[1]
-        names = [name] if name is not None else sorted(now.keys() | self.files.keys())
+        now = _walk(self.root)[1] if name is None else _stamps(self.root, [name])
+        names = sorted(now.keys() | self.files.keys()) if name is None else [name]
         if changed := [each for each in names if now.get(each) != self.files.get(each)]:
             raise ValueError(
                 f"{str(self.root / changed[0])!r} was changed while it was copied. Merge again "
@@ -68,13 +74,13 @@ def open_checkpoint(source: Path) -> Checkpoint:
     """The checkpoint in a Hugging Face folder, sharded or not, or in one .safetensors file.
 
     It consists of all `.safetensors` files directly in the folder, and those that its index names.
-    A symlink to a file counts as that file, as in a hub's cache.
+    A symlink to a file counts as that file, wherever it leads; links to folders are not followed.
 
     Raises:
         FileNotFoundError: nothing is there, the folder holds no .safetensors file, or its index
             names one that is missing.
-        ValueError: a broken header or index, a shard outside of the folder, something in the
-            folder that is no file, or another copy of the model that loaders prefer.
+        ValueError: a broken header or index, a shard outside of the folder, or another copy of the
+            model that loaders prefer.
     """
     if not source.exists():
         raise FileNotFoundError(
@@ -95,13 +101,38 @@ def open_checkpoint(source: Path) -> Checkpoint:
     return Checkpoint(source, folders, files, {name: read_header(source / name) for name in shards})
 
 
+def check_copyable(root: Path) -> None:
+    """Raises ValueError for what a copy of a folder cannot carry over, or should not."""
+    for place, folders, names in os.walk(root):
+        for path in (Path(place, name) for name in folders):
+            if path.is_symlink():
+                raise ValueError(
+                    f"{str(path)!r} is a symlink to a folder, which may lead anywhere. Put the "
+                    "folder itself there, or merge a copy without it."
+                )
+        for path in (Path(place, name) for name in names):
+            if not path.is_file():
+                raise ValueError(
+                    f"{str(path)!r} is neither a file nor a symlink to one, and cannot be carried "
+                    "over. Remove it, or merge a copy without it."
+                )
+            target = Path(os.path.realpath(path))
+            # A hub's cache keeps the files in blobs/, and links to them from elsewhere.
+            inside = Path(os.path.realpath(root)) in target.parents
+            if path.is_symlink() and not inside and target.parent.name != "blobs":
+                raise ValueError(
+                    f"{str(path)!r} is a symlink that leaves the folder, to {str(target)!r}. Put "
+                    "the file itself there, or merge a copy of the folder (cp -rL)."
+                )
+
+
 def warn_of_copies(checkpoint: Checkpoint) -> None:
     """Warns of files that seem to hold the same weights, and are copied without the new rows."""
-    others = [name for name in checkpoint.files if name not in checkpoint.headers]
     copies = [
         name
-        for name in others
-        if any(fnmatch(name.rpartition("/")[2], pattern) for pattern in _OTHER_COPIES)
+        for name in checkpoint.files
+        if name not in checkpoint.headers
+        and any(fnmatch(name.rpartition("/")[2], pattern) for pattern in _OTHER_COPIES)
     ]
     if copies:
         warnings.warn(
@@ -113,21 +144,20 @@ def warn_of_copies(checkpoint: Checkpoint) -> None:
 
 
 def says_tied(checkpoint: Checkpoint) -> bool | None:
-    """Whether its config ties the head to the embedding; None if there is one that does not say.
+    """Whether the config ties the head to the embedding; None if there is one that does not say.
 
-    The config of a part, as of the language model in a larger one, counts where the whole one does
-    not say.
+    The config of a part, such as the language model in a larger model, counts where the whole
+    config does not say.
     """
     if "config.json" not in checkpoint.files:
         return False
     try:
-        with open_file(checkpoint.root / "config.json") as file:
-            config: Any = parse_json(file.read(LONGEST))
+        config: Any = read_json(checkpoint.root / "config.json")
     except ValueError:
         return None
     parts = [config, *config.values()] if isinstance(config, dict) else []
-    told = [one.get("tie_word_embeddings") for one in parts if isinstance(one, dict)]
-    return next((one for one in told if isinstance(one, bool)), None)
+    said = [part.get("tie_word_embeddings") for part in parts if isinstance(part, dict)]
+    return next((one for one in said if isinstance(one, bool)), None)
 
 
 def _settled(root: Path) -> tuple[list[str], dict[str, Stamp]]:
@@ -141,15 +171,6 @@ def _settled(root: Path) -> tuple[list[str], dict[str, Stamp]]:
     return found
 
 
-def _stamp(path: Path) -> Stamp | None:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    place = (found.st_dev, found.st_ino)
-    return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, place)
-
-
 def _walk(root: Path) -> tuple[list[str], dict[str, Stamp]]:
     """Folders (each after the one that holds it) and files below `root`, relative to it."""
     if root.is_file():
@@ -158,43 +179,25 @@ def _walk(root: Path) -> tuple[list[str], dict[str, Stamp]]:
         raise ValueError(f"{str(root)!r} is neither a folder nor a file. Give a checkpoint.")
     folders, files = [], []
     for place, below, names in os.walk(root, onerror=_raise):
-        here = Path(place)
-        for name in below:
-            if (here / name).is_symlink():
-                raise ValueError(
-                    f"{str(here / name)!r} is a symlink to a folder, which may lead anywhere. Put "
-                    "the folder itself there, or merge a copy without it."
-                )
-            folders.append((here / name).relative_to(root).as_posix())
-        for name in names:
-            _check_regular(here / name, root)
-            files.append((here / name).relative_to(root).as_posix())
+        here = Path(place).relative_to(root)
+        folders += [(here / name).as_posix() for name in below]
+        files += [(here / name).as_posix() for name in names]
     return folders, _stamps(root, sorted(files))
 
 
 def _stamps(root: Path, files: list[str]) -> dict[str, Stamp]:
-    stamps = {name: _stamp(root / name) for name in files}
-    return {name: stamp for name, stamp in stamps.items() if stamp is not None}
+    """The stamps of those of the files that are there."""
+    stamps = {}
+    for name in files:
+        with contextlib.suppress(FileNotFoundError):
+            found = (root / name).stat()
+            place = (found.st_dev, found.st_ino)
+            stamps[name] = Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, place)
+    return stamps
 
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _check_regular(path: Path, root: Path) -> None:
-    # A hub's cache has snapshots/<revision>/<file>, a symlink into blobs/ beside snapshots/.
-    home, there = Path(os.path.realpath(root)), Path(os.path.realpath(path))
-    homes = {home, home.parent.parent / "blobs"}
-    if path.is_file() and path.is_symlink() and not homes & set(there.parents):
-        raise ValueError(
-            f"{str(path)!r} is a symlink that leaves the folder, to {str(there)!r}. Put the file "
-            "itself there, or merge a copy of the folder (cp -rL)."
-        )
-    if not path.is_file():
-        raise ValueError(
-            f"{str(path)!r} is neither a file nor a symlink to one, and cannot be carried over. "
-            "Remove it, or merge a copy without it."
-        )
 
 
 def _check_copies(source: Path, files: list[str]) -> None:
@@ -212,26 +215,8 @@ def _indexed(source: Path, files: list[str]) -> set[str]:
     """The files that the folder's index names; all of them are in `files`."""
     if INDEX not in files:
         return set()
-    shards = set(_weight_map(source / INDEX).values())
-    for shard in sorted(shards - set(files)):
-        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise ValueError(
-                f"{INDEX} in {str(source)!r} names {shard!r}, which is outside of the folder. An "
-                "index names files of its own folder: do not trust this checkpoint."
-            )
-        raise FileNotFoundError(
-            f"{INDEX} names {shard!r}, and {str(source)!r} has no such file. Complete the download."
-        )
-    return shards
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    with open_file(path) as file:
-        raw = file.read(LONGEST + 1)
     try:
-        if len(raw) > LONGEST:
-            raise ValueError(f"it is longer than {LONGEST} bytes")
-        index: Any = parse_json(raw)
+        index: Any = read_json(source / INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("it has no weight_map")
@@ -239,6 +224,15 @@ def _weight_map(path: Path) -> dict[str, str]:
             raise ValueError("its weight_map names a file that is no string")
     except ValueError as error:
         raise ValueError(
-            f"{str(path)!r} is no index of shards: {error}. Download or save it again."
+            f"{str(source / INDEX)!r} is no index of shards: {error}. Download or save it again."
         ) from None
-    return weight_map
+    for shard in sorted({*weight_map.values()} - {*files}):
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise ValueError(
+                f"{INDEX} in {str(source)!r} names {shard!r}, which is outside of the folder. An "
+                "index names files of its own folder: do not trust this checkpoint."
+            )
+        raise FileNotFoundError(
+            f"{INDEX} names {shard!r}, and {str(source)!r} has no such file. Complete the download."
+        )
+    return set(weight_map.values())

@@ -80,6 +80,15 @@ def parse_header(file: BinaryIO, size: int, label: str) -> dict[str, TensorEntry
     return entries
 
 
+def read_json(path: Path) -> Any:
+    """The JSON in a file, as `parse_json`. Raises ValueError also for a file that is too long."""
+    with open_file(path) as file:
+        raw = file.read(LONGEST + 1)
+    if len(raw) > LONGEST:
+        raise ValueError(f"it is longer than {LONGEST} bytes")
+    return parse_json(raw)
+
+
 def parse_json(raw: bytes) -> Any:
     """JSON that has one meaning: UTF-8, no repeated keys. Raises ValueError with the reason."""
     try:

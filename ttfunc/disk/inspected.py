@@ -10,7 +10,7 @@ import torch
 
 from ttfunc.disk.folder import Checkpoint
 from ttfunc.disk.header import FLOATS
-from ttfunc.disk.module_file import is_of_module
+from ttfunc.disk.rows_file import is_of_module
 from ttfunc.disk.tensors import differing, opened, tensor_of
 from ttfunc.model.names import through_wrappers
 from ttfunc.rows.inspecting import Base, Inspected
@@ -21,8 +21,7 @@ _MOST = 10_000  # rows that differ; a model that was trained whole has more
 
 def highest(checkpoint: Checkpoint) -> list[str]:
     """The names of the matrices that have the most rows."""
-    shapes = {name: e.shape for header in checkpoint.headers.values() for name, e in header.items()}
-    heights = {name: shape[0] for name, shape in shapes.items() if len(shape) == 2}
+    heights = {n: e.shape[0] for n, e in checkpoint.tensors.items() if len(e.shape) == 2}
     return [name for name, height in heights.items() if height == max(heights.values())]
 
 
@@ -69,12 +68,8 @@ def changed_rows(checkpoint: Checkpoint, base: Checkpoint) -> Iterator[Inspected
 
     Raises ValueError where so many do that it is another model.
     """
-    held = {name for header in base.headers.values() for name in header}
-    entries = {
-        name: entry for header in checkpoint.headers.values() for name, entry in header.items()
-    }
-    for name in (name for name in highest(checkpoint) if name in held):
-        width = entries[name].shape[1]
+    for name in (name for name in highest(checkpoint) if name in base.tensors):
+        width = checkpoint.tensors[name].shape[1]
         with contextlib.ExitStack() as stack:
             now, before = (
                 stack.enter_context(matrix_in(one, [name], width)) for one in (checkpoint, base)

@@ -5,26 +5,21 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ttfunc.disk.module_file import file_of, of_trainer
-from ttfunc.disk.rows_file import read
-from ttfunc.disk.tensors import other_base, path_of, prefix_errors, rows_device
-from ttfunc.engines.shards import rows_at
+from ttfunc.disk.put_on import on_matrix, put_on
+from ttfunc.disk.rows_file import file_of, is_of_module, read
+from ttfunc.disk.tensors import opened, path_of, prefix_errors, tensor_of
 from ttfunc.model.given import check_model
-from ttfunc.model.matrix import Matrix
-from ttfunc.model.names import advice, matrix_named, names_of
-from ttfunc.model.origin import origin_of
+from ttfunc.model.names import advice, check_names, matrix_named, names_of
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.ends import warn_of_half
-from ttfunc.rows.given import token_indices
-from ttfunc.rows.new_tokens import check_after, check_ends, next_token, numbered_on
+from ttfunc.rows.keys import key, name_in
+from ttfunc.rows.new_tokens import check_after
 from ttfunc.rows.renaming import renamed
-from ttfunc.torch_private import outside_of_modes
 
 
 def load(
@@ -74,92 +69,79 @@ def load(
     check_model(model, "load(path, model)", "load(path, module.base)")
     check_after(model, after)
     path = file_of(path)
-    own = of_trainer(path, model, names)
-    params = _called(read(path), model, names, path) if own is None else own
-    if own is not None:
-        warn_of_half(model, own.specs.values())
-    deltas, specs = {}, {}
-    told, grown = [], []
-    for name, spec in params.specs.items():
-        matrix = _same_matrix(model, spec, path)
-        if after is not None:
-            spec = numbered_on(spec, after, matrix)
-        spec = _at_height_of(matrix, spec, path, after)
-        weight, first = matrix.tensor, matrix.names[0]
-        with outside_of_modes():
-            originals = spec.originals.to(rows_device(weight))
-            delta = params.deltas[name].to(rows_device(weight))
-            deltas[first] = delta.requires_grad_(requires_grad)
-        origin = origin_of(model, matrix, spec.indices.ids).joined(spec.origin)
-        specs[first] = loaded = replace(
-            spec, names=matrix.names, originals=originals, matrix=matrix, origin=origin
-        )
-        told.append(other_base(matrix, loaded, spec.origin, path))
-        grown += [(matrix, loaded.indices)] * bool(loaded.grown)
-    if grown:
-        with prefix_errors(f"{str(path)!r} has rows that are new tokens on this model"):
-            check_ends(model, grown)
-    for message in filter(None, told):
-        warnings.warn(message, stacklevel=2)
-    return TokenDeltas(deltas, specs)
+    params = _of_trainer(path, model, names)
+    if params is None:
+        params = _called(read(path), model, names, path)
+    else:
+        warn_of_half(model, params.specs.values())
+    return put_on(model, params, path, after=after, requires_grad=requires_grad)
 
 
 def _called(
     params: TokenDeltas, model: nn.Module, names: Mapping[str, str] | None, path: Path
 ) -> TokenDeltas:
     """The parameters under the names of `model`."""
-    held, known = names_of(model), [name for spec in params.specs.values() for name in spec.names]
-    missing = f"this {type(model).__name__} has no such parameter."
-    params = renamed(
-        params, names, held, f"this {type(model).__name__}", lambda spec, other: missing
-    )
-    called = [name for spec in params.specs.values() for name in spec.names]
-    absent = [name for name in called if name not in held]
-    if absent and names is None and (told := advice(known, held)):
+    held, who = names_of(model), f"this {type(model).__name__}"
+    found = renamed(params, names, held, who, lambda *_: f"{who} has no such parameter.")
+    absent = [name for spec in found.specs.values() for name in spec.names if name not in held]
+    known = [name for spec in params.specs.values() for name in spec.names]
+    if absent and names is None and (hint := advice(known, held)):
         raise KeyError(
             f"{type(model).__name__} has no parameter {absent[0]!r}, for which {str(path)!r} has "
-            f"rows.{told} Or use the model that the rows were trained on, without a wrapper."
+            f"rows.{hint} Or use the model that the rows were trained on, without a wrapper."
         )
-    return params
+    return found
 
 
-def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:
-    """The matrix of `model` that has the names, the shape and the ties of the file."""
-    matrix = matrix_named(model, spec.names[0], path)
-    shape = matrix.shape
-    if shape[1:] != spec.shape[1:]:
+def _of_trainer(
+    path: Path, model: nn.Module, names: Mapping[str, str] | None
+) -> TokenDeltas | None:
+    """The rows that a trainer saved of a TokenModule, with originals of the model as it is.
+
+    The file is that of a state dict. It says neither the names and the shape of a matrix nor the
+    rows as they were. None for another file. Raises as `load`; warns of tensors that are not rows.
+    """
+    deltas, specs = {}, {}
+    with opened(path) as file, prefix_errors(f"{str(path)!r} does not fit {type(model).__name__}"):
+        if not is_of_module(file):
+            return None
+        if names is not None:
+            check_names(names)
+        keys = set(file.keys())
+        given = [name for one in sorted(keys) if (name := name_in(one, "deltas")) is not None]
+        if wrong := (names or {}).keys() - set(given):
+            raise ValueError(f"names has {sorted(wrong)}, and the rows are for {given}")
+        for name in given:
+            found = _rows(file, keys, name, (names or {}).get(name, name), model, path)
+            deltas[found[0].names[0]], specs[found[0].names[0]] = found[1], found[0]
+    if len(specs) < len(given):
         raise ValueError(
-            f"{str(path)!r} has rows of a matrix {spec.names[0]!r} of shape {spec.shape}, but in "
-            f"this {type(model).__name__} its shape is {shape}. Use the model that was trained."
+            f"{str(path)!r} has rows of {given}, which are one matrix in this "
+            f"{type(model).__name__}. Use the model that was trained, which does not tie them."
         )
-    if set(matrix.names) != set(spec.names):
-        raise ValueError(
-            f"{str(path)!r} was trained on a model where exactly {spec.names} were one matrix, but "
-            f"in this {type(model).__name__} it is {matrix.names}. Tie the model as it was."
+    if keys:
+        warnings.warn(
+            f"only the token rows of {str(path)!r} are loaded, and {len(keys)} other tensors are "
+            f"not, such as {min(keys)!r}, which were trained beside them (a LoRA?). To load all: "
+            "TokenModule(model, params, train_base=True).load_state_dict("
+            "safetensors.torch.load_file(path)).",
+            stacklevel=3,
         )
-    return matrix
+    return TokenDeltas(deltas, specs)
 
 
-def _at_height_of(matrix: Matrix, spec: RowSpec, path: Path, after: TokenDeltas | None) -> RowSpec:
-    """The rows on a matrix that has more rows by now, or fewer: what was new may be there."""
-    weight, height = matrix.tensor, matrix.shape[0]
-    if height == spec.shape[0]:
-        return spec
-    with prefix_errors(f"{str(path)!r} was trained on a matrix of {spec.shape[0]} rows"):
-        first_new = height if after is None else next_token(after, matrix)
-        token_indices(spec.indices.ids, height, matrix.names[0], first_new)
-    shape = (height, spec.shape[1])
-    there = [i for i, token in enumerate(spec.indices.ids) if spec.shape[0] <= token < shape[0]]
-    if not there:
-        return replace(spec, shape=shape)
-    if weight.is_meta:
-        raise ValueError(
-            f"{str(path)!r} has new rows for {matrix.names[0]!r} at tokens that this model has by "
-            "now, and on meta there are no values to keep of them. Load onto the real model."
-        )
-    ids = [spec.indices.ids[i] for i in there]
-    with outside_of_modes():
-        originals = spec.originals.clone()
-        found = rows_at(weight, torch.tensor(ids, device=weight.device))
-        originals[there] = found.to(originals.device, originals.dtype)
-    return replace(spec, shape=shape, originals=originals)
+def _rows(
+    file: Any, keys: set[str], name: str, called: str, model: nn.Module, path: Path
+) -> tuple[RowSpec, Tensor]:
+    """The rows of a matrix, of which the names are taken out of the keys that are left."""
+    pair = [key(part, name) for part in ("deltas", "token_indices")]
+    if missing := [one for one in pair if one not in keys]:
+        raise ValueError(f"it has {pair[0]!r} and lacks {missing}")
+    keys.difference_update(pair)
+    delta, ids = (tensor_of(file, one) for one in pair)
+    matrix = matrix_named(model, called, path)
+    if matrix.tensor.is_meta:
+        raise ValueError("on meta there are no rows as they were. Load onto the real model")
+    if ids.is_floating_point() or ids.ndim != 1:
+        raise ValueError(f"{pair[1]!r} are {ids.dtype} of shape {tuple(ids.shape)}")
+    return on_matrix(matrix, ids.tolist(), delta, f"the rows {pair[0]!r}"), delta

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 from ttfunc.disk.atomic import open_file
 from ttfunc.disk.folder import Checkpoint, says_tied
 from ttfunc.disk.header import FLOATS, TensorEntry
-from ttfunc.disk.tensors import cpu_copy
+from ttfunc.disk.tensors import check_rows, cpu_copy
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.new_tokens import shape_in_weights
 from ttfunc.rows.renaming import apart_among, renamed
@@ -66,11 +67,8 @@ def under_names(
     checkpoint: Checkpoint, params: TokenDeltas, names: Mapping[str, str] | None
 ) -> TokenDeltas:
     """`params` with the names of the tensors in `checkpoint`: see `renamed`."""
-
-    def missing(spec: RowSpec, other: str) -> str:
-        return _missing(checkpoint, spec, other)
-
-    return renamed(params, names, _shapes(checkpoint), "the checkpoint", missing)
+    missing = functools.partial(_missing, checkpoint)
+    return renamed(params, names, checkpoint.tensors, "the checkpoint", missing)
 
 
 def find_matrices(
@@ -91,6 +89,7 @@ def find_matrices(
     absent = []
     for key, spec in params.specs.items():
         rows = cpu_copy(values[key], f"the rows of {key!r}")
+        check_rows(rows, len(spec.indices), spec.shape[1], f"the rows of {key!r}")
         found = [
             StoredMatrix(file, key, name, header[name], spec, rows)
             for file, header in checkpoint.headers.items()
@@ -104,7 +103,6 @@ def find_matrices(
             continue
         _check_apart(checkpoint, found, merged)
         for stored in found:
-            _check_rows(stored)
             _check_matrix(checkpoint, stored, merged)
         matrices += found
     if absent:
@@ -154,7 +152,7 @@ _TIED = (
 
 def _tied_instead(checkpoint: Checkpoint, spec: RowSpec) -> str:
     """What to do where the checkpoint has another matrix of the model alone; "" elsewhere."""
-    others = apart_among(spec, _shapes(checkpoint))
+    others = apart_among(spec, checkpoint.tensors)
     if others and not _of_shape(checkpoint, spec.shape, others):
         return f" It has {others}, another matrix when the rows were made. {_TIED}"
     return ""
@@ -193,22 +191,7 @@ def _check_apart(checkpoint: Checkpoint, found: Sequence[StoredMatrix], merged: 
 def _of_shape(
     checkpoint: Checkpoint, shape: tuple[int, ...], without: Collection[str]
 ) -> list[str]:
-    return [n for n, held in _shapes(checkpoint).items() if held == shape and n not in without]
-
-
-def _check_rows(stored: StoredMatrix) -> None:
-    spec, rows = stored.spec, stored.rows
-    needed = (len(spec.indices), spec.shape[1])
-    if tuple(rows.shape) != needed or not rows.is_floating_point():
-        raise ValueError(
-            f"the rows of {stored.key!r} are {rows.dtype} of shape {tuple(rows.shape)}, "
-            f"and floats of {needed} are needed. Merge stacked adapters one at a time."
-        )
-    if wrong := [token for token in spec.indices.ids if token < 0]:
-        raise ValueError(
-            f"token indices {shown(wrong)} of {stored.key!r} are outside of its {spec.shape[0]} "
-            "rows."
-        )
+    return [n for n, e in checkpoint.tensors.items() if e.shape == shape and n not in without]
 
 
 def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) -> None:
@@ -218,15 +201,15 @@ def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) ->
     parts, narrow = (f"{stored.name}_", f"{stored.name}."), entry.dtype.startswith("F8")
     beside = [
         name
-        for name, shape in _shapes(checkpoint).items()
+        for name, other in checkpoint.tensors.items()
         if name.startswith(parts)
-        and shape != entry.shape
+        and other.shape != entry.shape
         and (narrow or name.removeprefix(stored.name) not in spec.origin.beside)
         and (narrow or any(part in name[len(stored.name) :].lower() for part in _SCALES))
     ]
     if narrow:
         module = stored.name.rpartition(".")[0]
-        beside += [n for n in _shapes(checkpoint) if n.startswith(f"{module}.") and "scale" in n]
+        beside += [n for n in checkpoint.tensors if n.startswith(f"{module}.") and "scale" in n]
     if entry.dtype not in FLOATS or beside:
         scales = f", with {shown(beside)} beside it" if beside else ""
         raise ValueError(
@@ -246,10 +229,6 @@ def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) ->
         )
 
 
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    return {name: e.shape for header in checkpoint.headers.values() for name, e in header.items()}
-
-
 def _likely(
     checkpoint: Checkpoint, absent: Sequence[RowSpec], taken: Collection[str], merged: bool
 ) -> dict[str, str]:
@@ -258,7 +237,7 @@ def _likely(
     Empty where one of them has no such matrix.
     """
     shapes = [shape_in_weights(spec, merged) for spec in absent]
-    free = {n: s for n, s in _shapes(checkpoint).items() if s in shapes and n not in taken}
+    free = {n: e.shape for n, e in checkpoint.tensors.items() if n not in taken}
     pairs = [
         (difflib.SequenceMatcher(None, name, other).ratio(), name, other)
         for spec, shape in zip(absent, shapes, strict=True)
@@ -278,7 +257,7 @@ def _few(names: Iterable[str]) -> list[str]:
 
 
 def _missing(checkpoint: Checkpoint, spec: RowSpec, *names: str) -> str:
-    shapes = _shapes(checkpoint)
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
     alike = [name for name, shape in shapes.items() if shape == spec.shape] or list(shapes)
     close = difflib.get_close_matches(names[0], _few(alike), n=5, cutoff=0.0)
     nearest = ", ".join(f"{name!r} {shapes[name]}" for name in close) or "no tensor at all"

@@ -29,7 +29,7 @@ class Tail(NamedTuple):
     more: bytes
 
     def longer(self, entry: TensorEntry) -> int:
-        """By how many bytes."""
+        """How many bytes the tensor gains."""
         old = entry.shape[self.dim]
         return (entry.end - entry.start) // old * (self.size - old)
 
@@ -100,7 +100,7 @@ def resizing(
     heights: by the name of the matrix; one that has that height already stays as it is.
     """
     found = Resizing()
-    shapes = {n: e.shape for header in checkpoint.headers.values() for n, e in header.items()}
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
     for stored in matrices:
         old, new = stored.entry.shape[0], heights[stored.name]
         if old == new:

@@ -10,7 +10,8 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -20,9 +21,7 @@ from safetensors.torch import save as serialized
 from torch import Tensor
 
 from ttfunc.disk.atomic import writable, write_file
-from ttfunc.disk.header import parse_json
-from ttfunc.disk.module_file import KEY, is_of_module
-from ttfunc.disk.origins import as_json, from_json
+from ttfunc.disk.header import FLOATS, parse_json
 from ttfunc.disk.tensors import (
     check_rows,
     cpu_copy,
@@ -31,9 +30,13 @@ from ttfunc.disk.tensors import (
     prefix_errors,
     tensor_of,
 )
+from ttfunc.model.origin import Origin, Sample
 from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.rows.given import token_indices
+from ttfunc.rows.keys import name_in
 
+KEY = "ttfunc"  # of the metadata
+FILE = "model.safetensors"  # in the folder of a checkpoint that a trainer wrote
 FORMAT = 2
 PARTS = ("deltas", "token_indices", "originals")
 
@@ -78,7 +81,7 @@ def save(
             described.append({**entry, "grown": spec.grown} if spec.grown else entry)
         # Rows of tokens that the matrix had are what the first version was made for.
         version = FORMAT if any("grown" in entry for entry in described) else 1
-        origins = [as_json(spec.origin) for spec in params.specs.values()]
+        origins = [_origin_as_json(spec.origin) for spec in params.specs.values()]
         own = json.dumps({"format": version, "matrices": described, "origins": origins})
         _checked_metadata(own)
     write_file(Path(os.path.realpath(path)), serialized(tensors, {**_strings(metadata), KEY: own}))
@@ -112,7 +115,7 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
         if own is None:
             raise ValueError("it has no metadata of ttfunc. For a PEFT adapter use load_peft")
         matrices = _checked_metadata(own)
-        origins = from_json(json.loads(own).get("origins"), len(matrices))
+        origins = _origins(json.loads(own).get("origins"), len(matrices))
         expected = {f"{part}/{names[0]}" for names, *_ in matrices for part in PARTS}
         if wrong := expected ^ set(file.keys()):
             raise ValueError(f"tensors are missing, or unknown: {sorted(wrong)[:4]}")
@@ -127,8 +130,23 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
             deltas[names[0]] = delta
             specs[names[0]] = spec = RowSpec(names, shape, indices, originals, None, origin)
             if spec.grown != grown:
-                raise ValueError(f"{names[0]!r} has {spec.grown} new tokens, and {grown} are told")
+                raise ValueError(
+                    f"{names[0]!r} has {spec.grown} new tokens, but its metadata says {grown}"
+                )
     return TokenDeltas(deltas, specs)
+
+
+def file_of(path: Path) -> Path:
+    """The file in a folder that a trainer wrote; any other path as it is."""
+    return path / FILE if path.is_dir() and (path / FILE).is_file() else path
+
+
+def is_of_module(file: Any) -> bool:
+    """Whether the tensors of an open file are those of a TokenModule's state dict."""
+    keys = [*file.keys()]
+    if KEY in (file.metadata() or {}) or any(one.startswith("originals/") for one in keys):
+        return False
+    return any(name_in(one, "deltas") is not None for one in keys)
 
 
 def _checked_metadata(own: str) -> list[tuple[tuple[str, ...], tuple[int, int], int]]:
@@ -155,10 +173,10 @@ def _is_matrix(entry: Any) -> bool:
     if type(grown) is not int or grown < 1:
         return False
     names, shape = entry["names"], entry["shape"]
-    if not isinstance(names, list) or not isinstance(shape, list):
+    if not _are_strings(names) or not names or not all(names):
         return False
-    named = len(names) > 0 and all(isinstance(name, str) and name for name in names)
-    return named and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+    is_pair = isinstance(shape, list) and len(shape) == 2
+    return is_pair and all(type(size) is int and size > 0 for size in shape)
 
 
 def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -173,3 +191,75 @@ def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:
     if KEY in strings:
         raise ValueError(f"the metadata key {KEY!r} is ttfunc's own. Choose another name.")
     return strings
+
+
+def _origin_as_json(origin: Origin) -> dict[str, Any]:
+    """What a model said of a matrix; what is not known is left out."""
+    said = {one.name: getattr(origin, one.name) for one in fields(Origin)}
+    said = {name: value for name, value in said.items() if value != getattr(Origin(), name)}
+    if (sample := said.pop("sample", None)) is not None:
+        numbers = sample.numbers.cpu().double()
+        (dtype,) = (name for name, one in FLOATS.items() if one == sample.numbers.dtype)
+        if numbers.isfinite().all():
+            rows = list(sample.rows)
+            said["sample"] = {"rows": rows, "numbers": numbers.tolist(), "dtype": dtype}
+    return said
+
+
+def _origins(given: object, count: int) -> list[Origin]:
+    """What the model said of each matrix. Raises ValueError for what no version writes."""
+    if given is None:  # a file of an earlier version
+        return [Origin()] * count
+    if not isinstance(given, list) or len(given) != count or not all(map(_is_origin, given)):
+        raise ValueError(f"its metadata say of the model what no version does: {shown(given)}")
+    return [
+        Origin(**{n: restored(entry[n]) for n, (_, restored) in _ORIGIN.items() if n in entry})
+        for entry in given
+    ]
+
+
+def _sample(entry: dict[str, Any]) -> Sample:
+    numbers = torch.tensor(entry["numbers"], dtype=torch.float64)
+    return Sample(tuple(entry["rows"]), numbers.to(FLOATS[entry["dtype"]]))
+
+
+def _is_origin(entry: Any) -> bool:
+    # Keys that are not known are of a later version, which says more.
+    return isinstance(entry, dict) and all(
+        fits(entry[name]) for name, (fits, _) in _ORIGIN.items() if name in entry
+    )
+
+
+def _is_string(found: Any) -> bool:
+    return isinstance(found, str)
+
+
+def _are_strings(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(one, str) for one in found)
+
+
+def _are_sizes(found: Any) -> bool:
+    return isinstance(found, dict) and all(type(one) is int and one >= 0 for one in found.values())
+
+
+def _are_renamed(found: Any) -> bool:
+    return isinstance(found, dict) and _are_strings(list(found.values()))
+
+
+def _is_sample(found: Any) -> bool:
+    if not isinstance(found, dict) or found.get("dtype") not in FLOATS:
+        return False
+    rows, numbers = found.get("rows"), found.get("numbers")
+    if not isinstance(rows, list) or not isinstance(numbers, list) or len(rows) != len(numbers):
+        return False
+    whole = all(type(row) is int and 0 <= row < 2**63 for row in rows)
+    return whole and all(type(one) is float for one in numbers)
+
+
+# For each field of an Origin, whether a value of the file fits, and what it stands for.
+_ORIGIN: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
+    **dict.fromkeys(["model", "kind"], (_is_string, str)),
+    **dict.fromkeys(["shared", "biases", "apart", "beside"], (_are_strings, tuple)),
+    **{"sizes": (_are_sizes, dict), "saved_as": (_are_renamed, dict)},
+    "sample": (_is_sample, _sample),
+}

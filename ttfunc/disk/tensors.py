@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -14,10 +13,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ttfunc.disk.header import FLOATS
-from ttfunc.engines.shards import rows_at
-from ttfunc.model.matrix import Matrix
-from ttfunc.model.origin import Origin, is_other
-from ttfunc.rows.deltas import RowSpec
 from ttfunc.rows.shapes import GATHER
 from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
 
@@ -29,11 +24,6 @@ def path_of(given: object, order: str) -> Path:
     return Path(given)
 
 
-def rows_device(weight: Tensor) -> torch.device:
-    """Where the rows of a matrix live: beside it, or on the CPU where it has no values."""
-    return torch.device("cpu") if weight.is_meta else weight.device
-
-
 def differing(a: Tensor, b: Tensor) -> list[int]:
     """The rows in which two `(n, D)` tensors differ, in the coarser of their dtypes."""
     # A checkpoint that was loaded in half precision counts as having the same rows.
@@ -42,37 +32,15 @@ def differing(a: Tensor, b: Tensor) -> list[int]:
     return (a != b).any(1).nonzero().ravel().tolist()
 
 
-def other_base(matrix: Matrix, spec: RowSpec, saved: Origin, path: Path) -> str:
-    """What to say where a matrix is not the one that the rows of a file belong to; else nothing."""
-    weight, first = matrix.tensor, spec.names[0]
-    if weight.is_meta:
-        return ""
-    ids, known = spec.known(spec.originals)
-    found = rows_at(weight, ids.to(weight.device))
-    if other := [ids.tolist()[i] for i in differing(found, known)]:
-        return (
-            f"the rows of tokens {shown(other)} in {first!r} are not those that {str(path)!r} was "
-            "trained from: this is another model, or one resized and initialised anew. The trained "
-            "rows replace them anyway; unmerge writes the file's originals."
-        )
-    if saved.sample is not None and is_other(weight, saved.sample, spec.indices.ids):
-        return (
-            f"{first!r} has other rows than in the model that {str(path)!r} was trained on "
-            f"({saved.model}), also where nothing was trained: is this {spec.origin.model} another "
-            "model of the same shape? Use the one that was trained."
-        )
-    return ""
-
-
 def check_rows(tensor: Tensor, k: int, width: int, what: str) -> None:
     """Raises ValueError unless these are `(k, D)` rows of a float dtype."""
     if tuple(tensor.shape) != (k, width):
         raise ValueError(
             f"{what} have shape {tuple(tensor.shape)}, and {(k, width)} is needed: a row for each "
-            "token index. Save stacked adapters one at a time"
+            "token index. Save or merge stacked adapters one at a time."
         )
     if tensor.dtype not in FLOATS.values():
-        raise ValueError(f"{what} are {tensor.dtype}, and a float dtype of safetensors is needed")
+        raise ValueError(f"{what} are {tensor.dtype}, and a float dtype of safetensors is needed.")
 
 
 def cpu_copy(tensor: Tensor, what: str) -> Tensor:

@@ -12,8 +12,8 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from ttfunc.disk.atomic import open_file, sync_directory, sync_file
-from ttfunc.disk.header import LONGEST, parse_json
+from ttfunc.disk.atomic import sync_directory, sync_file
+from ttfunc.disk.header import read_json
 
 # The files of a tokenizer that say the ids of tokens, and where.
 _IDS: dict[str, Callable[[Any], Iterable[Any]]] = {
@@ -100,9 +100,7 @@ def _ids_in(folder: Path) -> list[int]:
     found: list[int] = []
     for name, ids in _IDS.items():
         try:
-            with open_file(folder / name) as file:
-                raw = file.read(LONGEST + 1)
-            found += [i for i in ids(parse_json(raw[:LONGEST])) if type(i) is int]
+            found += [i for i in ids(read_json(folder / name)) if type(i) is int]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # it is not there, or of a form of its own: loaders decide on that
     return found

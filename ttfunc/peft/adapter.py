@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ttfunc.disk.atomic import open_file
 from ttfunc.disk.header import LONGEST
-from ttfunc.disk.module_file import FILE
+from ttfunc.disk.rows_file import FILE
 from ttfunc.disk.tensors import check_rows, opened, prefix_errors, tensor_of
 from ttfunc.model.names import PEFT
 from ttfunc.rows.given import token_indices

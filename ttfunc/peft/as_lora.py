@@ -11,20 +11,19 @@ from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from ttfunc.disk.tensors import check_rows, cpu_copy, path_of, prefix_errors
-from ttfunc.engines.ownership import is_sharded, shape_of
+from ttfunc.engines.ownership import is_sharded
+from ttfunc.engines.shards import rows_at
 from ttfunc.peft.adapter import PREFIX
 from ttfunc.peft.writer import write_adapter
-from ttfunc.rows.deltas import TokenDeltas, check_type
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type
 
 
 class _Layer(NamedTuple):
-    """A module that a LoRA is for: whether it looks tokens up, its matrix, the old and new rows."""
+    """A module that a LoRA is for, whether it looks tokens up, and its rows."""
 
     name: str
     looks_up: bool
-    matrix: Tensor
-    ids: tuple[int, ...]
-    originals: Tensor
+    spec: RowSpec
     delta: Tensor
 
 
@@ -116,23 +115,18 @@ def _layers(params: TokenDeltas) -> Iterator[_Layer]:
                     f"{name!r} is the matrix of {'the model itself' if not module else 'a LoRA'}, "
                     "which a LoRA cannot be for: it names modules of a plain model"
                 )
-            looks_up = isinstance(owner, nn.Embedding)
-            matrix, ids = spec.matrix.tensor, spec.indices.ids
-            yield _Layer(module, looks_up, matrix, ids, spec.originals, delta)
+            yield _Layer(module, isinstance(owner, nn.Embedding), spec, delta)
 
 
 def _factors(layer: _Layer, rank: int) -> Iterator[tuple[str, Any]]:
     """The two factors, under PEFT's names: `(V, rank)` picks the tokens, the other has the rows."""
-    height, width = shape_of(layer.matrix)
-    ids = torch.tensor(layer.ids)
-    which = torch.zeros(height, rank)
+    spec, matrix = layer.spec, layer.spec.matrix.tensor  # type: ignore[union-attr]
+    ids = spec.indices.on(torch.device("cpu")).ids
+    which, change = torch.zeros(spec.shape[0], rank), torch.zeros(rank, spec.shape[1])
     which[ids, torch.arange(len(ids))] = 1
-    change = torch.zeros(rank, width)
-    with torch.no_grad():  # the rows that the model has now
-        # To read a sharded matrix takes all ranks, and one of them writes.
-        sharded = is_sharded(layer.matrix)
-        held = layer.originals if sharded else layer.matrix[ids.to(layer.matrix.device)]
-        now = cpu_copy(held, f"the rows of {layer.name!r}")
+    # To read the rows of a sharded matrix takes all ranks, and one of them writes.
+    held = spec.originals if is_sharded(matrix) else rows_at(matrix, ids.to(matrix.device))
+    now = cpu_copy(held, f"the rows of {layer.name!r}")
     change[: len(ids)] = (layer.delta.double() - now.double()).float()
     start = f"{PREFIX}{layer.name}"
     if layer.looks_up:

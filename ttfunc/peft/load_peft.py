@@ -10,19 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ttfunc.disk.put_on import on_matrix, put_on
 from ttfunc.disk.tensors import (
     differing,
     opened,
     path_of,
     prefix_errors,
-    rows_device,
     tensor_of,
 )
 from ttfunc.engines.ownership import shape_of
-from ttfunc.engines.shards import rows_at, whole_of
+from ttfunc.engines.shards import whole_of
 from ttfunc.model.given import check_model
 from ttfunc.model.names import innermost, matrix_named
-from ttfunc.model.origin import origin_of
 from ttfunc.peft.adapter import (
     DELTA,
     WEIGHTS,
@@ -30,10 +29,9 @@ from ttfunc.peft.adapter import (
     read_adapter,
     warn_of_other_keys,
 )
-from ttfunc.peft.rules import bare, check_targets
+from ttfunc.peft.rules import check_targets
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
-from ttfunc.rows.given import check_dtype, shortened, token_indices
-from ttfunc.torch_private import outside_of_modes
+from ttfunc.rows.given import check_dtype, shortened
 
 
 def load_peft(
@@ -71,8 +69,7 @@ def load_peft(
     Warns:
         UserWarning: the adapter has other weights, which are not loaded.
     """
-    directory = path_of(directory, "load_peft(directory, model)")
-    order = "load_peft(directory, model)"
+    directory = path_of(directory, order := "load_peft(directory, model)")
     check_model(model, order, "load_peft(directory, module.base)")
     check_dtype(dtype)
     _check_has_none(model, directory)
@@ -81,22 +78,22 @@ def load_peft(
     specs: dict[str, RowSpec] = {}
     with prefix_errors(f"{str(directory)!r} does not fit this {type(model).__name__}"):
         for found in adapter.rows:
-            name, spec, delta = _placed(found, model, directory)
+            spec = _spec_of(found, model, directory)
+            name = spec.names[0]
             if name in specs and (
-                specs[name].indices != spec.indices or differing(deltas[name], delta)
+                specs[name].indices != spec.indices or differing(deltas[name], found.rows)
             ):
                 raise ValueError(
                     f"it has different rows or token indices for {spec.names}, which are tied here"
                 )
-            deltas[name], specs[name] = delta, spec
-        check_targets(adapter.config, innermost(model), bare(specs))
+            deltas[name], specs[name] = found.rows, spec
+        check_targets(adapter.config, innermost(model), specs)
         if innermost(model) is model:  # else PEFT is to load them
             _check_weights(directory / WEIGHTS, adapter.weights, model, specs)
     if innermost(model) is model:
         warn_of_other_keys(adapter.other_keys, directory)
-    for name, delta in deltas.items():
-        deltas[name] = delta.to(dtype or delta.dtype).requires_grad_(requires_grad)
-    return TokenDeltas(deltas, specs)
+    rows = {name: found.to(dtype or found.dtype) for name, found in deltas.items()}
+    return put_on(model, TokenDeltas(rows, specs), directory, requires_grad=requires_grad)
 
 
 def _check_has_none(model: nn.Module, directory: Path) -> None:
@@ -112,10 +109,10 @@ def _check_has_none(model: nn.Module, directory: Path) -> None:
             )
 
 
-def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, RowSpec, Tensor]:
-    """The name of the matrix that the rows belong to, its rows as they are, and the new rows."""
+def _spec_of(found: AdapterRows, model: nn.Module, source: Path) -> RowSpec:
+    """What stays fixed about the rows, for the matrix that they belong to."""
     matrix = matrix_named(model, f"{found.module}.weight", source)
-    weight, name, shape = matrix.tensor, matrix.names[0], shape_of(matrix.tensor)
+    shape = shape_of(matrix.tensor)
     if len(shape) != 2 or shape[1] != found.rows.shape[1]:
         raise ValueError(
             f"its rows for {found.module!r} are {tuple(found.rows.shape)}, and the weight is "
@@ -123,16 +120,12 @@ def _placed(found: AdapterRows, model: nn.Module, source: Path) -> tuple[str, Ro
         )
     if beyond := [token for token in found.indices if token >= shape[0]]:
         raise ValueError(
-            f"token indices {shortened(beyond)} are past the end of {name!r}, which has {shape[0]} "
-            "rows. Resize the model first: model.resize_token_embeddings(len(tokenizer)). (A file "
-            "of ttfunc.save needs no resizing: load takes new tokens)"
+            f"token indices {shortened(beyond)} are past the end of {matrix.names[0]!r}, which has "
+            f"{shape[0]} rows. Resize the model first: "
+            "model.resize_token_embeddings(len(tokenizer)). (A file of ttfunc.save needs no "
+            "resizing: load takes new tokens)"
         )
-    indices = token_indices(found.indices, shape[0], name)
-    with outside_of_modes():
-        originals = rows_at(weight, indices.on(weight.device).ids)
-        delta = found.rows.to(rows_device(weight))
-    origin = origin_of(model, matrix, indices.ids)
-    return name, RowSpec(matrix.names, matrix.shape, indices, originals, matrix, origin), delta
+    return on_matrix(matrix, found.indices, found.rows, f"the rows of {found.module!r}")
 
 
 def _check_weights(

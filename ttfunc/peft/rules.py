@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from ttfunc.disk.tensors import prefix_errors
 from ttfunc.model.targets import find_targets
 from ttfunc.peft.adapter import INDICES, PREFIX
-from ttfunc.peft.pattern import matching
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 
+# Regular expressions out of a file are matched in bounded time. `re` backtracks, so a pattern of
+# thirty characters can take for ever: each choice multiplies the time by the length of a name.
+# For n characters, three repeats take some n³ / 6 steps: a few milliseconds for the longest name.
+MOST = 3
 
-def bare(specs: Mapping[str, RowSpec]) -> dict[str, RowSpec]:
-    """The same matrices under their names in the model itself, without a PeftModel around it."""
-    names = {key: [one.removeprefix(PREFIX) for one in spec.names] for key, spec in specs.items()}
-    return {names[key][0]: replace(specs[key], names=tuple(names[key])) for key in specs}
+_LITERAL = re.compile(r"(?:\\\W|[^\\.^$*+?{}\[\]()])*", re.S)
+_ESCAPE_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.S)
+_CHOICE = re.compile(r"[*+{|]|(?<!\()\?")
+_BEYOND = re.compile(r"\)[*+{]|\(\?[^:]")  # groups that repeat, look around, or change flags
 
 
 def check_ends(targets: Mapping[str, list[int]]) -> None:
@@ -33,7 +36,7 @@ def check_ends(targets: Mapping[str, list[int]]) -> None:
 
 def check_ties(params: TokenDeltas, model: nn.Module) -> None:
     """Raises ValueError where PEFT, by the config, would tie other weights than the model does."""
-    says_so = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    says_so = _says_tied(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     headed = getattr(head, "weight", None)
     for name, spec in params.specs.items():
@@ -47,6 +50,10 @@ def check_ties(params: TokenDeltas, model: nn.Module) -> None:
             )
 
 
+def _says_tied(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+
+
 def _input_weight(model: nn.Module) -> object:
     return next(iter(find_targets(model, None).values())).weight
 
@@ -56,29 +63,25 @@ def check_targets(
 ) -> None:
     """Raises ValueError unless the matrices with rows are those that the config is for."""
     targeted = {f"{module}.weight" for module in _targeted_modules(config, model)}
-    if missing := sorted(targeted - {name for spec in specs.values() for name in spec.names}):
+    matrices = [tuple(n.removeprefix(PREFIX) for n in spec.names) for spec in specs.values()]
+    if missing := sorted(targeted.difference(*matrices)):
         raise ValueError(
             f"it has no rows for its targets {missing}. It was trained on a model that ties them "
             "to others, or is damaged"
         )
-    if others := [spec.names for spec in specs.values() if not targeted & set(spec.names)]:
+    if others := [names for names in matrices if not targeted & set(names)]:
         raise ValueError(
             f"it has rows for {others}, which is none of its targets {sorted(targeted)}. It was "
             "trained on a model that ties them: tie this one"
         )
-    for spec in specs.values():
-        apart = set(spec.names) - targeted
-        if apart and spec.names and not _ties(model, targeted):
+    # PEFT ties others to the input embedding, if the config says so.
+    ties = _says_tied(model) and f"{next(iter(find_targets(model, None)))}.weight" in targeted
+    for names in matrices:
+        if (apart := set(names) - targeted) and not ties:
             raise ValueError(
-                f"PEFT trained {sorted(targeted & set(spec.names))} without {sorted(apart)}, and "
-                "in this model they are one matrix: the rows would be in both. Untie the model"
+                f"PEFT trained {sorted(targeted & set(names))} without {sorted(apart)}, and in "
+                "this model they are one matrix: the rows would be in both. Untie the model"
             )
-
-
-def _ties(model: nn.Module, targeted: set[str]) -> bool:
-    """Whether PEFT would tie others to a target: to the input embedding, if the config says so."""
-    says_so = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    return bool(says_so) and f"{next(iter(find_targets(model, None)))}.weight" in targeted
 
 
 def _targeted_modules(config: Mapping[str, Any], model: nn.Module) -> list[str]:
@@ -97,3 +100,26 @@ def _targeted_modules(config: Mapping[str, Any], model: nn.Module) -> list[str]:
     # The ends in a LoRA may begin in the middle of a name.
     ends = tuple(f".{end}" if standalone else end for end in wanted)
     return [name for name in names if name in wanted or name.endswith(ends)]
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The `names` that `pattern` matches as a whole, as with `re.fullmatch`.
+
+    Raises ValueError for an invalid pattern, for a group that repeats, for looking around, and for
+    more than MOST repeats and alternatives. (Alternatives of escaped names may be any number.)
+    """
+    if _LITERAL.fullmatch(pattern):  # as PEFT and save_peft write them
+        wanted = {re.sub(r"\\(\W)", r"\1", one) for one in pattern.split("|")}
+        if r"\|" not in pattern:
+            return [name for name in names if name in wanted]
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern!r} is no pattern: {error}") from None
+    bare = _ESCAPE_OR_CLASS.sub("x", pattern)
+    if _BEYOND.search(bare) or len(_CHOICE.findall(bare)) > MOST:
+        raise ValueError(
+            f"{pattern!r} is a pattern that may take for ever: it repeats a group, looks around, "
+            f"or has more than {MOST} repeats and alternatives. Name the modules"
+        )
+    return [name for name in names if compiled.fullmatch(name)]

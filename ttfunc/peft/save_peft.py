@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,22 @@ from ttfunc.disk.tensors import (
     check_rows,
     cpu_copy,
     differing,
+    opened,
     path_of,
     prefix_errors,
+    tensor_of,
 )
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.names import innermost
 from ttfunc.peft.adapter import (
+    CONFIG,
     INDICES,
     NO_LAYERS,
     PREFIX,
     SUFFIX,
+    WEIGHTS,
     read_json,
 )
-from ttfunc.peft.lora import lora_beside
 from ttfunc.peft.rules import check_ends, check_ties
 from ttfunc.peft.writer import write_adapter
 from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type
@@ -90,7 +95,7 @@ def save_peft(
     if adapter is None:
         config = {"peft_type": kind, **_targets_in_config(kind, targets), **_base(base_model)}
     else:
-        lora, config = lora_beside(params, tensors, adapter)
+        lora, config = _lora_beside(params, tensors, adapter)
         check_ties(params, innermost(adapter))
         config |= {INDICES[kind]: targets, **({} if base_model is None else _base(base_model))}
     if kind == "LORA":  # a LORA adapter keeps the rows of tied modules once
@@ -156,3 +161,71 @@ def _base(base_model: str | os.PathLike[str] | nn.Module | None) -> dict[str, An
         "base_model_name_or_path": name,
         **{"inference_mode": True, "revision": None, "task_type": None},
     }
+
+
+def _lora_beside(
+    params: TokenDeltas, modules: Iterable[str], adapter: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the config of the LoRA that is to stand beside the rows of these modules.
+
+    Raises:
+        TypeError: `adapter` is not a PeftModel.
+        ValueError: more than one adapter is active; it is no LoRA, has tokens of its own, is for
+            another model, or trains one of the modules too.
+    """
+    _check_base(params, adapter)
+    save = getattr(adapter, "save_pretrained", None)
+    if not hasattr(adapter, "peft_config") or not callable(save):
+        raise TypeError(
+            f"adapter must be a peft.PeftModel with a LoRA, got {type(adapter).__name__}."
+        )
+    active: Any = adapter.active_adapters
+    if len(active) != 1:
+        raise ValueError(
+            f"the adapters {list(active)} are active, and one directory is one adapter. Choose one "
+            "with adapter.set_adapter(name)."
+        )
+    with tempfile.TemporaryDirectory(prefix="ttfunc-") as scratch:
+        save(scratch, selected_adapters=list(active), save_embedding_layers=False)
+        folder = Path(scratch) if active[0] == "default" else Path(scratch, active[0])
+        config = read_json(folder / CONFIG)
+        _check_kind(config)
+        with opened(folder / WEIGHTS) as file:
+            tensors = {key: tensor_of(file, key) for key in file.keys()}  # noqa: SIM118
+    _check_apart(tensors, modules)
+    return tensors, config
+
+
+def _check_kind(config: Mapping[str, Any]) -> None:
+    if config["peft_type"] != "LORA":
+        raise ValueError(
+            f"the adapter is a {config['peft_type']}, and only a LORA holds token rows beside it. "
+            "Save the two apart: adapter.save_pretrained and ttfunc.save."
+        )
+    if config.get(INDICES["LORA"]) is not None:
+        raise ValueError(
+            f"the LoRA has token rows of its own, {INDICES['LORA']}={config[INDICES['LORA']]}. "
+            "Make it without them: the rows are in params."
+        )
+
+
+def _check_apart(lora: Iterable[str], modules: Iterable[str]) -> None:
+    """Raise ValueError where the LoRA also trains a module that has rows."""
+    for module in modules:
+        if found := [key for key in lora if key.startswith(f"{PREFIX}{module}.")]:
+            raise ValueError(
+                f"the adapter has {found[0]!r} for {module!r}, which also has rows: PEFT trains a "
+                "matrix by a LoRA, as a whole (modules_to_save), or by rows. Leave it out of the "
+                "LoRA's config."
+            )
+
+
+def _check_base(params: TokenDeltas, adapter: nn.Module) -> None:
+    """Raise ValueError where the rows belong to another model than the LoRA."""
+    held = {id(one) for one in adapter.parameters()}
+    for name, spec in params.specs.items():
+        if spec.matrix is not None and id(spec.matrix.tensor) not in held:
+            raise ValueError(
+                f"the rows of {name!r} were made from another model than the one in this "
+                f"{type(adapter).__name__}. Use init_deltas, or load, on this one."
+            )
