@@ -16,8 +16,9 @@ from ttfunc.disk.rows_file import read
 from ttfunc.disk.tensors import other_base, path_of, prefix_errors, rows_device
 from ttfunc.engines.shards import rows_at
 from ttfunc.model.given import check_model
+from ttfunc.model.held import names_of
 from ttfunc.model.matrix import Matrix
-from ttfunc.model.names import advice, matrix_named, names_of
+from ttfunc.model.names import advice, matrix_named
 from ttfunc.model.origin import origin_of
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.ends import warn_of_half

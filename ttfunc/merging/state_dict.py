@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ttfunc.model.beside import adapters_in, lengthened
+from ttfunc.model.beside import adapters_in, bias_names, lengthened
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import holds_floats
 from ttfunc.model.memory import same_memory
 from ttfunc.model.names import advice, through_wrappers
-from ttfunc.model.sizes import bias_names
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.new_tokens import shape_in_weights
 from ttfunc.rows.renaming import apart_among, renamed

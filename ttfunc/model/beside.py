@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttfunc.engines.ownership import shape_of
-from ttfunc.model.matrix import Matrix, way_to
-from ttfunc.model.sizes import is_bias
+from ttfunc.model.held import tensors_of, way_to
+from ttfunc.model.matrix import Matrix
 
 # The dimension of a LoRA's parts that has the tokens; the others have none.
 _OF_LORA = {"lora_B": 0, "lora_embedding_A": 1, "lora_A": None, "lora_embedding_B": None}
@@ -48,11 +47,39 @@ def biases(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
     """Those of the logits, on the way to the matrix."""
     parts = name.split(".")[:-1]
     for depth, module in enumerate(way):
-        for attribute, tensor in _held(module):
+        for attribute, tensor in tensors_of(module):
             shape = shape_of(tensor)
             if is_bias(attribute, shape, height):
                 full = ".".join((*parts[:depth], attribute))
                 yield Beside(full, way[: depth + 1], tensor, len(shape) - 1)
+
+
+def is_bias(name: str, shape: Sequence[int], height: int) -> bool:
+    """Whether it is a bias of the logits of `height` tokens, by its name and its shape."""
+    return name.endswith("bias") and tuple(shape) in {(height,), (1, height)}
+
+
+def bias_names(
+    shapes: Mapping[str, Sequence[int]],
+    matrix: Iterable[str],
+    height: int,
+    known: Sequence[str] | None = None,
+) -> list[str]:
+    """The biases in a state dict, of which the shapes are known: beside the matrix, or above it.
+
+    known: their names in the model, if the model was asked; the state dict may have other ones.
+    """
+    if known is not None and any(name in shapes for name in known):
+        return [name for name in known if name in shapes and is_bias(name, shapes[name], height)]
+    holders = [name.rpartition(".")[0] + "." for name in matrix]
+    last = None if known is None else {name.rpartition(".")[2] for name in known}
+    return [
+        name
+        for name, shape in shapes.items()
+        if is_bias(name, shape, height)
+        and any(holder.startswith(name[: name.rfind(".") + 1]) for holder in holders)
+        and (last is None or name.rpartition(".")[2] in last)
+    ]
 
 
 def check_beside(model: nn.Module, matrix: Matrix) -> None:
@@ -115,17 +142,11 @@ def _below(
     way: list[nn.Module], path: list[str]
 ) -> Iterator[tuple[list[str], list[nn.Module], Tensor]]:
     """The tensors of a layer, but for those of the layer within."""
-    for attribute, tensor in _held(way[-1]):
+    for attribute, tensor in tensors_of(way[-1]):
         yield [*path, attribute], way, tensor
     for part, child in way[-1]._modules.items():
         if child is not None and part != "base_layer":
             yield from _below([*way, child], [*path, part])
-
-
-def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in chain(module._parameters.items(), module._buffers.items()):
-        if tensor is not None:
-            yield name, tensor
 
 
 def _width(holder: nn.Module, name: str) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from ttfunc.engines.ownership import Kept, is_owned, shape_of
-from ttfunc.model.matrix import holds_floats, named_modules
+from ttfunc.model.matrix import holds_floats
 
 Targets: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
 
@@ -40,7 +40,7 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
             for target in targets
             for name, module in find_targets(model, _checked(target)).items()
         }
-    modules = dict(named_modules(model))
+    modules = dict(model.named_modules(remove_duplicate=False))
     found = dict(_layer(name, modules[name]) for name in _matching(list(modules), targets))
     if not found:
         if isinstance(targets, str) and _matching(list(modules), targets.removesuffix(".weight")):
@@ -242,7 +242,7 @@ def head_apart(
     none. None in place of all where the parameter is the head's too, where the model names no head
     or one of another vocabulary, and where PEFT trains a copy of the head as a whole.
     """
-    modules = list(named_modules(model))
+    modules = list(model.named_modules(remove_duplicate=False))
     ends = [_named_by_model(model), _named_by_model(model, "output")]
     embeddings, heads = ([f"{name}." for name, one in modules if one is end] for end in ends)
     found = [name for name in names if name.startswith(tuple(embeddings))]
