@@ -254,12 +254,12 @@ def is_fsdp1(module: nn.Module) -> bool:
 
 
 def fsdp_manages(module: nn.Module) -> bool:
-    """Whether FSDP manages parameters of this very module, which it does not where it ignores it."""
+    """Whether FSDP manages parameters of this very module; none of a module that it ignores."""
     return bool(module.__dict__.get("_is_fsdp_managed_module", False))
 
 
 def fsdp_gathered() -> dict[tuple[int, str], Tensor]:
-    """The shard of each parameter that FSDP2 has gathered at the moment, by module and attribute."""
+    """The shard of each parameter that FSDP2 has gathered now, by module and attribute."""
     from torch.distributed import _composable_state as composable
 
     found = {}

@@ -31,20 +31,21 @@ class Beside(NamedTuple):
 
 
 def beside(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
-    """What is to be longer where the matrix of `height` tokens at the end of the way is: by zeros.
+    """The tensors to lengthen by zeros when the matrix at the end of the way gets new tokens.
 
-    Raises ValueError for an adapter of which that is not so.
+    height: of the matrix. Raises ValueError for an adapter that zeros do not lengthen rightly.
     """
     yield from biases(way, name, height)
-    parts = name.split(".")[:-1]
+    *parts, attribute = name.split(".")
+    weight = way[-1]._parameters.get(attribute)
+    wide = weight is not None and shape_of(weight)[-1] == height
     for depth in range(len(way)):
         if parts[depth : depth + 1] == ["base_layer"]:
-            here, names = way[: depth + 1], parts[:depth]
-            yield from _of_adapters(here, names, height, wide=_width(way[-1], name) == height)
+            yield from _of_adapters(way[: depth + 1], parts[:depth], height, wide)
 
 
 def biases(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
-    """Those of the logits, on the way to the matrix."""
+    """The biases of the logits, in the modules on the way to the matrix."""
     parts = name.split(".")[:-1]
     for depth, module in enumerate(way):
         for attribute, tensor in tensors_of(module):
@@ -147,11 +148,6 @@ def _below(
     for part, child in way[-1]._modules.items():
         if child is not None and part != "base_layer":
             yield from _below([*way, child], [*path, part])
-
-
-def _width(holder: nn.Module, name: str) -> int | None:
-    weight = holder._parameters.get(name.rpartition(".")[2])
-    return None if weight is None else shape_of(weight)[-1]
 
 
 def _no_place(part: str, shape: Sequence[int], layer: str, height: int) -> ValueError:

@@ -34,12 +34,12 @@ PEFT = "base_model.model."  # before each name of the model in a PeftModel
 
 
 def _any_of(parts: Iterable[str]) -> str:
-    return rf"(?:{'|'.join(map(re.escape, parts))})\."
+    return rf"(?:(?:{'|'.join(map(re.escape, parts))})\.)"
 
 
-_BETWEEN = re.compile(rf"(?<![^.]){_any_of(_WRAPPERS.keys() - {*_FIRST})}")
 _LAYERS = re.compile(rf"(?<![^.]){_any_of(('base_layer', 'token_adapter'))}")
-_BEFORE = re.compile(rf"^(?:{_any_of(_FIRST)})+")
+_WITHIN = re.compile(rf"(?<![^.]){_any_of(_WRAPPERS.keys() - {*_FIRST})}")
+_ALL = re.compile(rf"^{_any_of(_WRAPPERS)}+|{_WITHIN.pattern}")
 
 
 def check_names(names: object) -> None:
@@ -100,15 +100,12 @@ def through_wrappers(names: Iterable[str], held: Iterable[str]) -> dict[str, str
 
 def within(name: str) -> str:
     """The name without the parts that wrappers within a model put into it."""
-    return _BETWEEN.sub("", name)
+    return _WITHIN.sub("", name)
 
 
 def _bare(name: str) -> str:
     """The name without the parts of any wrapper, in or around the model."""
-    before = ""
-    while before != name:
-        before, name = name, _BEFORE.sub("", within(name))
-    return name
+    return _ALL.sub("", name)
 
 
 def _behind_a_prefix(names: Sequence[str], held: Collection[str]) -> dict[str, str]:
