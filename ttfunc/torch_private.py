@@ -69,7 +69,7 @@ plain_torch_function = torch._C._disabled_torch_function_impl
 # Makes a tensor raise when a kernel, numpy or a DLPack consumer asks to write to its memory.
 forbid_writes: Callable[[Tensor], None] = torch._C._set_throw_on_mutable_data_ptr
 
-# What forward mode asks of a tangent and its primal: whether they are alike in size and storage.
+# What forward mode compares a tangent and its primal by: their size and their storage.
 COMPARISONS = {
     torch.ops.aten.is_same_size.default,
     torch.ops.aten._has_same_storage_numel.default,
@@ -108,15 +108,15 @@ def in_strict_export() -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether it has no values, or is torch.export's wrapper of such a one.
+    """Whether a tensor is fake, or torch.export's wrapper of a fake one.
 
-    No alias of it can be of another class.
+    It has no values, and no alias of it can be of another class.
     """
     return isinstance(tensor, (FakeTensor, FunctionalTensor))
 
 
 def wrapper_of(tensor: Tensor, kind: type[Tensor]) -> Any:
-    """A tensor of a class, of the size and strides of another and without memory or gradient."""
+    """A tensor of class `kind` like another one, but without memory or a gradient."""
     return Tensor._make_wrapper_subclass(
         kind,
         tensor.shape,
@@ -127,31 +127,32 @@ def wrapper_of(tensor: Tensor, kind: type[Tensor]) -> Any:
     )
 
 
+def _layers() -> list[Any]:
+    """The kinds of the transforms that are at work, from the outermost one."""
+    if not transforms_active():
+        return []
+    return [layer.key() for layer in functorch.get_interpreter_stack() or []]
+
+
 def at_work(*kinds: Any) -> bool:
-    """Whether a transform of one of these kinds is on functorch's stack."""
-    if not transforms_active():
-        return False
-    return any(layer.key() in kinds for layer in functorch.get_interpreter_stack() or [])
-
-
-def first_order(*tensors: Tensor) -> bool:
-    """Whether what is made of these is differentiated once at most, and backwards, by transforms.
-
-    A plain `backward` says only later whether its result will be differentiated again.
-    """
-    if in_dual_level():
-        return False
-    if not transforms_active():
-        return True
-    layers = [layer.key() for layer in functorch.get_interpreter_stack() or []]
-    if set(layers) - {GRAD, VMAP} or layers.count(GRAD) > 1:
-        return False
-    return GRAD not in layers or not any(_innermost(one).requires_grad for one in tensors)
+    """Whether a transform of one of these kinds is at work."""
+    return any(layer in kinds for layer in _layers())
 
 
 def transform_depth() -> int:
     """How many transforms are at work, one within the other."""
-    return len(functorch.get_interpreter_stack() or []) if transforms_active() else 0
+    return len(_layers())
+
+
+def first_order(*tensors: Tensor) -> bool:
+    """Whether at most one transform differentiates what is made of these, and that one backwards.
+
+    A plain `backward` says only later whether its result will be differentiated again.
+    """
+    layers = _layers()
+    if in_dual_level() or set(layers) - {GRAD, VMAP} or layers.count(GRAD) > 1:
+        return False
+    return GRAD not in layers or not any(_innermost(one).requires_grad for one in tensors)
 
 
 def _innermost(tensor: Tensor) -> Tensor:
@@ -253,12 +254,12 @@ def is_fsdp1(module: nn.Module) -> bool:
 
 
 def fsdp_manages(module: nn.Module) -> bool:
-    """Whether FSDP has parameters of this very module in its charge; none that it ignores."""
+    """Whether FSDP manages parameters of this very module; none of a module that it ignores."""
     return bool(module.__dict__.get("_is_fsdp_managed_module", False))
 
 
 def fsdp_gathered() -> dict[tuple[int, str], Tensor]:
-    """The shards that FSDP2 keeps of each parameter that a module has gathered, by the place."""
+    """The shard of each parameter that FSDP2 has gathered now, by module and attribute."""
     from torch.distributed import _composable_state as composable
 
     found = {}
@@ -275,7 +276,7 @@ def fsdp_gathered() -> dict[tuple[int, str], Tensor]:
 
 
 def share_engine_state(module: nn.Module, copy: nn.Module) -> None:
-    """Let FSDP2 find for a copy the state that it has of the module (`model.unshard()`)."""
+    """Let FSDP2 find its state of the module for a copy too, as `model.unshard()` needs."""
     if _is_one(module, "torch.distributed.fsdp", "FSDPModule"):
         from torch.distributed import _composable_state as composable
 

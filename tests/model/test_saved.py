@@ -34,8 +34,8 @@ from ttfunc import (
     unmerge_checkpoint,
 )
 from ttfunc.disk.rows_file import read
+from ttfunc.model.names import saved_names
 from ttfunc.model.origin import Origin
-from ttfunc.model.saved import saved_names
 
 RENAMED = [
     "LlavaForConditionalGeneration",

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ttfunc.model.beside import beside
-from ttfunc.model.sizes import Resized, bias_names
+from ttfunc.model.beside import beside, bias_names
+from ttfunc.model.sizes import Resized
 
 
 class Config:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.call.path import Path, Step, find_path, steps_of
-from ttfunc.model.matrix import Matrix, held_under
+from ttfunc.model.held import held_under
+from ttfunc.model.matrix import Matrix
 from ttfunc.torch_private import is_traced
 
 _MOST_PATHS = 64  # of a model

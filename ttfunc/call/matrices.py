@@ -9,7 +9,8 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from ttfunc.call.known_paths import Model
-from ttfunc.model.matrix import Matrix, count_places, held_under, matrices_of
+from ttfunc.model.held import held_under
+from ttfunc.model.matrix import Matrix, count_places, matrices_of
 from ttfunc.model.memory import memory_of
 from ttfunc.model.names import did_you_mean, peft_twin
 from ttfunc.weight.deferred import PatchedWeight

@@ -16,13 +16,8 @@ from ttfunc.call.patch_mixed import check_batch_first
 from ttfunc.call.stale import check_fresh
 from ttfunc.engines.ownership import Kept, engines_at_work, shape_of
 from ttfunc.model.beside import Beside, beside
-from ttfunc.model.matrix import (
-    Matrix,
-    held_at,
-    held_under,
-    is_stand_in,
-    way_to,
-)
+from ttfunc.model.held import held_at, held_under, way_to
+from ttfunc.model.matrix import Matrix, is_stand_in
 from ttfunc.torch_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place, longer, owned

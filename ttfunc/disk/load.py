@@ -14,7 +14,8 @@ from ttfunc.disk.put_on import on_matrix, put_on
 from ttfunc.disk.rows_file import file_of, is_of_module, read
 from ttfunc.disk.tensors import opened, path_of, prefix_errors, tensor_of
 from ttfunc.model.given import check_model
-from ttfunc.model.names import advice, check_names, matrix_named, names_of
+from ttfunc.model.held import names_of
+from ttfunc.model.names import advice, check_names, matrix_named
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.ends import warn_of_half
 from ttfunc.rows.keys import key, name_in

@@ -17,7 +17,8 @@ from ttfunc.disk.config_file import kind_of, with_sizes
 from ttfunc.disk.folder import Checkpoint
 from ttfunc.disk.header import BITS, TensorEntry
 from ttfunc.disk.matrices import StoredMatrix
-from ttfunc.model.sizes import Entry, bias_names
+from ttfunc.model.beside import bias_names
+from ttfunc.model.sizes import Entry
 from ttfunc.rows.new_tokens import config_entries
 
 

@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from reprlib import repr as shown
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttfunc.engines.shards import rows_at
-from ttfunc.merging.state_dict import Group, biases_of, called, groups_of, of_height
+from ttfunc.merging.state_dict import Group, called, groups_of, resized_beside
 from ttfunc.rows.deltas import RowSpec, TokenDeltas, combine
-from ttfunc.rows.new_tokens import shape_in_weights
 from ttfunc.rows.token_ids import TokenIndices, with_rows
 from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
 from ttfunc.weight.dtensor_rows import like, part
@@ -124,47 +122,23 @@ def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> No
 
 
 def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group], delta: Tensor) -> None:
-    """Warns where some rows of a matrix are the originals, and others are neither these nor new.
+    """Warn where some rows of a matrix are the originals, and others are neither these nor new.
 
-    So it is where some of its names hold other rows, or where other adapters were merged before.
+    This happens where some of its names hold other rows, or where other adapters were merged.
     """
-    if torch.compiler.is_dynamo_compiling():
-        return
     held = [state_dict[group.aliases[0]] for group in groups]
     spec = groups[0].spec
-    if not all(map(_is_plain, [*held, spec.originals])):
+    if torch.compiler.is_dynamo_compiling() or not all(map(_is_plain, [*held, spec.originals])):
         return
     originals = [_holds(matrix, spec, spec.originals) for matrix in held]
-    if len({tuple(one) for one in originals}) > 1:
-        _warn_of_names(groups, [all(one) for one in originals])
+    if any(one != originals[0] for one in originals):
+        warnings.warn(_names_differ(groups, [all(one) for one in originals]), stacklevel=3)
     elif held[0].dtype == spec.originals.dtype and len(set(originals[0])) > 1:  # not by rounding
         ids = spec.known(spec.originals)[0].tolist()
         merged = _holds(held[0], spec, delta) if _is_plain(delta) else originals[0]
         known = map(operator.or_, originals[0], merged)
-        if not (other := [token for token, one in zip(ids, known, strict=True) if not one]):
-            return
-        warnings.warn(
-            f"the rows of tokens {shown(other)} in {groups[0].aliases} are not the originals of "
-            "the parameters, though those of its other tokens are: were other rows of these tokens "
-            "merged before, or were they trained since? The new rows replace them, and unmerge "
-            "will write the originals. Keep this state dict.",
-            stacklevel=3,
-        )
-
-
-def _warn_of_names(groups: list[Group], original: list[bool]) -> None:
-    pairs = list(zip(original, groups, strict=True))
-    names = {
-        have: [name for found, group in pairs if found == have for name in group.aliases]
-        for have in (True, False)
-    }
-    warnings.warn(
-        f"the rows of tokens {shown(list(groups[0].spec.indices.ids))} in {names[False]} are not "
-        f"the originals of the parameters, but those in {names[True]} are. These names are one "
-        "matrix in the model, but not in this state dict. The trained rows replace both, and "
-        "unmerge will write the originals to both. Keep this state dict.",
-        stacklevel=4,
-    )
+        if other := [token for token, one in zip(ids, known, strict=True) if not one]:
+            warnings.warn(_tokens_differ(groups[0], other), stacklevel=3)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -206,14 +180,9 @@ def _written(
             ids, rows = spec.known(rows)
         # Another matrix that is this tensor here may have made it longer already.
         longer = 0 if original else max(0, spec.height - len(matrix))
-        written = _with_rows(matrix, ids, rows, longer)
-        result.update(dict.fromkeys(aliases, written))
+        result.update(dict.fromkeys(aliases, _with_rows(matrix, ids, rows, longer)))
         if longer:
-            # One that two matrices have in common is longer already.
-            for names in biases_of(result, group, shape_in_weights(spec, False)[0]):
-                bias = F.pad(result[names[0]], (0, longer))
-                result.update(dict.fromkeys(names, bias))
-            result.update(of_height(state_dict, aliases, len(matrix), len(matrix) + longer))
+            result.update(resized_beside(result, group, longer))
     return result
 
 
@@ -221,14 +190,10 @@ def _shortened(state_dict: Mapping[str, Tensor], groups: list[Group]) -> dict[st
     """A copy of the state dict without what was added for new tokens."""
     result = _copied(state_dict)
     for group in groups:
-        _, spec, aliases = group
-        if not spec.grown:
-            continue
-        height, _ = shape_in_weights(spec, False)
-        result.update(dict.fromkeys(aliases, state_dict[aliases[0]][:height]))
-        for names in biases_of(state_dict, group, height + spec.grown):
-            result.update(dict.fromkeys(names, state_dict[names[0]][..., :height]))
-        result.update(of_height(state_dict, aliases, height + spec.grown, height))
+        if by := group.spec.grown:
+            matrix = state_dict[group.aliases[0]][:-by]
+            result.update(dict.fromkeys(group.aliases, matrix))
+            result.update(resized_beside(state_dict, group, -by))
     return result
 
 
@@ -261,3 +226,26 @@ def _check_finite(matrix: Tensor, spec: RowSpec, name: str) -> None:
             f"the rows of tokens {bad} for {name!r} are not finite in {matrix.dtype}. Train with a "
             "smaller step, or merge into a wider dtype."
         )
+
+
+def _names_differ(groups: list[Group], original: list[bool]) -> str:
+    pairs = list(zip(original, groups, strict=True))
+    others, these = (
+        [name for found, group in pairs if found == have for name in group.aliases]
+        for have in (False, True)
+    )
+    return (
+        f"the rows of tokens {shown(list(groups[0].spec.indices.ids))} in {others} are not "
+        f"the originals of the parameters, but those in {these} are. These names are one "
+        "matrix in the model, but not in this state dict. The trained rows replace both, and "
+        "unmerge will write the originals to both. Keep this state dict."
+    )
+
+
+def _tokens_differ(group: Group, tokens: list[int]) -> str:
+    return (
+        f"the rows of tokens {shown(tokens)} in {group.aliases} are not the originals of "
+        "the parameters, though those of its other tokens are: were other rows of these tokens "
+        "merged before, or were they trained since? The new rows replace them, and unmerge "
+        "will write the originals. Keep this state dict."
+    )

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ttfunc.model.beside import adapters_in, lengthened
+from ttfunc.model.beside import adapters_in, bias_names, lengthened
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import holds_floats
 from ttfunc.model.memory import same_memory
 from ttfunc.model.names import advice, through_wrappers
-from ttfunc.model.sizes import bias_names
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.new_tokens import shape_in_weights
 from ttfunc.rows.renaming import apart_among, renamed
@@ -53,12 +52,14 @@ def groups_of(
     for key, spec in params.specs.items():
         held = {alias: state_dict[alias] for alias in spec.names if alias in state_dict}
         _check_found(state_dict, spec, held)
+        own: list[Group] = []
         for alias, matrix in held.items():
             _check_matrix(alias, matrix, spec, merged)
-        found = [Group(key, spec, aliases) for _, aliases in _distinct(state_dict, held)]
-        for group in found:
+            if not any(alias in group.aliases for group in own):
+                own.append(Group(key, spec, _names_of(state_dict, matrix)))
+        for group in own:
             _check_apart(group, params)
-        groups += found
+        groups += own
     return groups
 
 
@@ -100,22 +101,22 @@ def _check_found(
         )
 
 
-def biases_of(state_dict: Mapping[str, Tensor], group: Group, height: int) -> list[list[str]]:
-    """The biases of the logits in a state dict, each with all its names; see `sizes.bias_names`."""
-    shapes = {name: one.shape for name, one in state_dict.items() if isinstance(one, Tensor)}
-    names = bias_names(shapes, group.aliases, height, group.spec.origin.biases_among(shapes))
-    return [same for _, same in _distinct(state_dict, {name: state_dict[name] for name in names})]
+def resized_beside(state_dict: Mapping[str, Tensor], group: Group, by: int) -> dict[str, Tensor]:
+    """What has a number for each token beside a matrix, with `by` zeros more, or so many less.
 
-
-def of_height(
-    state_dict: Mapping[str, Tensor], aliases: list[str], height: int, now: int
-) -> dict[str, Tensor]:
-    """What LoRAs around the matrix have for each token, for `now` tokens: 0 for new ones."""
+    These are the biases of the logits, under all their names, and the LoRAs around the matrix.
+    """
     shapes = {name: one.shape for name, one in state_dict.items() if isinstance(one, Tensor)}
-    return {
-        name: lengthened(state_dict[name], dimension, now - height)
-        for name, dimension in adapters_in(shapes, aliases, height).items()
-    }
+    start, _ = shape_in_weights(group.spec, by < 0)
+    known = group.spec.origin.biases_among(shapes)
+    found: dict[str, Tensor] = {}
+    for bias in bias_names(shapes, group.aliases, start, known):
+        if bias not in found:
+            tensor = lengthened(state_dict[bias], len(shapes[bias]) - 1, by)
+            found |= dict.fromkeys(_names_of(state_dict, state_dict[bias]), tensor)
+    for name, dimension in adapters_in(shapes, group.aliases, start).items():
+        found[name] = lengthened(state_dict[name], dimension, by)
+    return found
 
 
 def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> None:
@@ -135,20 +136,11 @@ def _check_matrix(alias: str, matrix: object, spec: RowSpec, merged: bool) -> No
         )
 
 
-def _distinct(
-    state_dict: Mapping[str, Tensor], held: Mapping[str, Tensor]
-) -> list[tuple[Tensor, list[str]]]:
-    """The distinct tensors of `held`, each with all names that the state dict has for it."""
-    distinct: list[Tensor] = []
-    for matrix in held.values():
-        if not any(same_memory(matrix, other) for other in distinct):
-            distinct.append(matrix)
-    return [
-        (matrix, [n for n, other in state_dict.items() if _is_same(matrix, other)])
-        for matrix in distinct
-    ]
+def _names_of(state_dict: Mapping[str, Tensor], tensor: Tensor) -> list[str]:
+    """All names that a state dict has for one tensor."""
+    return [name for name, other in state_dict.items() if _is_same(tensor, other)]
 
 
-def _is_same(matrix: Tensor, other: object) -> bool:
+def _is_same(tensor: Tensor, other: object) -> bool:
     # A module's extra state may be anything.
-    return isinstance(other, Tensor) and same_memory(matrix, other)
+    return isinstance(other, Tensor) and same_memory(tensor, other)

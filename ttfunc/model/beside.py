@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttfunc.engines.ownership import shape_of
-from ttfunc.model.matrix import Matrix, way_to
-from ttfunc.model.sizes import is_bias
+from ttfunc.model.held import tensors_of, way_to
+from ttfunc.model.matrix import Matrix
 
 # The dimension of a LoRA's parts that has the tokens; the others have none.
 _OF_LORA = {"lora_B": 0, "lora_embedding_A": 1, "lora_A": None, "lora_embedding_B": None}
@@ -32,27 +31,56 @@ class Beside(NamedTuple):
 
 
 def beside(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
-    """What is to be longer where the matrix of `height` tokens at the end of the way is: by zeros.
+    """The tensors to lengthen by zeros when the matrix at the end of the way gets new tokens.
 
-    Raises ValueError for an adapter of which that is not so.
+    height: of the matrix. Raises ValueError for an adapter that zeros do not lengthen rightly.
     """
     yield from biases(way, name, height)
-    parts = name.split(".")[:-1]
+    *parts, attribute = name.split(".")
+    weight = way[-1]._parameters.get(attribute)
+    wide = weight is not None and shape_of(weight)[-1] == height
     for depth in range(len(way)):
         if parts[depth : depth + 1] == ["base_layer"]:
-            here, names = way[: depth + 1], parts[:depth]
-            yield from _of_adapters(here, names, height, wide=_width(way[-1], name) == height)
+            yield from _of_adapters(way[: depth + 1], parts[:depth], height, wide)
 
 
 def biases(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
-    """Those of the logits, on the way to the matrix."""
+    """The biases of the logits, in the modules on the way to the matrix."""
     parts = name.split(".")[:-1]
     for depth, module in enumerate(way):
-        for attribute, tensor in _held(module):
+        for attribute, tensor in tensors_of(module):
             shape = shape_of(tensor)
             if is_bias(attribute, shape, height):
                 full = ".".join((*parts[:depth], attribute))
                 yield Beside(full, way[: depth + 1], tensor, len(shape) - 1)
+
+
+def is_bias(name: str, shape: Sequence[int], height: int) -> bool:
+    """Whether it is a bias of the logits of `height` tokens, by its name and its shape."""
+    return name.endswith("bias") and tuple(shape) in {(height,), (1, height)}
+
+
+def bias_names(
+    shapes: Mapping[str, Sequence[int]],
+    matrix: Iterable[str],
+    height: int,
+    known: Sequence[str] | None = None,
+) -> list[str]:
+    """The biases in a state dict, of which the shapes are known: beside the matrix, or above it.
+
+    known: their names in the model, if the model was asked; the state dict may have other ones.
+    """
+    if known is not None and any(name in shapes for name in known):
+        return [name for name in known if name in shapes and is_bias(name, shapes[name], height)]
+    holders = [name.rpartition(".")[0] + "." for name in matrix]
+    last = None if known is None else {name.rpartition(".")[2] for name in known}
+    return [
+        name
+        for name, shape in shapes.items()
+        if is_bias(name, shape, height)
+        and any(holder.startswith(name[: name.rfind(".") + 1]) for holder in holders)
+        and (last is None or name.rpartition(".")[2] in last)
+    ]
 
 
 def check_beside(model: nn.Module, matrix: Matrix) -> None:
@@ -115,22 +143,11 @@ def _below(
     way: list[nn.Module], path: list[str]
 ) -> Iterator[tuple[list[str], list[nn.Module], Tensor]]:
     """The tensors of a layer, but for those of the layer within."""
-    for attribute, tensor in _held(way[-1]):
+    for attribute, tensor in tensors_of(way[-1]):
         yield [*path, attribute], way, tensor
     for part, child in way[-1]._modules.items():
         if child is not None and part != "base_layer":
             yield from _below([*way, child], [*path, part])
-
-
-def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in chain(module._parameters.items(), module._buffers.items()):
-        if tensor is not None:
-            yield name, tensor
-
-
-def _width(holder: nn.Module, name: str) -> int | None:
-    weight = holder._parameters.get(name.rpartition(".")[2])
-    return None if weight is None else shape_of(weight)[-1]
 
 
 def _no_place(part: str, shape: Sequence[int], layer: str, height: int) -> ValueError:

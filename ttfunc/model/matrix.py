@@ -7,15 +7,15 @@ same memory. No config is read for it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ttfunc.engines.ownership import Kept, shape_of
+from ttfunc.model.held import Held, held_in, held_under
 from ttfunc.model.memory import memory_of, overlaps
 from ttfunc.torch_private import is_fake, is_traced
 
@@ -56,22 +56,19 @@ class Matrix:
 
     @property
     def current(self) -> Tensor:
-        """What the model holds in its place: while torch.export traces it, a fake of `tensor`."""
-        model = self.model() if is_traced() else None
-        now = None if model is None else held_under(model, self.slots[0][0])
-        return self.tensor if now is None or not is_stand_in(now, self.tensor) else now
+        """The tensor that the model holds now: while torch.export traces it, a fake one."""
+        return (*self._stand_ins(), self.tensor)[0]
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether it is the parameter in one of the slots, or stands for it in a trace."""
-        if any(tensor is one for _, one in self.slots):
-            return True
+        """Whether `tensor` is the parameter in one of the slots, or stands for it in a trace."""
+        return any(tensor is one for one in (*(one for _, one in self.slots), *self._stand_ins()))
+
+    def _stand_ins(self) -> list[Tensor]:
         model = self.model() if is_traced() else None
         if model is None:
-            return False
-        return any(
-            held_under(model, name) is tensor and is_stand_in(tensor, one)
-            for name, one in self.slots
-        )
+            return []
+        now = [(held_under(model, name), one) for name, one in self.slots]
+        return [fake for fake, one in now if fake is not None and is_stand_in(fake, one)]
 
     @property
     def distinct(self) -> dict[str, Tensor]:
@@ -111,116 +108,66 @@ def holds_floats(tensor: Tensor) -> bool:
 def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
     """Every place of `model` that holds `tensor`: by identity, or by the same memory and shape.
 
-    A place is a parameter or a buffer. Raises ValueError where another place covers a part of the
+    Raises ValueError where another place covers a part of the
     same memory, or all of it in another shape: the two cannot be patched together.
     """
     return matrices_of(model, [tensor])[0]
 
 
 def matrices_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[Matrix]:
-    """`matrix_of` each of them: the model is searched once."""
-    held = list(_held(model))
-    # Two places that an engine has gathered for each by itself are one tensor as it keeps them.
+    """The matrix of each of the tensors, as `matrix_of` finds it: the model is searched once."""
+    held = list(held_in(model))
+    # Where an engine has gathered each place by itself, the tied places are one tensor in its keep.
     engines = Kept()
-    kept = {id(one): engines.of(module, attribute, one) for _, module, attribute, one in held}
+    kept = {id(one.tensor): engines.of(*one[1:]) for one in held}
     keys = [memory_of(kept.get(id(tensor), tensor)) for tensor in tensors]
-    wanted = {key: _Places() for key in keys}
-    of_storage: dict[object, list[Tensor]] = {}
-    for key, tensor in zip(keys, tensors, strict=True):
-        of_storage.setdefault(key[0], []).append(tensor)
-    for name, module, attribute, one in held:
-        memory = memory_of(kept[id(one)])
-        places = wanted.get(memory)
-        if places is None:
-            _check_apart(name, one, of_storage.get(memory[0], ()))
-            continue
-        if attribute not in module._non_persistent_buffers_set:
-            places.names.append(name)
-        places.slots.setdefault((id(module), attribute), (name, kept[id(one)]))
-        places.has_max_norm |= getattr(module, "max_norm", None) is not None
-    found = {
-        key: Matrix(tuple(p.names), tuple(p.slots.values()), p.has_max_norm, weakref.ref(model))
-        for key, p in wanted.items()
-    }
+    places: dict[object, list[Held]] = {key: [] for key in keys}
+    storages = {key[0] for key in keys}
+    for one in held:
+        key = memory_of(kept[id(one.tensor)])
+        if key in places:
+            places[key].append(one._replace(tensor=kept[id(one.tensor)]))
+        elif key[0] in storages:
+            _check_apart(one, tensors)
+    found = {key: _matrix(model, ones) for key, ones in places.items()}
     return [found[key] for key in keys]
 
 
-def names_apart(model: nn.Module, matrix: Matrix) -> tuple[str, ...]:
-    """The names of its other matrices of this shape, which may be tied to this one elsewhere."""
-    return tuple(
-        name
-        for name, module, attribute, one in _held(model)
-        if name not in matrix.names
-        and attribute not in module._non_persistent_buffers_set
-        and not (is_lazy(one) or one.is_nested)
-        and shape_of(one) == matrix.shape
+def _matrix(model: nn.Module, places: Sequence[Held]) -> Matrix:
+    slots: dict[tuple[int, str], tuple[str, Tensor]] = {}
+    for one in places:
+        slots.setdefault(one.place, (one.name, one.tensor))
+    return Matrix(
+        names=tuple(one.name for one in places if one.is_saved),
+        slots=tuple(slots.values()),
+        has_max_norm=any(getattr(one.module, "max_norm", None) is not None for one in places),
+        model=weakref.ref(model),
     )
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Every parameter and buffer, by each of its names: the module, the attribute, the tensor."""
-    for path, module in named_modules(model):
-        for attribute, one in chain(module._parameters.items(), module._buffers.items()):
-            if one is not None:
-                yield f"{path}.{attribute}" if path else attribute, module, attribute, one
-
-
-class _Places:
-    """Where a tensor is held, as far as it was found."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.slots: dict[tuple[int, str], tuple[str, Tensor]] = {}
-        self.has_max_norm = False
-
-
-def _check_apart(name: str, other: Tensor, tensors: Iterable[Tensor]) -> None:
+def _check_apart(one: Held, tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
-        if overlaps(other, tensor):
+        if overlaps(one.tensor, tensor):
             raise ValueError(
-                f"{name!r} {tuple(other.shape)} is another view of the matrix "
+                f"{one.name!r} {tuple(one.tensor.shape)} is another view of the matrix "
                 f"{tuple(tensor.shape)}: the two cannot be patched together. Give it "
                 "memory of its own, or make it the same parameter."
             )
 
 
-def count_places(model: nn.Module, tensors: Iterable[Tensor]) -> int:
-    """How many places of `model` hold one of exactly these tensors, as its engines keep them.
-
-    A place is a module and an attribute of it; a module that has two names is one.
-    """
-    wanted, engines = {id(tensor) for tensor in tensors}, Kept()
-    return sum(
-        one is not None and id(engines.of(module, attribute, one)) in wanted
-        for module in model.modules()
-        for attribute, one in chain(module._parameters.items(), module._buffers.items())
+def names_apart(model: nn.Module, matrix: Matrix) -> tuple[str, ...]:
+    """The names of other matrices of this shape, which another model may tie to this one."""
+    return tuple(
+        one.name
+        for one in held_in(model)
+        if one.name not in matrix.names
+        and one.is_saved
+        and not (is_lazy(one.tensor) or one.tensor.is_nested)
+        and shape_of(one.tensor) == matrix.shape
     )
 
 
-def way_to(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules from the model to the one that holds `name`, as far as they exist."""
-    way = [model]
-    for part in name.split(".")[:-1]:
-        module = way[-1]._modules.get(part)
-        if module is None:
-            break
-        way.append(module)
-    return way
-
-
-def held_at(way: list[nn.Module], name: str) -> Tensor | None:
-    """The parameter or buffer at the end of the way to its name; None where there is none."""
-    if len(way) <= name.count("."):
-        return None
-    holder, attribute = way[-1], name.rpartition(".")[2]
-    parameter = holder._parameters.get(attribute)
-    return holder._buffers.get(attribute) if parameter is None else parameter
-
-
-def held_under(model: nn.Module, name: str) -> Tensor | None:
-    """The parameter or buffer that the model has under `name` now."""
-    return held_at(way_to(model, name), name)
-
-
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from model.named_modules(remove_duplicate=False)
+def count_places(model: nn.Module, tensors: Iterable[Tensor]) -> int:
+    """How many places of `model` hold one of exactly these tensors, as its engines keep them."""
+    wanted, engines = {id(tensor) for tensor in tensors}, Kept()
+    return len({one.place for one in held_in(model) if id(engines.of(*one[1:])) in wanted})

@@ -1,34 +1,45 @@
-"""Other names of a matrix: those that the user gives, and those that a wrapper makes."""
+"""Other names of a matrix: in a wrapper, in an adapter, in the model's own folder, or mistyped."""
 
 from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import chain, takewhile
+from itertools import takewhile
 from pathlib import Path
 from reprlib import repr as shown
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ttfunc.model.held import names_of, way_to
 from ttfunc.model.matrix import Matrix, holds_floats, matrix_of
+from ttfunc.torch_private import outside_of_modes
 
 # The parts that wrappers put into the names of a model, and the wrapper of each.
 _WRAPPERS = {
-    "_orig_mod.": "torch.compile",
-    "_fsdp_wrapped_module.": "FSDP",
-    "_checkpoint_wrapped_module.": "checkpoint_wrapper",
-    "base_model.model.": "PEFT",
-    "base_layer.": "PEFT",
-    "module.": "DataParallel or DistributedDataParallel",
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "checkpoint_wrapper",
+    "base_model.model": "PEFT",
+    "base_layer": "PEFT",
+    "token_adapter": "PEFT",
+    "module": "DataParallel or DistributedDataParallel",
 }
-_ANYWHERE = re.compile(
-    r"(?<![^.])"
-    r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|token_adapter)\."
-)
-_IN_PEFT = re.compile(r"(?<![^.])(?:base_layer|token_adapter)\.")
-_FIRST = re.compile(r"^(?:(?:module|base_model\.model)\.)+")
+# These are known at the beginning of a name alone: a model has such parts itself.
+_FIRST = ("base_model.model", "module")
 PEFT = "base_model.model."  # before each name of the model in a PeftModel
+
+
+def _any_of(parts: Iterable[str]) -> str:
+    return rf"(?:(?:{'|'.join(map(re.escape, parts))})\.)"
+
+
+_LAYERS = re.compile(rf"(?<![^.]){_any_of(('base_layer', 'token_adapter'))}")
+_WITHIN = re.compile(rf"(?<![^.]){_any_of(_WRAPPERS.keys() - {*_FIRST})}")
+_ALL = re.compile(rf"^{_any_of(_WRAPPERS)}+|{_WITHIN.pattern}")
 
 
 def check_names(names: object) -> None:
@@ -44,7 +55,7 @@ def peft_twin(name: str) -> str:
 
 def without_peft(name: str) -> str:
     """The name of the same parameter in the model itself, also of a layer in a LoRA's."""
-    return _IN_PEFT.sub("", name.removeprefix(PEFT))
+    return _LAYERS.sub("", name.removeprefix(PEFT))
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -87,11 +98,14 @@ def through_wrappers(names: Iterable[str], held: Iterable[str]) -> dict[str, str
     return {name: others[0] for name, others in found.items() if len(others) == 1}
 
 
+def within(name: str) -> str:
+    """The name without the parts that wrappers within a model put into it."""
+    return _WITHIN.sub("", name)
+
+
 def _bare(name: str) -> str:
-    before = ""
-    while before != name:
-        before, name = name, _FIRST.sub("", _ANYWHERE.sub("", name))
-    return name
+    """The name without the parts of any wrapper, in or around the model."""
+    return _ALL.sub("", name)
 
 
 def _behind_a_prefix(names: Sequence[str], held: Collection[str]) -> dict[str, str]:
@@ -108,9 +122,9 @@ def _behind_a_prefix(names: Sequence[str], held: Collection[str]) -> dict[str, s
 def _who(names: Mapping[str, str]) -> str:
     """The parts that wrappers have put into one name of a pair, and the wrapper of each."""
     parts = [
-        f"{part!r} of {who}"
+        f"'{part}.' of {who}"
         for part, who in _WRAPPERS.items()
-        if any(f".{a}".count(f".{part}") != f".{b}".count(f".{part}") for a, b in names.items())
+        if any(f".{a}".count(f".{part}.") != f".{b}".count(f".{part}.") for a, b in names.items())
     ]
     return " and the ".join(parts)
 
@@ -119,12 +133,6 @@ def did_you_mean(name: str, held: Collection[str]) -> str:
     """A question for a message: which of `held` are like `name`."""
     close = difflib.get_close_matches(name, held, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
-def names_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of a model, under each of its names."""
-    listed = (model.named_parameters, model.named_buffers)
-    return dict(chain(*(f(remove_duplicate=False) for f in listed)))
 
 
 def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
@@ -146,3 +154,38 @@ def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
             "matrices out of the quantisation."
         )
     return matrix_of(model, held[name])
+
+
+def saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Those of `names` that are others in a folder of the model, and what they are there.
+
+    transformers renames the parameters of some models when it saves them. The function that
+    `save_pretrained` itself calls says how, of a tensor on meta under each name; no weight is read.
+    Names there have no part of a wrapper. A model that is not of transformers has no such names.
+    """
+    transformers = sys.modules.get("transformers.modeling_utils")
+    kind, revert = (
+        getattr(transformers, name, None)
+        for name in ("PreTrainedModel", "revert_weight_conversion")
+    )
+    if kind is None or revert is None:
+        return {}
+    found: dict[str, str] = {}
+    for name in names:
+        way = way_to(model, name)
+        depth = next((depth for depth, one in enumerate(way) if isinstance(one, kind)), None)
+        if depth is not None:
+            own = ".".join(name.split(".")[depth:])
+            found[name] = _saved(revert, way[depth], within(own))
+    return {name: other for name, other in found.items() if other != name}
+
+
+def _saved(revert: Any, model: nn.Module, name: str) -> str:
+    with outside_of_modes():
+        tensor: Tensor = torch.empty(0, device="meta")
+    try:
+        saved = revert(model, {name: tensor})
+    except Exception:  # it refuses some quantised models, which it cannot save either
+        return name
+    # A matrix that is stored in another form is another tensor, and cannot be written to by rows.
+    return next((other for other, one in saved.items() if one is tensor), name)

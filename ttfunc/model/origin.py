@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ttfunc.engines.ownership import is_sharded
 from ttfunc.model.beside import biases
-from ttfunc.model.matrix import Matrix, named_modules, names_apart, way_to
+from ttfunc.model.held import held_in, tensors_of, way_to
+from ttfunc.model.matrix import Matrix, names_apart
+from ttfunc.model.names import saved_names
 from ttfunc.model.probe import sizes_of
-from ttfunc.model.saved import saved_names
 from ttfunc.torch_private import is_fake, is_wrapped, outside_of_modes
 
 # How many numbers of a matrix are kept, to know it again by.
@@ -79,10 +80,15 @@ def origin_of(model: nn.Module, matrix: Matrix, trained: Sequence[int]) -> Origi
     height, name = matrix.shape[0], matrix.names[0]
     root, prefix = _saved_whole(model, name)
     grown = sum(token >= height for token in trained)
-    named = [bias for name in matrix.names for bias in _biases(model, name, height)]
+    named = [
+        bias.name for name in matrix.names for bias in biases(way_to(model, name), name, height)
+    ]
     found = None
     if grown and root is not None:
-        names = [one for one in _names(model) if one.startswith(prefix)]
+        first: dict[int, str] = {}  # of the names of a tensor
+        for one in held_in(model):
+            first.setdefault(id(one.tensor), one.name)
+        names = [name for name in first.values() if name.startswith(prefix)]
         found = sizes_of(root, names, matrix.names, height, grown)
     return Origin(
         model=_name(model if root is None else root),
@@ -105,24 +111,10 @@ def _saved_whole(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
     return None, ""
 
 
-def _names(model: nn.Module) -> list[str]:
-    """One for each parameter and buffer: the first, where it has several."""
-    first: dict[int, str] = {}
-    for path, module in named_modules(model):
-        for attribute, one in chain(module._parameters.items(), module._buffers.items()):
-            if one is not None:
-                first.setdefault(id(one), f"{path}.{attribute}" if path else attribute)
-    return [*first.values()]
-
-
-def _biases(model: nn.Module, name: str, height: int) -> Iterator[str]:
-    return (bias.name for bias in biases(way_to(model, name), name, height))
-
-
 def _beside(model: nn.Module, matrix: Matrix) -> Iterator[str]:
     for name in matrix.names:
         module, attribute = way_to(model, name)[-1], name.rpartition(".")[2]
-        for other in chain(module._parameters, module._buffers):
+        for other, _ in tensors_of(module):
             if other.startswith(f"{attribute}_"):
                 yield other.removeprefix(attribute)
 
@@ -130,18 +122,15 @@ def _beside(model: nn.Module, matrix: Matrix) -> Iterator[str]:
 def _name(model: nn.Module) -> str:
     """Its class, and the name that it was loaded by, without the folders of this machine."""
     known = getattr(getattr(model, "config", None), "_name_or_path", None)
-    last = (
-        known.rstrip("/\\").replace("\\", "/").rpartition("/")[2] if isinstance(known, str) else ""
-    )
+    path = known.replace("\\", "/") if isinstance(known, str) else ""
+    last = path.rstrip("/").rpartition("/")[2]
     return f"{type(model).__name__} {last}".strip()
 
 
 def _sample(matrix: Matrix, trained: Sequence[int]) -> Sample | None:
     tensor, height = matrix.tensor, matrix.shape[0]
-    known = not (tensor.is_meta or is_fake(tensor) or is_wrapped(tensor))
-    if not (known and tensor.numel()) or is_sharded(
-        tensor
-    ):  # numbers of other ranks cost a message
+    unknown = tensor.is_meta or is_fake(tensor) or is_wrapped(tensor)
+    if unknown or is_sharded(tensor) or not tensor.numel():  # (other ranks' cost a message)
         return None
     even = dict.fromkeys(height * place // _SAMPLED for place in range(_SAMPLED))
     rows = tuple(sorted(even.keys() - set(trained)))
@@ -154,20 +143,16 @@ def is_other(matrix: Tensor, sample: Sample, trained: Sequence[int]) -> bool:
 
     A model that differs in a few rows, as one that other rows were merged into, is the same one.
     """
-    kept = [
-        (row, place)
-        for place, row in enumerate(sample.rows)
-        if row < matrix.shape[0] and row not in trained
-    ]
-    if not kept or is_sharded(matrix):
+    height = matrix.shape[0]
+    kept = [row < height and row not in trained for row in sample.rows]
+    if not any(kept) or is_sharded(matrix):
         return False
-    rows, places = zip(*kept, strict=True)
     with outside_of_modes():
-        found = numbers_at(matrix, rows).cpu()
-        known = sample.numbers.cpu()[list(places)]
+        found = numbers_at(matrix, tuple(itertools.compress(sample.rows, kept))).cpu()
+        known = sample.numbers.cpu()[kept]
         coarse = max(found.dtype, known.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         differing = found.to(coarse).double() != known.to(coarse).double()
-    return int(differing.sum()) * 2 > len(kept)
+    return int(differing.sum()) * 2 > sum(kept)
 
 
 def numbers_at(matrix: Tensor, rows: tuple[int, ...]) -> Tensor:

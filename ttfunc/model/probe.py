@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ttfunc.model.names import within
 from ttfunc.model.sizes import USUAL
 from ttfunc.torch_private import outside_of_modes
 
 Shapes = dict[str, tuple[int, ...]]
-# Parts of names that wrappers add within a model. (What an adapter has beside a layer is no layer.)
-_BETWEEN = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 
 
 class Sizes(NamedTuple):
@@ -58,26 +57,17 @@ def sizes_of(
         if not changed and values[path] == height and _is_above(path, sizing)
     ]
     return Sizes(
-        {".".join(path): values[path] for path in [*sizing, *idle]}, _called(others, held, plain)
+        {".".join(path): values[path] for path in [*sizing, *idle]},
+        [name for name in held if _plain(name, plain) in others],
     )
 
 
-def _called(others: set[str], held: Sequence[str], plain: Iterable[str]) -> list[str]:
-    likely = (n for n in held if any(_is_within(o.split("."), n.split(".")) for o in others))
-    return [name for name in likely if _plain(name, plain) in others]
-
-
-def _plain(name: str, plain: Iterable[str]) -> str | None:
-    """The one of the `plain` names of a model that it has there with parts that wrappers add."""
-    parts = name.split(".")
-    fitting = [other for other in plain if _is_within(other.split("."), parts)]
-    return max(fitting, key=len, default=None)
-
-
-def _is_within(some: list[str], parts: list[str]) -> bool:
-    """Whether a name ends in another, but for what wrappers put between its parts."""
-    some, parts = ([one for one in name if one not in _BETWEEN] for name in (some, parts))
-    return parts[-len(some) :] == some
+def _plain(name: str, plain: Collection[str]) -> str | None:
+    """The longest of the `plain` names that a name ends in, but for the parts of wrappers."""
+    end = within(name)
+    while end and end not in plain:
+        end = end.partition(".")[2]
+    return end or None
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -138,31 +138,3 @@ def with_entries(config: Any, entries: Mapping[str, Entry]) -> Any:
         else:
             setattr(holder, last, entry.new)
     return changed
-
-
-def is_bias(name: str, shape: Sequence[int], height: int) -> bool:
-    """Whether it is a bias of the logits of `height` tokens, by its name and its shape."""
-    return name.endswith("bias") and tuple(shape) in {(height,), (1, height)}
-
-
-def bias_names(
-    shapes: Mapping[str, Sequence[int]],
-    matrix: Iterable[str],
-    height: int,
-    known: Sequence[str] | None = None,
-) -> list[str]:
-    """The biases in a state dict, of which the shapes are known: beside the matrix, or above it.
-
-    known: their names in the model, if the model was asked; the state dict may have other ones.
-    """
-    if known is not None and any(name in shapes for name in known):
-        return [name for name in known if name in shapes and is_bias(name, shapes[name], height)]
-    holders = [name.rpartition(".")[0] + "." for name in matrix]
-    last = None if known is None else {name.rpartition(".")[2] for name in known}
-    return [
-        name
-        for name, shape in shapes.items()
-        if is_bias(name, shape, height)
-        and any(holder.startswith(name[: name.rfind(".") + 1]) for holder in holders)
-        and (last is None or name.rpartition(".")[2] in last)
-    ]

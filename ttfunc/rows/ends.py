@@ -9,8 +9,8 @@ from typing import Protocol
 
 from torch import nn
 
+from ttfunc.model.both_ends import head_apart
 from ttfunc.model.matrix import Matrix
-from ttfunc.model.targets import head_apart
 from ttfunc.rows.token_ids import TokenIndices
 
 # Models that were told of a head whose rows are not trained.

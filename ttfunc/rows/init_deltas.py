@@ -12,10 +12,11 @@ from torch import nn
 from ttfunc.engines.ownership import check_engine
 from ttfunc.engines.shards import rows_or_zeros
 from ttfunc.model.beside import check_beside
+from ttfunc.model.both_ends import both_ends, check_ties_kept
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix, matrix_of
 from ttfunc.model.origin import origin_of
-from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
+from ttfunc.model.targets import Targets, find_targets
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.ends import warn_of_half
 from ttfunc.rows.given import check_dtype, token_indices

@@ -9,11 +9,11 @@ from dataclasses import replace
 from torch import nn
 
 from ttfunc.engines.ownership import shape_of
+from ttfunc.model.both_ends import both_ends
 from ttfunc.model.given import refuse_token_module
+from ttfunc.model.held import names_of
 from ttfunc.model.matrix import Matrix
-from ttfunc.model.names import names_of
 from ttfunc.model.sizes import Entry
-from ttfunc.model.targets import both_ends
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.token_ids import TokenIndices
 
