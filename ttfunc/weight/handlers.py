@@ -220,10 +220,7 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
         rows = weight.source.rows.map(
             lambda values: func(cast_like(values, weight.source.base), *args, **kwargs)
         )
-        placeholder = rows.placeholder(base, weight.source.reads)
-        return weight.with_source(
-            weight.source._replace(base=base, rows=rows, placeholder=placeholder)
-        )
+        return weight.with_source(weight.source.over(base, rows))
 
     return handler
 

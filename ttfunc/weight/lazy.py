@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ttfunc.own_names import OwnTensorNames
-from ttfunc.torch_private import forbid_writes, no_torch_function, tree_map
+from ttfunc.torch_private import no_torch_function, tree_map
 from ttfunc.weight.overrides import QUESTIONS, refuse_layout, refuse_writes
+from ttfunc.weight.placeholder import expanded_nan
 
 
 class OnTensorsAlone:
@@ -123,9 +124,7 @@ def lazy(
     piece: Callable[[int, int], Tensor] | None = None,
 ) -> Lazy:
     """A lazy tensor of a shape, with the dtype and device of another, and without a gradient."""
-    nan = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
-    forbid_writes(nan)
-    made = nan.expand(shape).as_subclass(Lazy)
+    made = expanded_nan(like, shape).as_subclass(Lazy)
     made.make, made.piece = make, piece
     return made
 

@@ -8,27 +8,28 @@ noted. Anything else makes the logits, and gives what it gives without deferring
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ttfunc.rows.token_ids import outside_of_autocast
+from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast
 from ttfunc.torch_private import (
     TensorBase,
     first_order,
     is_traced,
-    is_wrapped,
     no_torch_function,
     outside_of_modes,
     transform_depth,
+    transforms_active,
     tree_leaves,
     version_of,
 )
 from ttfunc.weight.lazy import Lazy
-from ttfunc.weight.logits_placeholder import LogitsPlaceholder, kept
-from ttfunc.weight.loss import Steps, in_steps
+from ttfunc.weight.loss import Steps, gradients, in_steps, made_of
 from ttfunc.weight.overrides import registry
+from ttfunc.weight.placeholder import expanded_nan, placeholder, with_values
 from ttfunc.weight.product import autocast, cast_like, long_bias
 from ttfunc.weight.rows import Rows
 
@@ -157,7 +158,7 @@ class DeferredLogits(Lazy):
         made = self.values()
         with no_torch_function():
             if self.grad_fn is not self.node:
-                made = _Valued.apply(self.as_subclass(Tensor), made.detach())  # type: ignore[no-untyped-call]
+                made = with_values(self.as_subclass(Tensor), made)
         if self.memory.made is not None:
             self.known = made
         return made
@@ -189,16 +190,29 @@ class DeferredLogits(Lazy):
         return _wrap(undone, self.constant)
 
 
-class _Valued(torch.autograd.Function):
-    """Values for logits that have got another gradient, as the output of someone's function."""
+@dataclass(frozen=True)
+class _Logits:
+    """The logits as a function of hidden states, base, rows and bias."""
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, values: Tensor) -> Tensor:
-        return values.clone()
+    indices: TokenIndices
+    steps: Steps
+    dtype: torch.dtype
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def blank(self, hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        shape = (*hidden.shape[:-1], self.indices.height(len(base)))
+        return expanded_nan(hidden, shape, self.dtype)
+
+    def made(self, hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        return made_of(hidden, base, rows, bias, self.indices, self.steps)
+
+    def gradient(
+        self, grad: Tensor, needs: tuple[bool, ...], *operands: Any
+    ) -> tuple[Tensor | None, ...]:
+        hidden, base, rows, bias = operands
+        first, second = gradients(
+            lambda hidden, rows: self.made(hidden, base, rows, bias), hidden, rows, grad, needs
+        )
+        return first, None, second, None
 
 
 def defer(hidden: Tensor, rows: Rows, base: Tensor, bias: Tensor | None) -> DeferredLogits:
@@ -206,8 +220,33 @@ def defer(hidden: Tensor, rows: Rows, base: Tensor, bias: Tensor | None) -> Defe
     hidden, base = autocast(hidden), autocast(base)
     bias = long_bias(bias, base, rows.ids)  # type: ignore[arg-type]
     versions = tuple((one, version_of(one)) for one in (hidden, base, bias) if one is not None)
-    rows = rows.map(lambda values: kept(values, base))
+    rows = rows.map(lambda values: _kept(values, base))
     return _wrap(Undone(hidden, rows, base, bias, (), versions), constant=False)
+
+
+def _kept(values: Tensor, base: Tensor) -> Tensor:
+    """Rows as the product takes them, in a memory of their own.
+
+    A step of an optimizer writes to the rows, often past their version, and the logits of the step
+    are those from before. Rows that were written to since get no gradient: torch says the same of
+    an operand that a product has kept for its backward.
+    """
+    cast = cast_like(values, base)
+    if cast is not values:
+        return cast
+    copy, version = values.clone(), version_of(values)
+
+    def check(grad: Tensor) -> None:
+        if version_of(values) != version:
+            raise RuntimeError(
+                "the gradient of deferred logits is asked for only now that the rows that they are "
+                "made of have been modified by an inplace operation (a step of an optimizer, a "
+                "clamp). Call backward before that, or make the logits anew."
+            )
+
+    if copy.requires_grad and not transforms_active():
+        copy.register_hook(check)
+    return copy
 
 
 def can_defer(hidden: Tensor, rows: Rows, bias: Tensor | None) -> bool:
@@ -233,10 +272,9 @@ def _wrap(
 ) -> DeferredLogits:
     constant = constant or not torch.is_grad_enabled()
     undone = undone.checked().constant() if constant else undone.checked()
-    operands = undone.operands()
+    *operands, indices = undone.operands()
     dtype = in_steps(undone.steps, undone.hidden.new_empty(0)).dtype
-    transformed = is_wrapped(operands[0]) or is_wrapped(operands[2])
-    nan = LogitsPlaceholder.apply(*operands, undone.steps, dtype, transformed)  # type: ignore[no-untyped-call]
+    nan = placeholder(_Logits(indices, undone.steps, dtype), *operands)
     if blank is None:
         with outside_of_modes():
             blank = torch.empty(nan.shape, dtype=dtype, device="meta")
