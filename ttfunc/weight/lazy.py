@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ttfunc.own_names import OwnTensorNames
 from ttfunc.torch_private import no_torch_function, tree_map
-from ttfunc.weight.overrides import QUESTIONS, refuse_layout, refuse_writes
+from ttfunc.weight.overrides import QUESTIONS, refuse_writes
 from ttfunc.weight.placeholder import expanded_nan
 
 
@@ -111,7 +111,6 @@ class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        refuse_layout(func, args, _is_lost)
         refuse_writes(func, args, kwargs, _is_lost)
         with torch.no_grad():
             return func(*tree_map(_values, args), **tree_map(_values, kwargs))

@@ -147,7 +147,8 @@ class DeferredLogits(Lazy):
     @classmethod
     def handled(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As a Lazy's; nothing where some have been read."""
-        if not all(one.waits for one in _deferred_in(args, kwargs)):
+        given = tree_leaves((args, kwargs))
+        if not all(one.waits for one in given if isinstance(one, DeferredLogits)):
             return NotImplemented
         return super().handled(func, args, kwargs)
 
@@ -258,11 +259,6 @@ def can_defer(hidden: Tensor, rows: Rows, bias: Tensor | None) -> bool:
     return not (bias is not None and bias.requires_grad) and first_order(hidden, rows.values)
 
 
-def wants_gradient(hidden: Tensor, rows: Rows) -> bool:
-    """Whether this is a step of training. Elsewhere someone reads the logits."""
-    return torch.is_grad_enabled() and (hidden.requires_grad or rows.values.requires_grad)
-
-
 def _wrap(
     undone: Undone,
     constant: bool,
@@ -284,10 +280,6 @@ def _wrap(
     with no_torch_function():
         logits.node = logits.grad_fn
     return logits
-
-
-def _deferred_in(*values: Any) -> list[DeferredLogits]:
-    return [one for one in tree_leaves(values) if isinstance(one, DeferredLogits)]
 
 
 DeferredLogits.handlers = _HANDLERS

@@ -26,7 +26,7 @@ from ttfunc.torch_private import (
     tree_map,
     wrapper_of,
 )
-from ttfunc.weight.overrides import refuse_layout, refuse_writes
+from ttfunc.weight.overrides import refuse_writes
 
 
 class Reads:
@@ -169,7 +169,7 @@ class Placeholder(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        refuse_layout(func, args, _is_placeholder)
+        refuse_writes(func, args, kwargs, _is_placeholder)
         if func in COMPARISONS or (getattr(func, "is_view", False) and _is_placeholder(args[0])):
             with outside_of_dispatch():
                 seen = func(*args, **kwargs)
@@ -178,7 +178,6 @@ class Placeholder(Tensor):
             if isinstance(seen, Tensor):  # a transform makes views of it before any read
                 made = args[0].made
                 return _replaced(seen, lambda: _viewed(func, made(), *args[1:], **kwargs))
-        refuse_writes(func, args, kwargs, _is_placeholder)
         return func(*tree_map(_made, args), **tree_map(_made, kwargs))
 
 
