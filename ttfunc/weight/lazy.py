@@ -123,7 +123,8 @@ def lazy(
     piece: Callable[[int, int], Tensor] | None = None,
 ) -> Lazy:
     """A lazy tensor of a shape, with the dtype and device of another, and without a gradient."""
-    made = expanded_nan(like, shape).as_subclass(Lazy)
+    plain = torch.empty(0, dtype=like.dtype, device=like.device)  # also where that is a DTensor
+    made = expanded_nan(plain, shape).as_subclass(Lazy)
     made.make, made.piece = make, piece
     return made
 
