@@ -68,11 +68,6 @@ class Undone(NamedTuple):
             )
         return self
 
-    def constant(self) -> Undone:
-        """The same without a gradient."""
-        rows = self.rows.map(Tensor.detach)
-        return self._replace(hidden=self.hidden.detach(), rows=rows)
-
     def operands(self) -> tuple[Any, ...]:
         """Hidden states, base, rows, bias and ids, as a product takes them."""
         rows = cast_like(self.rows.values, self.base)
@@ -131,8 +126,6 @@ class DeferredLogits(Lazy):
         with no_torch_function():
             own = self.grad_fn is self.node
         return own and self.known is None and self.memory.made is None
-
-    # What a Lazy does, of which this is a kind.
 
     def answering(self, question: Callable[..., Any]) -> Tensor:
         """The NaN, which has their shape, dtype and history, as far as it knows."""
@@ -266,8 +259,9 @@ def _wrap(
     views: tuple[Callable[[Tensor], Tensor], ...] = (),
     blank: Tensor | None = None,
 ) -> DeferredLogits:
-    constant = constant or not torch.is_grad_enabled()
-    undone = undone.checked().constant() if constant else undone.checked()
+    undone = undone.checked()
+    if constant := constant or not torch.is_grad_enabled():
+        undone = undone._replace(hidden=undone.hidden.detach(), rows=undone.rows.map(Tensor.detach))
     *operands, indices = undone.operands()
     dtype = in_steps(undone.steps, undone.hidden.new_empty(0)).dtype
     nan = placeholder(_Logits(indices, undone.steps, dtype), *operands)
