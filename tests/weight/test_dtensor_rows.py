@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from tests.helpers.mesh import mesh_of_one
 from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.weight.dtensor_rows import like
-from ttfunc.weight.reads import Reads
+from ttfunc.weight.matrix_placeholder import matrix_placeholder
+from ttfunc.weight.placeholder import Reads
 from ttfunc.weight.rows import Rows
 
 V, D, IDS = 11, 4, TokenIndices((7, 2, 10))
@@ -85,7 +86,7 @@ def test_what_some_ranks_do_not_have_is_refused(mesh):
     whole = distribute_tensor(base, mesh, [Shard(0)])
     with pytest.raises(RuntimeError, match=r"rows 2 to 5 .*Leave the matrix out"):
         Rows(rows, IDS).piece(whole, 2, 5)
-    assert Rows(rows, IDS).placeholder(whole, Reads()).isnan().all()
+    assert matrix_placeholder(Rows(rows, IDS), whole, Reads()).isnan().all()
 
 
 def test_rows_are_mapped_one_by_one():

@@ -15,6 +15,8 @@ from tests.helpers.sizes import Sizes
 from ttfunc import functional_call, init_deltas, patch, patch_mixed
 from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.weight.deferred import PatchedWeight, patched
+from ttfunc.weight.matrix_placeholder import matrix_placeholder
+from ttfunc.weight.placeholder import Reads
 from ttfunc.weight.rows import Rows
 
 IDS = [7, 3, 20]
@@ -238,13 +240,24 @@ def test_a_fused_head_in_a_compiled_function_gets_its_gradient(make):
 
 def test_the_nan_is_in_no_memory_and_carries_gradients():
     rows = ROWS.clone().requires_grad_()
-    carried = Rows(rows, INDICES).placeholder(BASE, set())
+    carried = matrix_placeholder(Rows(rows, INDICES), BASE, Reads())
     assert carried.shape == BASE.shape
     assert carried.isnan().all()
     assert carried.untyped_storage().nbytes() == BASE.element_size()
     gradient = torch.randn_like(BASE)
     (found,) = torch.autograd.grad(carried, rows, gradient)
     assert torch.equal(found, gradient[IDS])
+
+
+def test_a_matrix_that_no_rank_has_gives_the_gradient_and_refuses_a_transform():
+    def carried(rows: Tensor) -> Tensor:
+        return matrix_placeholder(Rows(rows, INDICES), BASE, Reads(), whole=False)
+
+    rows, gradient = ROWS.clone().requires_grad_(), torch.randn_like(BASE)
+    (found,) = torch.autograd.grad(carried(rows), rows, gradient)
+    assert torch.equal(found, gradient[IDS])
+    with pytest.raises(RuntimeError, match=r"past its patch. Leave the matrix out"):
+        grad(lambda rows: carried(rows).sum())(ROWS)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tests.helpers.sizes import Sizes
 from ttfunc.rows.token_ids import TokenIndices
-from ttfunc.weight.reads import Reads
+from ttfunc.weight.matrix_placeholder import matrix_placeholder
+from ttfunc.weight.placeholder import Reads
 from ttfunc.weight.rows import Rows, rows_at
 
 V, D = 17, 5
@@ -118,7 +119,7 @@ def test_each_read_and_its_gradient_is_the_one_of_the_matrix(case: dict[str, Any
     assert torch.equal(rows.materialise(base), matrices[0])
     for start, stop in ((0, height), (2, 7), (V - 1, height), (height, height)):
         check(rows.piece(base, start, stop), matrices[0][start:stop], [values])
-    nan = rows.placeholder(base, Reads())
+    nan = matrix_placeholder(rows, base, Reads())
     assert nan.isnan().all()
     weight = normal(height, D, seed=3, dtype=base.dtype)
     for one, other in zip(

@@ -21,7 +21,7 @@ from ttfunc.model.matrix import Matrix, is_stand_in
 from ttfunc.torch_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place, longer, owned
-from ttfunc.weight.reads import Reads
+from ttfunc.weight.placeholder import Reads
 from ttfunc.weight.source import Source
 
 

@@ -18,9 +18,9 @@ from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import memory_of
 from ttfunc.torch_private import is_fake, transforms_active, version_of
 from ttfunc.weight.lazy import Lazy
+from ttfunc.weight.matrix_placeholder import matrix_placeholder
 from ttfunc.weight.overrides import ANSWERED_BY_PLACEHOLDER, SIZES, registry
-from ttfunc.weight.placeholder import wrapped
-from ttfunc.weight.reads import Reads
+from ttfunc.weight.placeholder import Reads, wrapped
 from ttfunc.weight.rows import Rows
 from ttfunc.weight.source import Source, copied
 
@@ -66,7 +66,7 @@ class PatchedWeight(Lazy):
         """The transpose."""
         source = self.source
         if torch.compiler.is_dynamo_compiling():  # Dynamo makes no subclass of a given tensor
-            source = source._replace(placeholder=source.rows.placeholder(source.base, source.reads))
+            source = source.over(source.base, source.rows)
         return _wrap(source, not self.transposed)
 
     def _by_now(self, *, read: bool) -> PatchedWeight:
@@ -79,9 +79,7 @@ class PatchedWeight(Lazy):
         source = self.source
         if source.copy is not None or is_fake(source.base):
             return self
-        base = held.detach()
-        placeholder = source.rows.placeholder(base, source.reads)
-        return self.with_source(source._replace(base=base, placeholder=placeholder))
+        return self.with_source(source.over(held.detach(), source.rows))
 
     def unread(self) -> PatchedWeight:
         """The same weight for one call, with no read noted yet."""
@@ -93,8 +91,7 @@ class PatchedWeight(Lazy):
         if self.deferred and (stale or transforms_active()):
             if not (stale or self.source.uses):
                 return self
-            placeholder = source.rows.placeholder(source.base, source.reads)
-            source = source._replace(placeholder=placeholder)
+            source = source.over(source.base, source.rows)
         return _wrap(source, self.transposed)
 
     # What a Lazy does, of which this is a kind.
@@ -164,7 +161,7 @@ def patched(
     """
     reads = Reads()
     copy = rows.materialise(base) if dense else None
-    placeholder = rows.placeholder(base, reads) if copy is None else copy
+    placeholder = matrix_placeholder(rows, base, reads) if copy is None else copy
     memory = None
     # torch.compile cannot read data pointers: the place in memory is left out there.
     if matrix is not None and not torch.compiler.is_dynamo_compiling():

@@ -9,16 +9,13 @@ from torch import Tensor, nn
 
 from ttfunc.engines.ownership import Kept, is_owned, is_zero3, shape_of
 from ttfunc.model.beside import lengthened
-from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.torch_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.lazy import Lazy, lazy
-from ttfunc.weight.placeholder import nan_placeholder
-from ttfunc.weight.product import cast_like
-from ttfunc.weight.reads import Reads
+from ttfunc.weight.matrix_placeholder import matrix_placeholder
+from ttfunc.weight.placeholder import Reads
 from ttfunc.weight.rows import Rows
 from ttfunc.weight.source import Source
-from ttfunc.weight.unreadable import Unreadable
 
 
 class Place:
@@ -51,12 +48,7 @@ class Place:
 def owned(weight: PatchedWeight, place: Place, reads: Reads) -> PatchedWeight:
     """The same weight over what a place holds when it is read; the reads are noted in `reads`."""
     source = weight.source
-    rows, base = source.rows, source.base
-    if isinstance(rows.ids, TokenIndices):
-        ids, values = rows.ids.on(base.device).ids, cast_like(rows.values, base)
-        nan = nan_placeholder(Unreadable, values, base, ids, source.new_tokens, reads)
-    else:
-        nan = rows.placeholder(base, reads)
+    nan = matrix_placeholder(source.rows, source.base, reads, whole=False)
 
     def gathered(source: Source, read: bool) -> Source:
         return _by_now(source, place, read=read)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ttfunc.torch_private import IS_VIEW, LINEAR, tree_map
 from ttfunc.weight.deferred import PatchedWeight, frozen, implements, is_deferred
-from ttfunc.weight.logits import can_defer, defer, wants_gradient
+from ttfunc.weight.logits import can_defer, defer
 from ttfunc.weight.overrides import einsum_as_product, transposes
 from ttfunc.weight.product import cast_like
 
@@ -100,7 +100,10 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     source = weight.source
     source.check_and_note("product")
-    if source.defers and wants_gradient(input, source.rows) and can_defer(input, source.rows, bias):
+    # Outside of a step of training someone reads the logits.
+    trained = input.requires_grad or source.rows.values.requires_grad
+    in_training = source.defers and trained and torch.is_grad_enabled()
+    if in_training and can_defer(input, source.rows, bias):
         return defer(input, source.rows, source.base, bias)
     return source.rows.product(input, source.base, bias)
 
@@ -220,10 +223,7 @@ def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:
         rows = weight.source.rows.map(
             lambda values: func(cast_like(values, weight.source.base), *args, **kwargs)
         )
-        placeholder = rows.placeholder(base, weight.source.reads)
-        return weight.with_source(
-            weight.source._replace(base=base, rows=rows, placeholder=placeholder)
-        )
+        return weight.with_source(weight.source.over(base, rows))
 
     return handler
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ttfunc.own_names import OwnTensorNames
-from ttfunc.torch_private import forbid_writes, no_torch_function, tree_map
-from ttfunc.weight.overrides import QUESTIONS, refuse_layout, refuse_writes
+from ttfunc.torch_private import no_torch_function, tree_map
+from ttfunc.weight.overrides import QUESTIONS, refuse_writes
+from ttfunc.weight.placeholder import expanded_nan
 
 
 class OnTensorsAlone:
@@ -110,7 +111,6 @@ class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        refuse_layout(func, args, _is_lost)
         refuse_writes(func, args, kwargs, _is_lost)
         with torch.no_grad():
             return func(*tree_map(_values, args), **tree_map(_values, kwargs))
@@ -123,9 +123,8 @@ def lazy(
     piece: Callable[[int, int], Tensor] | None = None,
 ) -> Lazy:
     """A lazy tensor of a shape, with the dtype and device of another, and without a gradient."""
-    nan = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
-    forbid_writes(nan)
-    made = nan.expand(shape).as_subclass(Lazy)
+    plain = torch.empty(0, dtype=like.dtype, device=like.device)  # also where that is a DTensor
+    made = expanded_nan(plain, shape).as_subclass(Lazy)
     made.make, made.piece = make, piece
     return made
 

@@ -8,27 +8,28 @@ noted. Anything else makes the logits, and gives what it gives without deferring
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ttfunc.rows.token_ids import outside_of_autocast
+from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast
 from ttfunc.torch_private import (
     TensorBase,
     first_order,
     is_traced,
-    is_wrapped,
     no_torch_function,
     outside_of_modes,
     transform_depth,
+    transforms_active,
     tree_leaves,
     version_of,
 )
 from ttfunc.weight.lazy import Lazy
-from ttfunc.weight.logits_placeholder import LogitsPlaceholder, kept
-from ttfunc.weight.loss import Steps, in_steps
+from ttfunc.weight.loss import Steps, gradients, in_steps, made_of
 from ttfunc.weight.overrides import registry
+from ttfunc.weight.placeholder import expanded_nan, placeholder, with_values
 from ttfunc.weight.product import autocast, cast_like, long_bias
 from ttfunc.weight.rows import Rows
 
@@ -66,11 +67,6 @@ class Undone(NamedTuple):
                 "deferred_logits=True out of patch."
             )
         return self
-
-    def constant(self) -> Undone:
-        """The same without a gradient."""
-        rows = self.rows.map(Tensor.detach)
-        return self._replace(hidden=self.hidden.detach(), rows=rows)
 
     def operands(self) -> tuple[Any, ...]:
         """Hidden states, base, rows, bias and ids, as a product takes them."""
@@ -131,8 +127,6 @@ class DeferredLogits(Lazy):
             own = self.grad_fn is self.node
         return own and self.known is None and self.memory.made is None
 
-    # What a Lazy does, of which this is a kind.
-
     def answering(self, question: Callable[..., Any]) -> Tensor:
         """The NaN, which has their shape, dtype and history, as far as it knows."""
         if not self.waits or question in _IDENTITY:
@@ -146,7 +140,8 @@ class DeferredLogits(Lazy):
     @classmethod
     def handled(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As a Lazy's; nothing where some have been read."""
-        if not all(one.waits for one in _deferred_in(args, kwargs)):
+        given = tree_leaves((args, kwargs))
+        if not all(one.waits for one in given if isinstance(one, DeferredLogits)):
             return NotImplemented
         return super().handled(func, args, kwargs)
 
@@ -157,7 +152,7 @@ class DeferredLogits(Lazy):
         made = self.values()
         with no_torch_function():
             if self.grad_fn is not self.node:
-                made = _Valued.apply(self.as_subclass(Tensor), made.detach())  # type: ignore[no-untyped-call]
+                made = with_values(self.as_subclass(Tensor), made)
         if self.memory.made is not None:
             self.known = made
         return made
@@ -189,16 +184,29 @@ class DeferredLogits(Lazy):
         return _wrap(undone, self.constant)
 
 
-class _Valued(torch.autograd.Function):
-    """Values for logits that have got another gradient, as the output of someone's function."""
+@dataclass(frozen=True)
+class _Logits:
+    """The logits as a function of hidden states, base, rows and bias."""
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, values: Tensor) -> Tensor:
-        return values.clone()
+    indices: TokenIndices
+    steps: Steps
+    dtype: torch.dtype
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def blank(self, hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        shape = (*hidden.shape[:-1], self.indices.height(len(base)))
+        return expanded_nan(hidden, shape, self.dtype)
+
+    def made(self, hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        return made_of(hidden, base, rows, bias, self.indices, self.steps)
+
+    def gradient(
+        self, grad: Tensor, needs: tuple[bool, ...], *operands: Any
+    ) -> tuple[Tensor | None, ...]:
+        hidden, base, rows, bias = operands
+        first, second = gradients(
+            lambda hidden, rows: self.made(hidden, base, rows, bias), hidden, rows, grad, needs
+        )
+        return first, None, second, None
 
 
 def defer(hidden: Tensor, rows: Rows, base: Tensor, bias: Tensor | None) -> DeferredLogits:
@@ -206,8 +214,33 @@ def defer(hidden: Tensor, rows: Rows, base: Tensor, bias: Tensor | None) -> Defe
     hidden, base = autocast(hidden), autocast(base)
     bias = long_bias(bias, base, rows.ids)  # type: ignore[arg-type]
     versions = tuple((one, version_of(one)) for one in (hidden, base, bias) if one is not None)
-    rows = rows.map(lambda values: kept(values, base))
+    rows = rows.map(lambda values: _kept(values, base))
     return _wrap(Undone(hidden, rows, base, bias, (), versions), constant=False)
+
+
+def _kept(values: Tensor, base: Tensor) -> Tensor:
+    """Rows as the product takes them, in a memory of their own.
+
+    A step of an optimizer writes to the rows, often past their version, and the logits of the step
+    are those from before. Rows that were written to since get no gradient: torch says the same of
+    an operand that a product has kept for its backward.
+    """
+    cast = cast_like(values, base)
+    if cast is not values:
+        return cast
+    copy, version = values.clone(), version_of(values)
+
+    def check(grad: Tensor) -> None:
+        if version_of(values) != version:
+            raise RuntimeError(
+                "the gradient of deferred logits is asked for only now that the rows that they are "
+                "made of have been modified by an inplace operation (a step of an optimizer, a "
+                "clamp). Call backward before that, or make the logits anew."
+            )
+
+    if copy.requires_grad and not transforms_active():
+        copy.register_hook(check)
+    return copy
 
 
 def can_defer(hidden: Tensor, rows: Rows, bias: Tensor | None) -> bool:
@@ -219,11 +252,6 @@ def can_defer(hidden: Tensor, rows: Rows, bias: Tensor | None) -> bool:
     return not (bias is not None and bias.requires_grad) and first_order(hidden, rows.values)
 
 
-def wants_gradient(hidden: Tensor, rows: Rows) -> bool:
-    """Whether this is a step of training. Elsewhere someone reads the logits."""
-    return torch.is_grad_enabled() and (hidden.requires_grad or rows.values.requires_grad)
-
-
 def _wrap(
     undone: Undone,
     constant: bool,
@@ -231,12 +259,12 @@ def _wrap(
     views: tuple[Callable[[Tensor], Tensor], ...] = (),
     blank: Tensor | None = None,
 ) -> DeferredLogits:
-    constant = constant or not torch.is_grad_enabled()
-    undone = undone.checked().constant() if constant else undone.checked()
-    operands = undone.operands()
+    undone = undone.checked()
+    if constant := constant or not torch.is_grad_enabled():
+        undone = undone._replace(hidden=undone.hidden.detach(), rows=undone.rows.map(Tensor.detach))
+    *operands, indices = undone.operands()
     dtype = in_steps(undone.steps, undone.hidden.new_empty(0)).dtype
-    transformed = is_wrapped(operands[0]) or is_wrapped(operands[2])
-    nan = LogitsPlaceholder.apply(*operands, undone.steps, dtype, transformed)  # type: ignore[no-untyped-call]
+    nan = placeholder(_Logits(indices, undone.steps, dtype), *operands)
     if blank is None:
         with outside_of_modes():
             blank = torch.empty(nan.shape, dtype=dtype, device="meta")
@@ -246,10 +274,6 @@ def _wrap(
     with no_torch_function():
         logits.node = logits.grad_fn
     return logits
-
-
-def _deferred_in(*values: Any) -> list[DeferredLogits]:
-    return [one for one in tree_leaves(values) if isinstance(one, DeferredLogits)]
 
 
 DeferredLogits.handlers = _HANDLERS

@@ -18,19 +18,21 @@ SIZES = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "nbytes")} 
 }
 
 # Questions about metadata, which the base answers: no values are read.
-ANSWERED_BY_BASE = {
-    getattr(Tensor, name).__get__
-    for name in (
-        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
-        *("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn"),
-    )
-} | {
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
-    *(Tensor.is_contiguous, Tensor.element_size),
-    *(Tensor.get_device, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
-    *(Tensor.is_conj, Tensor.is_neg, torch.is_conj, torch.is_neg),
-    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed),
-}
+ANSWERED_BY_BASE = (
+    SIZES
+    | {
+        getattr(Tensor, name).__get__
+        for name in (
+            *("dtype", "device", "layout", "itemsize", "is_cpu", "is_cuda", "is_meta"),
+            *("is_sparse", "is_quantized", "is_nested", "is_mkldnn"),
+        )
+    }
+    | {
+        *(Tensor.element_size, Tensor.get_device, Tensor.is_floating_point, Tensor.is_complex),
+        *(Tensor.is_signed, Tensor.is_conj, Tensor.is_neg, torch.is_conj, torch.is_neg),
+        *(torch.is_floating_point, torch.is_complex, torch.is_signed),
+    }
+)
 
 # Questions that only the placeholder can answer: about autograd, and about the layout in memory,
 # which torch.compile compares with the layout that it finds.
@@ -102,20 +104,17 @@ def refuse_writes(
     kwargs: dict[str, Any],
     is_lost: Callable[[Any], bool],
 ) -> None:
-    """Raise where `func` writes to the copy, or gives a pointer to it: both would be lost."""
+    """Raise where `func` writes to the copy, or gives a pointer to it: both would be lost.
+
+    And for a function with strides: they belong to the placeholder, not to the copy.
+    """
     if any(map(is_lost, written_by(func, args, kwargs))):
         raise RuntimeError(
             f"{func.__name__} on a patched weight: the weight is made anew for each call, so what "
             "is written to it (or read through a pointer to it) would be lost. Write to the model "
             "or to the deltas before the call, or use patch(params, dense=True)."
         )
-
-
-def refuse_layout(
-    func: Callable[..., Any], args: tuple[Any, ...], is_deferred: Callable[[Any], bool]
-) -> None:
-    """Raise for a function with strides: they belong to the placeholder, not to the copy."""
-    if func is torch.ops.aten.as_strided.default and is_deferred(args[0]):
+    if func is torch.ops.aten.as_strided.default and is_lost(args[0]):
         raise RuntimeError(
             "as_strided on a patched weight: a patched weight does not lie in memory. Use "
             "patch(params, dense=True)."

@@ -1,20 +1,20 @@
-"""What code gets for a deferred weight if it bypasses the weight's `__torch_function__`.
+"""What code gets that bypasses the `__torch_function__` of a weight, or of logits, that wait.
 
 Nested tensors, scripted functions, transforms over the weight and the like never call it. They get
-the placeholder: one NaN, expanded to the shape of the matrix, whose gradient goes to the rows. The
-dispatcher puts the matrix in its place where an operation reads it; code that reads the memory
-itself gets an error.
+a placeholder: one NaN, expanded to the shape, whose gradient goes to what the tensor is made of.
+The dispatcher makes the tensor in its place where an operation reads it; code that reads the memory
+itself gets an error or NaN, never numbers that are wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ttfunc.rows.token_ids import with_rows
 from ttfunc.torch_private import (
     COMPARISONS,
     forbid_writes,
@@ -26,15 +26,134 @@ from ttfunc.torch_private import (
     tree_map,
     wrapper_of,
 )
-from ttfunc.weight.overrides import refuse_layout, refuse_writes
-from ttfunc.weight.reads import Reads
+from ttfunc.weight.overrides import refuse_writes
+
+
+class Reads:
+    """How a weight was read, with a flag for each way.
+
+    Compiled code sets a flag without reading it first, so that it also serves another weight.
+    version: the version of the rows when the call began; None for a weight outside of a call.
+    """
+
+    def __init__(self, version: int | None = None) -> None:
+        self.lookup = self.product = self.dense = False
+        self.version = version
+
+
+class Recipe(Protocol):
+    """What a placeholder stands for: a function of some operands, and its gradient."""
+
+    def blank(self, *operands: Any) -> Tensor:
+        """What stands in its place: a tensor of its shape, dtype and device."""
+
+    def made(self, *operands: Any) -> Tensor:
+        """The tensor itself."""
+
+    def gradient(
+        self, grad: Tensor, needs: tuple[bool, ...], *operands: Any
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of each operand, given the tensor's; `needs` says which are asked for."""
+
+
+def placeholder(recipe: Recipe, *operands: Any) -> Tensor:
+    """What stands in the place of `recipe.made(*operands)`, with its gradient.
+
+    Within a transform it is a tensor that the dispatcher replaces. Elsewhere the lazy tensor, which
+    takes this as its memory, is what the dispatcher finds.
+    """
+    # Only a wrapper of a transform takes the class of the lazy tensor off.
+    transformed = any(isinstance(one, Tensor) and is_wrapped(one) for one in operands)
+    standing: Tensor = _StandIn.apply(recipe, transformed, *operands)  # type: ignore[no-untyped-call]
+    return standing
+
+
+class _StandIn(torch.autograd.Function):
+    @staticmethod
+    @keeps_signature
+    def forward(recipe: Recipe, transformed: bool, *operands: Any) -> Tensor:
+        blank = recipe.blank(*operands)
+        return _replaced(blank, lambda: recipe.made(*operands)) if transformed else blank
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)  # no zeros of the size of the base for its tangent
+        # Not by save_for_backward: a patch that is made once is used by many backward passes.
+        ctx.recipe, _, *ctx.operands = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.recipe.gradient(grad, ctx.needs_input_grad[2:], *ctx.operands)
+
+    @staticmethod
+    def jvp(ctx: Any, _recipe: None, _transformed: None, tangent: Tensor, *_: None) -> Tensor:
+        # Forward mode meets a matrix alone. It is linear in its rows: its tangent is the matrix of
+        # the rows' tangents over a base of 0.
+        _, base, *others = ctx.operands
+        # Not made of the tangent, which may be a batch.
+        nothing = torch.zeros((), dtype=base.dtype, device=base.device).expand(base.shape)
+        result: Tensor = _StandIn.apply(ctx.recipe, True, tangent, nothing, *others)  # type: ignore[no-untyped-call]
+        return result
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        recipe: Recipe,
+        transformed: bool,
+        *operands: Any,
+    ) -> tuple[Tensor, int]:
+        _, _, batched, *dims = in_dims
+        if batched is None or any(dim is not None for dim in dims):
+            made = torch.vmap(recipe.made, (batched, *dims), randomness=info.randomness)
+            return made(*operands), 0
+        first, *others = operands
+        first = first.movedim(batched, 0)
+        standing: Tensor = _StandIn.apply(recipe, transformed, first, *others)  # type: ignore[no-untyped-call]
+        return standing, 0
+
+
+def expanded_nan(
+    like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None
+) -> Tensor:
+    """One NaN of the device and dtype of another tensor, expanded to a shape."""
+    nan = like.new_full((), torch.nan, dtype=dtype or like.dtype)
+    forbid_writes(nan)
+    return nan.expand(shape)
+
+
+@dataclass(frozen=True)
+class _InPlaceOf:
+    """Another tensor in the place of the first operand, with the gradient of that one."""
+
+    blank: Callable[..., Tensor]
+
+    def made(self, *operands: Tensor) -> Tensor:
+        return self.blank(*operands)
+
+    def gradient(
+        self, grad: Tensor, needs: tuple[bool, ...], *operands: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return grad, *(None for _ in operands[1:])
+
+
+def with_values(tensor: Tensor, values: Tensor) -> Any:
+    """A copy of `values` that has the gradient of `tensor`."""
+    copy = _InPlaceOf(lambda _, values: values.clone())
+    return _StandIn.apply(copy, False, tensor, values.detach())  # type: ignore[no-untyped-call]
+
+
+def wrapped(fake: Tensor, kind: type[Tensor]) -> Any:
+    """A fake tensor as one of a class, with its gradient; `as_subclass` does not work on it."""
+    wrapper = _InPlaceOf(lambda fake: wrapper_of(fake, kind))
+    with outside_of_transforms():
+        return _StandIn.apply(wrapper, False, fake)  # type: ignore[no-untyped-call]
 
 
 class Placeholder(Tensor):
-    """A NaN that the dispatcher replaces by a matrix: `made` copies it for each operation.
+    """A NaN that the dispatcher replaces: `made` makes the tensor anew for each operation.
 
-    It is for transforms, which work on the tensor within their wrappers. Otherwise the weight does
-    this itself.
+    It is for transforms, which work on it within their wrappers.
     """
 
     made: Callable[[], Tensor]
@@ -50,7 +169,7 @@ class Placeholder(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        refuse_layout(func, args, _is_placeholder)
+        refuse_writes(func, args, kwargs, _is_placeholder)
         if func in COMPARISONS or (getattr(func, "is_view", False) and _is_placeholder(args[0])):
             with outside_of_dispatch():
                 seen = func(*args, **kwargs)
@@ -58,15 +177,14 @@ class Placeholder(Tensor):
                 return seen
             if isinstance(seen, Tensor):  # a transform makes views of it before any read
                 made = args[0].made
-                return placeholder_of(seen, lambda: _viewed(func, made(), *args[1:], **kwargs))
-        refuse_writes(func, args, kwargs, _is_placeholder)
+                return _replaced(seen, lambda: _viewed(func, made(), *args[1:], **kwargs))
         return func(*tree_map(_made, args), **tree_map(_made, kwargs))
 
 
-def placeholder_of(nan: Tensor, made: Callable[[], Any]) -> Placeholder:
-    placeholder = nan.as_subclass(Placeholder)
-    placeholder.made = made
-    return placeholder
+def _replaced(blank: Tensor, made: Callable[[], Any]) -> Placeholder:
+    found = blank.as_subclass(Placeholder)
+    found.made = made
+    return found
 
 
 def _viewed(func: Any, matrix: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -81,102 +199,3 @@ def _is_placeholder(value: Any) -> bool:
 
 def _made(value: Any) -> Any:
     return value.made() if isinstance(value, Placeholder) else value
-
-
-class _Wrapped(torch.autograd.Function):
-    """A wrapper of a class, whose gradient is that of the tensor."""
-
-    @staticmethod
-    @keeps_signature
-    def forward(ctx: Any, tensor: Tensor, kind: type[Tensor]) -> Tensor:
-        wrapper: Tensor = wrapper_of(tensor, kind)
-        return wrapper
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def wrapped(fake: Tensor, kind: type[Tensor]) -> Any:
-    """What `as_subclass` gives for other tensors: of this class, with the gradient of the fake."""
-    with outside_of_transforms():
-        return _Wrapped.apply(fake, kind)  # type: ignore[no-untyped-call]
-
-
-class NaNPlaceholder(torch.autograd.Function):
-    """The NaN, with the gradient of the matrix `base.index_copy(0, ids, rows)`."""
-
-    @classmethod
-    @keeps_signature
-    def forward(
-        cls, rows: Tensor, base: Tensor, ids: Tensor, grown: int, transformed: bool, reads: Reads
-    ) -> Tensor:
-        nan = rows.new_full((), torch.nan)
-        forbid_writes(nan)
-        nan = nan.expand(*rows.shape[:-2], base.shape[-2] + grown, base.shape[-1])
-        if not transformed:  # the weight itself is what the dispatcher finds
-            return nan
-
-        def made() -> Tensor:
-            reads.dense = True
-            return cls.matrix(rows, base, ids, grown)
-
-        return placeholder_of(nan, made)
-
-    @staticmethod
-    def matrix(rows: Tensor, base: Tensor, ids: Tensor, grown: int) -> Tensor:
-        """What the NaN stands for; rows and base may have a batch in front."""
-        return with_rows(base.expand(*rows.shape[:-2], *base.shape[-2:]), ids, rows, grown)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, base, ids, ctx.grown, _, ctx.reads = inputs
-        ctx.set_materialize_grads(False)  # no zeros of the size of the base for its tangent
-        # Not by save_for_backward: a patch that is made once is used by many backward passes.
-        ctx.ids, ctx.shape = ids, base.shape
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad.to_dense() if grad.is_sparse else grad  # from an embedding with sparse=True
-        return grad.index_select(-2, ctx.ids), None, None, None, None, None
-
-    @classmethod
-    def jvp(cls, ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        nothing = tangent.new_zeros(()).expand(ctx.shape)
-        operands = (tangent, nothing, ctx.ids, ctx.grown, True, ctx.reads)
-        result: Tensor = cls.apply(*operands)  # type: ignore[no-untyped-call]
-        return result
-
-    @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
-        rows, base, *others = operands
-        dim = in_dims[0]
-        rows = rows.expand(info.batch_size, *rows.shape) if dim is None else rows.movedim(dim, 0)
-        carried: Tensor = cls.apply(rows, base, *others)  # type: ignore[no-untyped-call]
-        return carried, 0
-
-
-def strict_placeholder(base: Tensor, grown: int = 0) -> Tensor:
-    """One NaN, expanded to the shape of the matrix, for `torch.export` with `strict=True`.
-
-    Its graph keeps what nothing reads, such as a copy. Dynamo takes every read to the handlers.
-    """
-    return base.new_full((), torch.nan).expand(len(base) + grown, base.shape[1])
-
-
-def nan_placeholder(
-    kind: type[NaNPlaceholder],
-    rows: Tensor,
-    base: Tensor,
-    ids: Tensor,
-    grown: int,
-    reads: Reads,
-) -> Tensor:
-    """One NaN, expanded to the shape of `base`, with the gradient that `kind` gives it.
-
-    Under a transform, a read that bypasses the weight is noted in `reads`.
-    """
-    transformed = is_wrapped(rows)  # only a wrapper takes the class of the weight off
-    operands = (rows, base, ids, grown, transformed, reads)
-    placeholder: Tensor = kind.apply(*operands)  # type: ignore[no-untyped-call]
-    return placeholder

@@ -9,7 +9,7 @@ are past the end of the base.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +23,9 @@ from ttfunc.rows.token_ids import (
     id_tensor,
     with_rows,
 )
-from ttfunc.torch_private import (
-    FUNCTIONALIZE,
-    at_work,
-    in_dual_level,
-    in_strict_export,
-    is_dtensor,
-    is_exported,
-    is_traced,
-    outside_of_transforms,
-    transforms_active,
-)
+from ttfunc.torch_private import is_dtensor, is_exported, transforms_active
 from ttfunc.weight import dtensor_rows
-from ttfunc.weight.placeholder import NaNPlaceholder, nan_placeholder, strict_placeholder
 from ttfunc.weight.product import autocast, base_product, cast_like, lengthened, product
-from ttfunc.weight.reads import Reads
-from ttfunc.weight.unreadable import Unreadable
 
 
 class Rows(NamedTuple):
@@ -91,7 +78,7 @@ class Rows(NamedTuple):
         if padding_idx is not None and self.fixed:
             padding_row = self._fixed_ids.row_of(padding_idx % len(base))
         elif padding_idx is not None:
-            is_padding = self._places(base)[1] == padding_idx % len(base)
+            is_padding = self.places(base)[1] == padding_idx % len(base)
             rows = torch.where(is_padding.unsqueeze(-1), rows.detach(), rows)
         if self.by_example:
             count, k, _ = rows.shape
@@ -113,7 +100,7 @@ class Rows(NamedTuple):
             return product(hidden, base, self.values, bias, self._fixed_ids)
         height, rows = self.height(base), autocast(cast_like(self.values, base))
         hidden, base = autocast(hidden), autocast(base)
-        used, columns = self._places(base)
+        used, columns = self.places(base)
         if self.by_example:
             _check_examples(self.values.shape[0], hidden, least=3)
             replaced = hidden.flatten(1, -2) @ rows.mT
@@ -134,7 +121,7 @@ class Rows(NamedTuple):
         """The matrix itself. Raises RuntimeError where each example has its own."""
         if is_dtensor(base):
             return dtensor_rows.materialise(self.values, self._fixed_ids, base)
-        rows, columns = self._written(base)
+        rows, columns = self.written(base)
         return with_rows(base, columns, rows, self.new_tokens(base))
 
     def piece(self, base: Tensor, start: int, stop: int) -> Tensor:
@@ -145,28 +132,11 @@ class Rows(NamedTuple):
         if is_dtensor(base):
             raise _on_some_ranks(start, stop)
         if self.by_example:
-            raise _not_mixed()
+            raise not_mixed()
         if not self.fixed:
             return self.lookup(torch.arange(start, stop, device=base.device), base)
         here, ids = self._fixed_ids.within(start, stop)
         return Rows(self.values[here], ids).materialise(base[start:stop])
-
-    def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
-        """One NaN in the shape of the matrix, for code that bypasses `__torch_function__`.
-
-        Its gradient goes to the rows; where each example has its own, it is refused. Such a read is
-        noted in `reads`.
-        """
-        if self.by_example:
-            return self._refusing(base, reads)
-        on_ranks, more = is_dtensor(base), self.new_tokens(base)
-        if not on_ranks and in_strict_export():
-            return strict_placeholder(base, more)
-        if not on_ranks and no_placeholder():
-            return self.materialise(base)
-        kind = Unreadable if on_ranks else NaNPlaceholder
-        rows, columns = self._written(base)
-        return nan_placeholder(kind, rows, base, columns, more, reads)
 
     def map(self, func: Callable[[Tensor], Tensor]) -> Rows:
         """The rows after `func`, which acts on each row separately."""
@@ -180,36 +150,26 @@ class Rows(NamedTuple):
     def _fixed_ids(self) -> TokenIndices:
         return cast(TokenIndices, self.ids)
 
-    def _places(self, base: Tensor) -> tuple[Tensor, Tensor]:
+    def places(self, base: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows are used, and the column of the logits for each; no two are alike."""
         if not isinstance(self.ids, TokenIndices):
             return self.ids.used, self.ids.columns
         ids = self.ids.on(base.device).ids.expand(self.values.shape[:-1])
         return torch.ones_like(ids, dtype=torch.bool), ids
 
-    def _written(self, base: Tensor) -> tuple[Tensor, Tensor]:
+    def written(self, base: Tensor) -> tuple[Tensor, Tensor]:
         """What is written to the base to make the matrix, and where.
 
         In the place of an unused row that is what the base has there.
         """
         if self.by_example:
-            raise _not_mixed()
+            raise not_mixed()
         rows = cast_like(self.values, base)
         if self.fixed:
             return rows, self._fixed_ids.on(base.device).ids
-        used, columns = self._places(base)
+        used, columns = self.places(base)
         there = base[torch.where(used, 0, columns)]
         return torch.where(used.unsqueeze(-1), rows, there), columns
-
-    def _refusing(self, base: Tensor, reads: Reads) -> Tensor:
-        more = self.new_tokens(base)
-        if torch.compiler.is_dynamo_compiling():
-            return strict_placeholder(base, more)
-        if no_placeholder():
-            with outside_of_transforms():  # so that the dispatcher finds the weight itself
-                return strict_placeholder(base, more)
-        _, columns = self._places(base)
-        return nan_placeholder(_Refusing, self.values[0], base, columns, more, reads)
 
 
 def rows_at(values: Tensor, ids: Tensor, height: int) -> Rows:
@@ -221,32 +181,6 @@ def rows_at(values: Tensor, ids: Tensor, height: int) -> Rows:
     """
     tensor = id_tensor(first_of_each(ids, height), height)
     return Rows(torch.where(tensor.used.unsqueeze(-1), values, 0), tensor)
-
-
-class _Refusing(NaNPlaceholder):
-    """NaN without a gradient, for a model that gives the weight to its own autograd.Function."""
-
-    @staticmethod
-    def matrix(rows: Tensor, base: Tensor, ids: Tensor, grown: int) -> Tensor:
-        raise _not_mixed()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "the gradient of a mixed patch went through an autograd.Function of the model's own, "
-            "which expects one matrix. Call the model separately for each adapter's examples."
-        )
-
-
-def no_placeholder() -> bool:
-    """Whether the placeholder cannot carry a gradient, and the copy itself takes its place.
-
-    torch.compile drops the copy if nothing reads it, and so does make_fx of a transform;
-    functionalize, and forward mode without a transform (`torch.autograd.forward_ad`), pay for it.
-    """
-    if torch.compiler.is_dynamo_compiling() or at_work(FUNCTIONALIZE):
-        return True
-    return is_traced() if transforms_active() else in_dual_level()
 
 
 def _check_examples(count: int, given: Tensor, least: int) -> None:
@@ -261,7 +195,7 @@ def _check_examples(count: int, given: Tensor, least: int) -> None:
         )
 
 
-def _not_mixed() -> RuntimeError:
+def not_mixed() -> RuntimeError:
     """What is raised where several adapters would need one matrix."""
     return RuntimeError(
         "the model reads its token matrix in a way that cannot be mixed. Only looking up tokens "

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_bits
 from ttfunc.torch_private import in_backward, is_traced, transforms_active, version_of
-from ttfunc.weight.reads import Reads
+from ttfunc.weight.matrix_placeholder import matrix_placeholder
+from ttfunc.weight.placeholder import Reads
 from ttfunc.weight.rows import Rows
 
 # So many tensors, and so many bytes of them in all, are compared at each read to what they were.
@@ -63,6 +64,11 @@ class Source(NamedTuple):
     defers: bool
     reads: Reads
     gathered: Callable[[Source, bool], Source] | None = None
+
+    def over(self, base: Tensor, rows: Rows) -> Source:
+        """The same with another base and other rows, and a placeholder of these."""
+        placeholder = matrix_placeholder(rows, base, self.reads)
+        return self._replace(base=base, rows=rows, placeholder=placeholder)
 
     @property
     def height(self) -> int:
