@@ -9,20 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ttfunc.call.engine_checks import check_owned
 from ttfunc.call.known_paths import Model
 from ttfunc.call.matrices import is_patch, matrices_of_weights
 from ttfunc.call.patch_mixed import check_batch_first
-from ttfunc.call.stale import check_fresh
+from ttfunc.call.stale import check_fresh, check_owned
 from ttfunc.engines.ownership import Kept, engines_at_work, shape_of
 from ttfunc.model.beside import Beside, beside
-from ttfunc.model.matrix import (
-    Matrix,
-    held_at,
-    held_under,
-    is_stand_in,
-    way_to,
-)
+from ttfunc.model.matrix import Matrix, held_at, held_under, is_stand_in, way_to
 from ttfunc.torch_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place, longer, owned
