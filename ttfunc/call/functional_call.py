@@ -102,7 +102,8 @@ def call_copy(
     swaps = swaps_of(model, weights, at_call)
     if not (swaps or modes):  # no weight but its own
         return _method(at or model, method)(*args, **kwargs)
-    sizes, traced = sizes_of(swaps), torch.compiler.is_dynamo_compiling()
+    sizes = sizes_of(swap.weight for swap in swaps)
+    traced = torch.compiler.is_dynamo_compiling()
     if not traced:
         _warn_of_frozen_rows(model, swaps)
     path, steps = _path(model, swaps, modes, at_call)

@@ -1,7 +1,9 @@
 """What makes rows, a patch and a tie stale, and what has happened where one is.
 
-What is different where an engine owns a parameter stands in engine_checks.py. Copies that a weight
-holds of rows are checked at each read, in weight/source.py.
+Where an engine owns a parameter, the place holds something else at each moment: there the check is
+of what the engine keeps, and calls that engines cannot do are refused. Nothing here changes the
+model, and what one rank is refused, all are. Copies that a weight holds of rows are checked at each
+read, in weight/source.py.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ttfunc.engines.ownership import is_sharded
-from ttfunc.model.matrix import Matrix, is_stand_in
+from ttfunc.engines.ownership import is_sharded, is_split_twice, shape_of
+from ttfunc.engines.shards import rows_at
+from ttfunc.model.matrix import Matrix, count_places, is_stand_in
 from ttfunc.model.memory import memory_of, same_memory
 from ttfunc.rows.deltas import RowSpec
+from ttfunc.rows.token_ids import TokenIndices
+from ttfunc.torch_private import fsdp_manages, outside_of_transforms, transforms_active
 from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.engine_weight import Place
 from ttfunc.weight.source import Source
 
 
@@ -87,6 +93,88 @@ def _is_patched(tensor: Tensor, source: Source, matrix: Matrix, memory: object) 
     if not (own is None or own is matrix or any(tensor is one for _, one in own.slots)):
         return False
     return memory is None or memory_of(tensor) == memory
+
+
+def check_owned(
+    model: nn.Module, weight: PatchedWeight, matrix: Matrix, places: Sequence[Place]
+) -> None:
+    """Raise RuntimeError for a call that engines cannot do, ValueError for a stale patch.
+
+    `matrix` has what was in the places when the parameters were made, or at the last call.
+    """
+    _check_engine(weight, matrix, places)
+    for (name, known), place in zip(matrix.slots, places, strict=True):
+        _check_kept(model, name, known, place.kept, weight.source, matrix)
+    _check_one_matrix(model, matrix, places)
+
+
+def _check_engine(weight: PatchedWeight, matrix: Matrix, places: Sequence[Place]) -> None:
+    name = matrix.names[0]
+    if torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            f"an engine owns {name!r} and gathers it in hooks, which a compiled call does not "
+            "follow. Compile the model's blocks (block.compile()), and not the call."
+        )
+    split = any(is_sharded(one.kept) and not fsdp_manages(one.module) for one in places)
+    if split and transforms_active():
+        raise RuntimeError(
+            f"a torch.func transform over {name!r}, which is split over ranks: DTensor and ZeRO-3 "
+            "have no rules for it, with a patch or without. Use loss.backward() or "
+            "torch.autograd.grad."
+        )
+    if not weight.deferred:
+        raise RuntimeError(
+            f"the patch is a copy of {matrix.names}, which an engine has sharded since then. Leave "
+            "dense out, or, for an Embedding with max_norm, leave the matrix out of the sharding."
+        )
+
+
+def _check_kept(
+    model: nn.Module, name: str, known: Tensor, now: Tensor | None, source: Source, matrix: Matrix
+) -> None:
+    # What was sharded since is another tensor, in the same model.
+    sharded_since = not is_sharded(known) and matrix.model() in set(model.modules())
+    if now is None or not (now is known or sharded_since):
+        raise stale_patch(model, name, now, source.matrix)
+    if shape_of(now) != source.base.shape:
+        raise ValueError(
+            f"stale patch: the parameter {name!r} that it was made from has shape "
+            f"{tuple(shape_of(now))} now, not {tuple(source.base.shape)}: call init_deltas on "
+            "this model."
+        )
+    if is_sharded(now) and not is_sharded(known) and not _has_rows_of(now, known, source):
+        raise ValueError(
+            f"stale patch: the parameter {name!r} has other values since it is sharded than the "
+            "one that the parameters were made from: call init_deltas on this model."
+        )
+
+
+def _has_rows_of(now: Tensor, known: Tensor, source: Source) -> bool:
+    """Whether a matrix has the rows of what it was before; asked once, as that is let go of."""
+    indices = source.rows.ids
+    if not isinstance(indices, TokenIndices) or known.is_meta:
+        return True
+    ids = indices.within(0, len(known))[1].on(known.device).ids
+    with outside_of_transforms(), torch.no_grad():
+        found = rows_at(now, ids.to(now.device))
+        expected = known.index_select(0, ids)
+        return torch.equal(found.cpu(), expected.to(found.dtype).cpu())
+
+
+def _check_one_matrix(model: nn.Module, matrix: Matrix, places: Sequence[Place]) -> None:
+    """Raise ValueError where the places are not those of one matrix, as far as an engine tells.
+
+    Tensor parallelism, and FSDP2 of some of them alone, make separate parameters of a tied one.
+    """
+    kept = [place.kept for place in places]
+    together = all(fsdp_manages(one.module) and not is_split_twice(one.kept) for one in places)
+    if together and any(one is not kept[0] for one in kept):
+        raise ValueError(
+            f"{matrix.names} were one matrix when the parameters were made, and FSDP2 has more "
+            "than one parameter of them. Make them anew with init_deltas on this model."
+        )
+    if count_places(model, kept) != len(places):
+        raise tied_since(model, matrix.slots[0][0])
 
 
 def tied_since(model: nn.Module, name: str) -> ValueError:

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ttfunc.call.engine_checks import check_owned
 from ttfunc.call.known_paths import Model
 from ttfunc.call.matrices import is_patch, matrices_of_weights
 from ttfunc.call.patch_mixed import check_batch_first
-from ttfunc.call.stale import check_fresh
+from ttfunc.call.stale import check_fresh, check_owned
 from ttfunc.engines.ownership import Kept, engines_at_work, shape_of
 from ttfunc.model.beside import Beside, beside
 from ttfunc.model.held import held_at, held_under, way_to
@@ -22,7 +21,6 @@ from ttfunc.torch_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place, longer, owned
 from ttfunc.weight.placeholder import Reads
-from ttfunc.weight.source import Source
 
 
 class Swap(NamedTuple):
@@ -88,7 +86,8 @@ def _swap_of(
     ways = [way_to(model, one) for one in names]
     if is_patch(weight) and engines_at_work():
         engines = Kept()
-        places = [_place(way, one, engines) for way, one in zip(ways, names, strict=True)]
+        attributes = (one.rpartition(".")[2] for one in names)
+        places = [Place(way[-1], one, engines) for way, one in zip(ways, attributes, strict=True)]
         if any(place.owned for place in places):
             return _in_engine(model, weight, matrix, ways, places)
     now = [held_at(way, one) for way, one in zip(ways, names, strict=True)]
@@ -110,10 +109,6 @@ def _in_call(weight: Tensor, held: Tensor, matrix: Matrix) -> Tensor:
         return weight
     counted = weight.unread()
     return counted.on(held) if is_stand_in(held, matrix.tensor) else counted
-
-
-def _place(way: list[nn.Module], name: str, engines: Kept) -> Place:
-    return Place(way[-1], name.rpartition(".")[2], engines)
 
 
 def _in_engine(
@@ -161,12 +156,9 @@ def hiding(swaps: Iterable[Swap]) -> dict[nn.Module, dict[str, Tensor]]:
     return found
 
 
-def sizes_of(swaps: Iterable[Swap]) -> dict[int, int]:
-    """The heights of the matrices that are another in the call, and what they are there."""
-    return _grown(swap.weight.source for swap in swaps if is_patch(swap.weight))
-
-
-def _grown(sources: Iterable[Source]) -> dict[int, int]:
+def sizes_of(weights: Iterable[Tensor]) -> dict[int, int]:
+    """The heights of the matrices that are higher with their new tokens, and what they are then."""
+    sources = (weight.source for weight in weights if is_patch(weight))
     return {len(source.base): source.height for source in sources if source.new_tokens}
 
 
@@ -174,8 +166,9 @@ def _fits(weight: Tensor, held: Tensor, weights: Mapping[str, Tensor]) -> bool:
     """Whether it has the shape of what it is to stand for, or that of a bias for new tokens too."""
     if weight.shape == held.shape:
         return True
-    grown = _grown(one.source for one in weights.values() if is_patch(one))
-    longer = (*held.shape[:-1], grown.get(held.shape[-1], -1)) if held.ndim else ()
+    longer = (
+        (*held.shape[:-1], sizes_of(weights.values()).get(held.shape[-1], -1)) if held.ndim else ()
+    )
     return tuple(weight.shape) == longer and held.numel() == held.shape[-1]
 
 
