@@ -18,8 +18,9 @@ def main(pages: list[str]) -> None:
         from tests.helpers.hub import folder_in
         from tests.helpers.pages import ROOT, agrees, blocks, run
 
-        for file in fetch_smollm2().iterdir():
-            (folder_in(Path(cache)) / file.name).symlink_to(file)
+        folder = folder_in(Path(cache))
+        folder.rmdir()
+        folder.symlink_to(fetch_smollm2())  # the whole: a merge follows no link out of its folder
         for name in pages:
             page = ROOT / name
             os.chdir(tempfile.mkdtemp(dir=cache))
