@@ -12,13 +12,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ttfunc.call.functional_call import call_copy
 from ttfunc.call.patch import check_current, patch
+from ttfunc.call.slots import find_slots
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.names import innermost
-from ttfunc.module.attributes import shown
-from ttfunc.module.class_of import like
-from ttfunc.module.parts import fusing
-from ttfunc.module.sizes import Sizes, own
-from ttfunc.module.state import as_parameter, check_trained, faults, modes_after, trainable
+from ttfunc.module.attributes import attribute_of
+from ttfunc.module.classes import subclass_like, viewed
+from ttfunc.module.sizes import Sizes
+from ttfunc.module.state import (
+    as_parameter,
+    check_trainable,
+    check_trained,
+    faults,
+    modes_after,
+    trainable,
+)
+from ttfunc.module.trl import fused_call
 from ttfunc.own_names import OwnNames
 from ttfunc.rows.deltas import TokenDeltas
 from ttfunc.rows.keys import key
@@ -92,21 +100,7 @@ class TokenModule(nn.Module, metaclass=OwnNames):
             )
         check_current(params)
         free = trainable(model)
-        matrices = [spec.matrix for spec in params.specs.values() if spec.matrix is not None]
-        with_rows = {id(tensor) for matrix in matrices for _, tensor in matrix.slots}
-        if held := [name for name, one in free.items() if id(one) in with_rows]:
-            raise ValueError(
-                f"{len(free)} parameters of {type(model).__name__} require grad, and params have "
-                f"rows of {held}: the rest of the matrix would get no gradient. Freeze the model "
-                "first: model.requires_grad_(False). Or train the matrix whole, without rows."
-            )
-        if free and not train_base:
-            raise ValueError(
-                f"{len(free)} parameters of {type(model).__name__} require grad ("
-                f"{next(iter(free))!r}, …). Train them too, as parameters of the module: "
-                "TokenModule(model, params, train_base=True). Or freeze them first: "
-                "model.requires_grad_(False)."
-            )
+        check_trainable(model, free, params, train_base)
         # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
         self._modes = None
@@ -117,30 +111,30 @@ class TokenModule(nn.Module, metaclass=OwnNames):
             self.register_parameter(key("deltas", name), parameter)
         for name, parameter in free.items():
             self.register_parameter(key("base", name), parameter)
-        self.__class__ = like(type(innermost(model)), type(self))
+        self.__class__ = subclass_like(type(innermost(model)), type(self))
 
     def params(self) -> TokenDeltas:
         """Return the rows for `patch`, `merge` and `save`; their leaves are this module's own."""
         deltas = {name: getattr(self, key("deltas", name)) for name in self._rows}
         return TokenDeltas(deltas, dict(self._rows))
 
-    def _over(self, model: nn.Module, params: TokenDeltas) -> TokenModule:
-        return TokenModule(model, params)
+    def _replaced(self) -> dict[str, Tensor]:
+        """The module's parameters that are not the base's own: in a copy, or in torch's call."""
+        beside = {name: getattr(self, key("base", name)) for name in self._trained}
+        return {name: one for name, one in beside.items() if one is not self._trained[name]}
 
     def _weights(self) -> dict[str, Tensor]:
-        """What `functional_call` runs the model with, where it does not have it itself."""
+        """The weights that a call puts into the base."""
         # In training nothing but the loss reads the logits.
-        patches = patch(self.params(), deferred_logits=self.training)
-        # In a copy, or in torch's functional_call, these are others than the base's own.
-        beside = {name: getattr(self, key("base", name)) for name in self._trained}
-        others = {name: one for name, one in beside.items() if one is not self._trained[name]}
-        return {**patches, **others}
+        return {**patch(self.params(), deferred_logits=self.training), **self._replaced()}
+
+    def _in_call(self) -> dict[int, Tensor]:
+        """The weights of a call, by the identity of the tensors of the base that they stand for."""
+        return {id(slot.held): slot.stand_in for slot in find_slots(self.base, self._weights())}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, which a tool may have set."""
-        if not kwargs.get("fused_lm_head"):
-            return super().__call__(*args, **kwargs)
-        with fusing(self):
+        with fused_call(self, kwargs):
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,7 +179,7 @@ class TokenModule(nn.Module, metaclass=OwnNames):
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base")
         if name in _READ_BY_BASE and base is not None and hasattr(innermost(base), name):
-            setattr(innermost(base), name, own(value))
+            setattr(innermost(base), name, viewed(value))
         else:
             super().__setattr__(name, value)
 
@@ -195,7 +189,7 @@ class TokenModule(nn.Module, metaclass=OwnNames):
         except AttributeError:
             if "base" not in self.__dict__:
                 raise
-        return shown(self, name)
+        return attribute_of(self, name)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -217,7 +211,7 @@ class TokenModule(nn.Module, metaclass=OwnNames):
     ) -> None:
         # Also with strict=False: Trainer always loads so, and would go on with untrained rows.
         trained = [key("base", name) for name in self._trained]
-        if found := faults(self._rows, trained, state_dict, prefix):
+        if found := [*faults(self._rows, trained, state_dict, prefix)]:
             error_msgs += found
             return  # before anything is written
         ids = {prefix + key("token_indices", name) for name in self._rows}
