@@ -61,8 +61,7 @@ def attribute_of(module: AnyTokenModule, name: str) -> Any:
     value = getattr(holder, name)
     if name == "base_model" and (longer := backbone_for_loss(module, value)):
         return longer
-    computed = isinstance(inspect.getattr_static(type(holder), name, None), property)
-    if computed and isinstance(value, Tensor):
+    if isinstance(value, Tensor) and _is_computed(holder, name):
         return module._call((), {}, lambda copy: getattr(copy, name), holder)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
         return _method(module, name, value)
@@ -71,6 +70,10 @@ def attribute_of(module: AnyTokenModule, name: str) -> Any:
     if name in module._sizes.names_in(holder):
         return module._sizes.shown(value)
     return with_rows(module, value)
+
+
+def _is_computed(holder: nn.Module, name: str) -> bool:
+    return isinstance(inspect.getattr_static(type(holder), name, None), property)
 
 
 # Methods
@@ -144,20 +147,21 @@ def with_rows(
     rows in it; what is set on it, and a hook, goes to the model's own module. Anything else is the
     model's own. `weights` gives the weights of a call, by the identity of the model's own.
     """
-    weights = weights or functools.cache(module._in_call)
-    if type(value) is dict:
-        shown = with_rows(module, [*value.values()], weights)
-        return (
-            value if all(map(is_, shown, value.values())) else dict(zip(value, shown, strict=True))
-        )
-    if type(value) in (list, tuple):
-        shown = [with_rows(module, one, weights) for one in value]
-        return value if all(map(is_, shown, value)) else type(value)(shown)
+    if type(value) in (list, tuple, dict):
+        weights = weights or functools.cache(module._in_call)
+        held = [*value.values()] if type(value) is dict else value
+        shown = [with_rows(module, one, weights) for one in held]
+        if all(map(is_, shown, held)):
+            return value
+        return type(value)(zip(value, shown, strict=True) if type(value) is dict else shown)
+    if not isinstance(value, (Tensor, nn.Module)):
+        return value
+    found = module._in_call() if weights is None else weights()
     if isinstance(value, Tensor):
-        return weight_for_loss(module, weights().get(id(value), value))
-    if isinstance(value, nn.Module) and any(id(one) in weights() for one in value.parameters()):
-        return view_of(value, _answers(module, value))
-    return value
+        return weight_for_loss(module, found.get(id(value), value))
+    if found.keys().isdisjoint(map(id, value.parameters())):
+        return value
+    return view_of(value, _answers(module, value))
 
 
 def _answers(module: AnyTokenModule, own: nn.Module) -> dict[str, Any]:

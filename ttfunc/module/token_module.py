@@ -28,7 +28,7 @@ from ttfunc.module.state import (
 )
 from ttfunc.module.trl import fused_call
 from ttfunc.own_names import OwnNames
-from ttfunc.rows.deltas import TokenDeltas
+from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.keys import key
 
 # What is set on a TokenModule stays there, but for what the model's own code reads on the model.
@@ -81,8 +81,9 @@ class TokenModule(nn.Module, metaclass=OwnNames):
     """
 
     base: nn.Module
-    _modes: dict[nn.Module, bool] | None  # of the base's modules, in a copy of this module
-    _trained: dict[str, nn.Parameter]  # the base's own
+    _rows: dict[str, RowSpec]
+    _modes: dict[nn.Module, bool] | None  # the modes of the base's modules, in a copy of this one
+    _trained: dict[str, nn.Parameter]  # the base's own parameters that train, by their names in it
     _sizes: Sizes
     # Trainer trains a quantised model if it has an adapter, and so asks. The rows are one.
     _hf_peft_config_loaded = True
@@ -103,9 +104,7 @@ class TokenModule(nn.Module, metaclass=OwnNames):
         check_trainable(model, free, params, train_base)
         # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
-        self._modes = None
-        self._sizes = Sizes(params.specs)
-        self.__dict__["_trained"] = free  # by their names in the base
+        self.__dict__.update(_trained=free, _sizes=Sizes(params.specs), _modes=None)
         parameters = {name: as_parameter(delta, name) for name, delta in params.deltas.items()}
         for name, parameter in parameters.items():
             self.register_parameter(key("deltas", name), parameter)
@@ -191,51 +190,39 @@ class TokenModule(nn.Module, metaclass=OwnNames):
                 raise
         return attribute_of(self, name)
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Not as buffers: code that averages buffers would average the indices.
         for name, ids in self.params().token_indices.items():
             destination[prefix + key("token_indices", name)] = ids
 
     def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, *rest: Any
     ) -> None:
+        *_, errors = rest  # after `strict`, and the missing and the unexpected keys
         # Also with strict=False: Trainer always loads so, and would go on with untrained rows.
         trained = [key("base", name) for name in self._trained]
         if found := [*faults(self._rows, trained, state_dict, prefix)]:
-            error_msgs += found
+            errors += found
             return  # before anything is written
         ids = {prefix + key("token_indices", name) for name in self._rows}
-        rest = {name: value for name, value in state_dict.items() if name not in ids}
+        state_dict = {name: value for name, value in state_dict.items() if name not in ids}
         # The rows stay the same leaves of the parameters, whatever the caller asks for.
         local_metadata = {**local_metadata, "assign_to_params_buffers": False}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def __copy__(self) -> TokenModule:
         copied = type(self).__new__(type(self))
-        vars(copied).update(vars(self))  # as that of any module: what it holds is shared
+        vars(copied).update(vars(self))  # as of any module: what it holds is shared
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenModule:
-        copied = type(self).__new__(type(self))
+        copied = memo[id(self)] = type(self).__new__(type(self))
         modes = self._modes or {module: module.training for module in self.base.modules()}
-        memo[id(self)] = copied
-        shared = {name: vars(self)[name] for name in ("base", "_trained", "_sizes")}
-        state = {name: value for name, value in vars(self).items() if name not in shared}
-        del state["_modes"], state["_rows"]
-        vars(copied).update(copy.deepcopy(state, memo), **shared, _modes=dict(modes))
-        vars(copied).update(_rows=dict(self._rows))
+        # Not by the memo: what else holds the base and is copied with this module copies the base.
+        shared = {name: vars(self)[name] for name in ("base", "_rows", "_trained", "_sizes")}
+        own = {name: one for name, one in vars(self).items() if name not in (*shared, "_modes")}
+        vars(copied).update(copy.deepcopy(own, memo), **shared, _modes=dict(modes))
         return copied
 
     def __getstate__(self) -> NoReturn:
