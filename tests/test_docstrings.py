@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ttfunc
-from ttfunc.weight.reads import SharedRows
+from ttfunc.weight.product import product
+from ttfunc.weight.rows import Rows
 
 PACKAGE = Path(ttfunc.__file__).parent
 MODULES = [
@@ -26,8 +27,8 @@ CENTRAL = [
     ttfunc.stack,
     ttfunc.patch_mixed,
     ttfunc.TokenModule,
-    SharedRows.lookup,
-    SharedRows.product,
+    Rows.lookup,
+    product,
 ]
 
 

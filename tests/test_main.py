@@ -83,7 +83,7 @@ def test_info_of_an_adapter(lora, folder, capsys):
     assert call(folder, "info", "adapter") == 0
     out = capsys.readouterr().out
     assert f"an adapter of PEFT's, {'LORA' if lora else 'TRAINABLE_TOKENS'}" in out
-    assert "  model.embed_tokens\n    rows      2 × 8: 7, 3\n    deltas    float32, 64 B" in out
+    assert "model.embed_tokens\n    rows      2 × 8: 7, 3\n    deltas    float32, 64 B" in out
     assert ("other tensors, such as" in out) == lora
 
 

@@ -45,13 +45,30 @@ SETTINGS = {
 }
 
 
-def test_trainer_trains_rows_over_a_quantised_body(tmp_path):
-    llama(vocabulary=50, width=64).save_pretrained(tmp_path / "model")
+def quantised(folder) -> torch.nn.Module:
+    llama(vocabulary=50, width=64).save_pretrained(folder)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    return model.requires_grad_(False)
 
+
+@pytest.mark.parametrize("ids", [TOKENS, [*TOKENS, 50]], ids=["old", "new"])
+def test_what_is_saved_over_a_quantised_body_loads(ids, tmp_path):
+    model = quantised(tmp_path / "model")
+    params = random_rows(model, ids, grow=True)
+    before = set(vars(model))
+    TokenModule(model, params).save_pretrained(tmp_path / "saved")
+    assert set(vars(model)) == before
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert "Int8" in type(saved.model.layers[0].mlp.up_proj.weight).__name__
+    x = torch.tensor([[3, *ids, 4]])
+    expected = functional_call(model, patch(params), x).logits
+    torch.testing.assert_close(saved(x).logits, expected)
+
+
+def test_trainer_trains_rows_over_a_quantised_body(tmp_path):
     def made() -> tuple[torch.nn.Module, TokenModule]:
-        config = TorchAoConfig(Int8WeightOnlyConfig())
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config)
-        model.requires_grad_(False)
+        model = quantised(tmp_path / "model")
         return model, TokenModule(model, random_rows(model, TOKENS))
 
     model, module = made()

@@ -13,11 +13,13 @@ from typing import Any, ClassVar
 import optree
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functionalize, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ttfunc
@@ -32,6 +34,7 @@ from ttfunc.torch_private import (
     LINEAR,
     OPTREE_GLOBAL,
     at_work,
+    current_mode,
     first_order,
     forbid_writes,
     fsdp_gathered,
@@ -44,10 +47,12 @@ from ttfunc.torch_private import (
     is_exported,
     is_fake,
     is_fsdp1,
+    is_of_a_graph,
     is_traceable_wrapper_subclass,
     is_traced,
     is_wrapped,
     keeps_signature,
+    leave_mode,
     no_torch_function,
     offset_of_shard,
     outside_of_dispatch,
@@ -503,3 +508,25 @@ def test_a_wrapper_has_the_size_of_a_tensor_and_no_memory():
     assert not wrapper.requires_grad
     assert wrapper + 1 == 1
     assert seen == [torch.ops.aten.add.Tensor]
+
+
+def test_the_innermost_mode_is_known_and_left_once():
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    outer, inner = Mode(), Mode()
+    assert current_mode() is None
+    with outer:
+        inner.__enter__()
+        assert current_mode() is inner
+        leave_mode(outer)  # not the innermost one
+        leave_mode(inner)
+        leave_mode(inner)
+        assert current_mode() is outer
+    assert current_mode() is None
+
+
+def test_operations_of_a_graph_are_told_from_those_of_a_model():
+    assert is_of_a_graph(torch.ops.aten.detach.default)
+    assert not any(map(is_of_a_graph, (torch.mm, torch.Tensor.matmul, F.linear)))

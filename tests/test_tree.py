@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -19,6 +20,7 @@ FLOORS = [
     {"call", "merging"},
     {"disk", "export", "module"},
     {"peft"},
+    {"info"},
     {"__main__"},
 ]
 
@@ -48,8 +50,8 @@ def imports() -> dict[str, set[str]]:
 
 def test_there_are_no_circles():
     order = list(TopologicalSorter(imports()).static_order())
-    assert order.index("torch_private") < order.index("weight.reads")
-    assert order.index("weight.reads") < order.index("call.functional_call")
+    assert order.index("torch_private") < order.index("weight.rows")
+    assert order.index("weight.rows") < order.index("call.functional_call")
 
 
 def test_each_room_stands_on_the_floors_below_it():
@@ -59,6 +61,14 @@ def test_each_room_stands_on_the_floors_below_it():
         for other in others - {""}:  # the package itself, for its version
             same = room(module) == room(other)
             assert same or floor[room(other)] < floor[room(module)], (module, other)
+
+
+def test_a_wheel_has_each_folder_of_the_package():
+    setup = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    names = {".".join(path.relative_to(PACKAGE.parent).parts) for path in folders}
+    assert set(setup["packages"]) == names
+    assert all((PACKAGE / name).is_file() for name in setup["package-data"]["ttfunc"])
 
 
 def test_no_module_is_a_grab_bag_or_too_long():

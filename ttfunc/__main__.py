@@ -9,20 +9,16 @@ import signal
 import sys
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ttfunc import __version__
 from ttfunc.disk import rows_file
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
-from ttfunc.disk.folder import open_checkpoint
-from ttfunc.disk.module_file import KEY
-from ttfunc.disk.tensors import opened
-from ttfunc.peft.adapter import CONFIG, read_adapter
-from ttfunc.rows.deltas import TokenDeltas
+from ttfunc.info import info, of_params
 from ttfunc.rows.summary import size
 
 COMMANDS = {"merge": merge_checkpoint, "unmerge": unmerge_checkpoint}
@@ -68,15 +64,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ttfunc", description="Write trained token rows into a checkpoint, and out of it."
     )
+    parser.add_argument("--version", action="version", version=f"ttfunc {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, what in (
         ("merge", "copy a checkpoint, with the trained rows in it"),
         ("unmerge", "copy a merged checkpoint, with the original rows back in place"),
     ):
-        command = commands.add_parser(name, help=what, description=what.capitalize() + ".")
-        command.add_argument("source", help="a folder with .safetensors files, or one such file")
-        command.add_argument("params", help="the file that ttfunc.save wrote")
-        command.add_argument("destination", help="the copy; nothing may have this name yet")
+        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        command.add_argument(
+            "source", metavar="MODEL", help="a folder with .safetensors files, or one such file"
+        )
+        command.add_argument("params", metavar="ROWS", help="the file that ttfunc.save wrote")
+        command.add_argument(
+            "destination", metavar="MERGED", help="the copy; nothing may have this name yet"
+        )
         command.add_argument(
             "--name",
             action=_Names,
@@ -93,8 +94,19 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
         command.set_defaults(run=_copy, command=name)
     what = "what a file of trained rows, an adapter of PEFT's, or a checkpoint holds"
-    command = commands.add_parser("info", help=what, description=what.capitalize() + ".")
-    command.add_argument("path", help="the file that ttfunc.save wrote, or a folder")
+    command = commands.add_parser("info", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    command.add_argument(
+        "path", type=Path, metavar="ROWS", help="the file that ttfunc.save wrote, or a folder"
+    )
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="tell of each trained token, with its text"
+    )
+    command.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="compare each trained row to those of this model, of which no more is read",
+    )
     command.set_defaults(run=_info)
     return parser
 
@@ -138,7 +150,8 @@ def _copy(options: argparse.Namespace) -> None:
         )
     if not options.quiet:
         print(f"{options.command}d into {options.destination}, {size(copied)}:")
-        print("\n".join(_matrices(rows_file.read(options.params))))
+        for lines, _ in of_params(rows_file.read(options.params)):
+            print("\n".join(lines))
 
 
 def _bar(quiet: bool) -> Any:
@@ -153,87 +166,7 @@ def _bar(quiet: bool) -> Any:
 
 
 def _info(options: argparse.Namespace) -> None:
-    path = Path(options.path)
-    lines: Callable[[Path], list[str]] = _checkpoint_info
-    if _is_params(path):
-        lines = _params_info
-    elif (path / CONFIG).exists():
-        lines = _adapter_info
-    print("\n".join(lines(path)))
-
-
-def _is_params(path: Path) -> bool:
-    """Whether `save` wrote the file; reading a damaged one raises."""
-    if not path.is_file():
-        return False
-    with opened(path) as file:
-        return KEY in (file.metadata() or {})
-
-
-def _params_info(path: Path) -> list[str]:
-    params = rows_file.read(path)
-    rows = sum(len(spec.indices) for spec in params.specs.values())
-    head = f"{path}: {rows} trained rows ({size(path.stat().st_size)})"
-    return [head, *_matrices(params)]
-
-
-def _adapter_info(path: Path) -> list[str]:
-    adapter = read_adapter(path)
-    lines = [f"{path}: an adapter of PEFT's, {adapter.config['peft_type']}"]
-    for module, ids, rows in adapter.rows:
-        lines += [
-            f"  {module}",
-            f"    rows      {len(ids):,} × {rows.shape[1]:,}: {_listed(ids)}",
-            f"    deltas    {_dtype(rows.dtype)}, {size(rows.nbytes)}",
-        ]
-    if others := [*adapter.weights.values(), *adapter.other_keys]:
-        lines.append(f"  and {len(others)} other tensors, such as {others[0]}")
-    return lines
-
-
-def _matrices(params: TokenDeltas) -> list[str]:
-    lines = []
-    for key, spec in params.specs.items():
-        delta, originals = params.deltas[key], params.originals[key]
-        lines += [
-            f"  {' = '.join(spec.names)}",
-            f"    rows      {spec.counted} × {spec.shape[1]:,}: {_listed(spec.indices.ids)}",
-            f"    deltas    {_dtype(delta.dtype)}, {size(delta.nbytes)}",
-            f"    originals {_dtype(originals.dtype)}, {size(originals.nbytes)}",
-        ]
-    return lines
-
-
-def _checkpoint_info(path: Path) -> list[str]:
-    checkpoint = open_checkpoint(path)
-    headers = checkpoint.headers
-    count = sum(map(len, headers.values()))
-    lines = [
-        f"{path}: {count} tensors in {len(headers)} .safetensors files; {size(checkpoint.size)} in "
-        f"{len(checkpoint.files)} files"
-    ]
-    entries = {name: entry for header in headers.values() for name, entry in header.items()}
-    weight: Counter[str] = Counter()
-    for entry in entries.values():
-        weight[entry.dtype] += entry.end - entry.start
-    lines += [f"  {dtype:10} {size(total)}" for dtype, total in weight.most_common()]
-    matrices = {name: entry for name, entry in entries.items() if len(entry.shape) == 2}
-    most = max((entry.shape[0] for entry in matrices.values()), default=0)
-    lines += [
-        f"  {name}  {entry.shape[0]:,} × {entry.shape[1]:,} {entry.dtype}, "
-        f"{size(entry.end - entry.start)}"
-        for name, entry in matrices.items()
-        if entry.shape[0] == most
-    ]
-    return lines
-
-
-def _listed(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
-
-
-def _dtype(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
+    print("\n".join(info(options.path, options.tokenizer, options.model)))  # all of it, or none
 
 
 def _message(error: BaseException) -> str:

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from optree.registry import __GLOBAL_NAMESPACE
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
@@ -160,6 +161,16 @@ def _innermost(tensor: Tensor) -> Tensor:
     return tensor
 
 
+# The innermost mode of this thread that has a `__torch_function__`; None where there is none.
+current_mode: Callable[[], TorchFunctionMode | None] = overrides._get_current_function_mode
+
+
+def leave_mode(mode: TorchFunctionMode) -> None:
+    """Leave a mode if it is the innermost one of this thread."""
+    if current_mode() is mode:
+        overrides._pop_mode()
+
+
 def in_dual_level() -> bool:
     """Whether a `torch.autograd.forward_ad.dual_level` has been entered."""
     return forward_ad._current_level >= 0
@@ -181,6 +192,11 @@ def version_of(tensor: Tensor) -> int | None:
     None for a tensor without one: made in inference mode, or wrapped by a transform.
     """
     return None if tensor.is_inference() or is_wrapped(tensor) else tensor._version
+
+
+def is_of_a_graph(func: Callable[..., Any]) -> bool:
+    """Whether it is an ATen operation itself, as compiled code calls them and models do not."""
+    return isinstance(func, torch._ops.OpOverload) and func.namespace == "aten"
 
 
 def writes_of(

@@ -52,7 +52,7 @@ def in_transformers(folder: Path, _: Path) -> Ask:
 def in_ctranslate2(folder: Path, converted: Path) -> Ask:
     import ctranslate2
 
-    engine = ctranslate2.Generator(str(converted), compute_type="float32", intra_threads=THREADS)
+    engine = ctranslate2.Generator(str(converted), compute_type="default", intra_threads=THREADS)
     tokenizer = tokenizer_of(folder)
 
     def ask(text: str, count: int) -> list[int]:

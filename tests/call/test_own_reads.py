@@ -56,13 +56,11 @@ def test_the_one_that_an_engine_has_gathered_is_refused_too():
             functional_call(model, weights, TOKENS)
 
 
-def test_a_sharded_model_that_leads_nowhere_else_is_called_without_the_check():
+def test_a_sharded_model_that_leads_nowhere_else_is_right():
     with mesh_of_one() as mesh:
         model = nn.Sequential(nn.Embedding(5, 4)).requires_grad_(False)
         fully_shard(model, mesh=mesh)
         params = random_rows(model, [3])
-        (matrix,) = (spec.matrix for spec in params.specs.values())
-        assert matrix.path.uncopyable == ()
-        assert torch.equal(
-            functional_call(model, patch(params), TOKENS)[0], params.deltas["0.weight"][0]
-        )
+        for _ in range(2):
+            found = functional_call(model, patch(params), TOKENS)
+            assert torch.equal(found[0], params.deltas["0.weight"][0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -79,9 +78,8 @@ def test_a_reserved_token_gets_the_name_that_one_wants(lesson, tmp_path):
     token = before.convert_tokens_to_ids(reserved)
     folder = tmp_path / "tokenizer"
     before.save_pretrained(folder)
-    page = (Path(__file__).parents[2] / "examples/existing_tokens.md").read_text()
-    (recipe,) = re.findall(r"`(sed -i 's/<.reserved.*?)`", page)
-    subprocess.run(recipe, shell=True, check=True, cwd=folder)  # noqa: S602
+    for file in folder.glob("*.json"):  # as the page of existing tokens does
+        file.write_text(file.read_text().replace(reserved, "<calc>"))
     after = transformers.AutoTokenizer.from_pretrained(folder)
     assert after("a <calc> b")["input_ids"].count(token) == 1
     assert after.decode([token]) == "<calc>"

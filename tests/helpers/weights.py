@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.helpers.models import D, V
 from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.weight.deferred import PatchedWeight, patched
-from ttfunc.weight.reads import SharedRows
+from ttfunc.weight.rows import Rows
 
 IDS = [7, 3, 20]
 HIDDEN, MATRIX, VECTOR = torch.randn(2, 4, D), torch.randn(D, 6), torch.randn(D)
@@ -20,5 +20,5 @@ def weights(dtype: torch.dtype = torch.float32) -> tuple[PatchedWeight, Tensor, 
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(V, D, generator=generator).to(dtype)
     rows = torch.randn(len(IDS), D, generator=generator).to(dtype).requires_grad_()
-    weight = patched(base, SharedRows(rows, TokenIndices(tuple(IDS))), None, dense=False)
+    weight = patched(base, Rows(rows, TokenIndices(tuple(IDS))), None, dense=False)
     return weight, base.index_copy(0, torch.tensor(IDS), rows), rows

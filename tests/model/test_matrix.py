@@ -9,7 +9,7 @@ from torch import nn
 from tests.helpers.models import CORPUS, D, V, make, tokens
 from tests.helpers.unusual import UNUSUAL
 from ttfunc import functional_call, init_deltas, merge, patch, unmerge
-from ttfunc.model.matrix import count_same, count_slots, matrices_of, matrix_of, names_apart
+from ttfunc.model.matrix import count_places, matrices_of, matrix_of, names_apart
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_all_places_of_a_matrix_are_found(case: str, names: list[str], slots: in
     assert list(matrix.names) == names
     assert set(names) == {n for n in model.state_dict() if n in names}
     assert len(matrix.slots) == slots
-    assert count_slots(model, matrix.distinct.values()) == slots
+    assert count_places(model, matrix.distinct.values()) == slots
     assert len(matrix.distinct) == distinct
     assert matrix.tensor is model.embed_tokens.weight
 
@@ -73,7 +73,7 @@ def test_a_buffer_over_the_same_memory_is_a_place_too():
     matrix = matrix_of(model, model.embed_tokens.weight)
     assert sorted(matrix.names) == ["embed_tokens.weight", "kept"]
     assert {name for name, _ in matrix.slots} == {"embed_tokens.weight", "kept", "unkept"}
-    assert count_slots(model, matrix.distinct.values()) == 3
+    assert count_places(model, matrix.distinct.values()) == 3
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
@@ -91,26 +91,21 @@ def test_what_has_no_strided_memory_may_be_anywhere_in_the_model(kind: str):
     assert type(functional_call(model, patch(params), (tokens(7),))) is torch.Tensor
 
 
-def test_several_are_found_in_one_search_with_one_path():
+def test_several_are_found_in_one_search():
     model = make("untied")
     tensors = [model.lm_head.weight, model.embed_tokens.weight, model.lm_head.weight]
     head, embedding, again = matrices_of(model, tensors)
     assert head is again
     assert (head.names, embedding.names) == (("lm_head.weight",), ("embed_tokens.weight",))
-    assert head.path is embedding.path
     alone = [matrix_of(model, tensor) for tensor in tensors[:2]]
     for one, other in zip(alone, (head, embedding), strict=True):
         assert (one.names, one.slots) == (other.names, other.slots)
 
 
-def test_those_that_lie_in_the_same_memory_are_counted():
-    model = make("untied")
-    weight = model.embed_tokens.weight
-    assert count_same(model, [weight]) == count_slots(model, [weight]) == 1
-    model.lm_head.weight = nn.Parameter(weight.data)
-    assert (count_same(model, [weight]), count_slots(model, [weight])) == (2, 1)
-    model.again = model.lm_head  # one module by two paths is one place
-    assert count_same(model, [weight]) == 2
+def test_a_module_that_has_two_names_is_one_place():
+    model = make("tied")
+    model.again = model.lm_head
+    assert count_places(model, [model.embed_tokens.weight]) == 2
 
 
 def test_the_names_of_what_may_be_tied_elsewhere():

@@ -55,7 +55,7 @@ def test_the_gradients_are_those_of_the_whole_matrix(chunk, softcap, grown):
     found = loss_of(longer_states(hidden, weight), longer, chunk, softcap)
     torch.testing.assert_close(found, expected)
     gradients = torch.autograd.grad(found, (hidden, rows))
-    ids = list(weight.source.rows.indices.ids)
+    ids = list(weight.source.rows.ids.ids)
     torch.testing.assert_close(gradients, (of_hidden, of_whole[ids]), rtol=1e-4, atol=1e-5)
     assert gradients[1].abs().max() > 1e-3
 

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers.models import loss_of, make, tokens
 from ttfunc import functional_call, init_deltas, patch, patch_mixed, stack
-from ttfunc.rows.token_ids import TokenIndices, check_apart, gaps, token_indices, union
+from ttfunc.rows.given import check_apart, token_indices
+from ttfunc.rows.token_ids import TokenIndices, first_of_each, found_among, id_tensor, union
 
 CPU = torch.device("cpu")
 distinct = st.lists(st.integers(0, 99), min_size=1, unique=True)
@@ -86,23 +87,45 @@ def test_the_table_finds_the_row_of_each_id(ids: list[int]):
     indices = TokenIndices(tuple(ids))
     table = indices.on(CPU)
     assert table.ids.tolist() == ids
-    assert table.sorted.tolist() == sorted(ids)
-    assert table.id_at.tolist() == [*sorted(ids), -1]
-    assert table.ids[table.row_at[:-1]].tolist() == sorted(ids)
+    assert table.ids[table.row_of[:-1]].tolist() == table.ordered.tolist() == sorted(ids)
     assert [indices.row_of(token) for token in ids] == list(range(len(ids)))
     assert indices.row_of(100) is None
 
 
-@given(ids=distinct, above=st.integers(1, 3), most=st.integers(0, 5) | st.just(200))
-def test_stretches_are_all_but_the_ids(ids: list[int], above: int, most: int):
-    size = max(ids) + above
-    rest = sorted(set(range(size)) - set(ids))
-    found = gaps(TokenIndices(tuple(ids)), size, most)
-    if sum(token - 1 not in rest for token in rest) > most:
-        assert found == ()
-        return
-    assert [i for part in found for i in range(size)[part]] == rest
-    assert all(part.start < part.stop for part in found)
+@given(ids=distinct, height=st.integers(1, 100))
+def test_ids_that_are_the_end_of_a_matrix_are_known(ids: list[int], height: int):
+    start = TokenIndices(tuple(ids)).start_of_end(height)
+    ends = [first for first in range(height) if set(range(first, height)) == {*ids}]
+    assert start == next(iter(ends), None)
+
+
+@given(ids=distinct, start=st.integers(0, 99), count=st.integers(0, 99))
+def test_ids_within_a_range_count_from_its_start(ids: list[int], start: int, count: int):
+    rows, within = TokenIndices(tuple(ids)).within(start, start + count)
+    assert [ids[row] - start for row in rows] == list(within.ids)
+    assert rows == [row for row, token in enumerate(ids) if start <= token < start + count]
+
+
+@given(ids=st.lists(st.integers(-2, 13), min_size=1, max_size=12), example=st.booleans())
+def test_ids_that_are_a_tensor_have_a_column_each_and_are_found(ids: list[int], example: bool):
+    size = 12  # past it are no tokens
+    first = first_of_each(torch.tensor([ids] if example else ids), size)
+    tensor = id_tensor(first, size)
+    used = [0 <= token < size and token not in ids[:row] for row, token in enumerate(ids)]
+    assert tensor.used.flatten().tolist() == used
+    columns = tensor.columns.flatten().tolist()
+    assert len({*columns}) == len(ids)
+    assert {*columns} <= {*range(size)}
+    for column, token, has in zip(columns, ids, used, strict=True):
+        assert (column == token) if has else (column not in ids)
+    tokens = torch.arange(-3, 15).view(1, 3, 6)
+    hit, row = tensor.find(tokens, CPU)
+    truth = [token in ids and 0 <= token < size for token in tokens.flatten().tolist()]
+    assert hit.flatten().tolist() == truth
+    assert [ids.index(token) for token in tokens[hit].tolist()] == row[hit].tolist()
+    compared, other = found_among(tensor.ids.flatten(), tokens)
+    assert torch.equal(compared, hit)
+    assert torch.equal(other[hit], row[hit])
 
 
 def test_a_device_gets_its_table_once():
@@ -152,28 +175,11 @@ def test_tokens_that_lie_apart_are_found_without_a_warning():
     assert row[hit].tolist() == [1, 0, 1]
 
 
-def test_what_is_known_of_ids_is_found_once_and_lives_as_long_as_they_do():
+def test_a_union_is_found_once_by_its_content():
     a, b, c = (TokenIndices(ids) for ids in ((5, 2), (3,), (7, 2)))
     assert union((a, b, c)).ids == (5, 2, 3, 7)
     assert union((a, b, c)) is union((a, TokenIndices((3,)), c))
     assert union((a,)) is a
-    assert gaps(a, 9, 4) is gaps(a, 9, 4)
-    whole, other = weakref.ref(union((a, b, c))), weakref.ref(union((a, c)))
-    del b
-    assert whole() is None
-    assert other() is union((a, c))
-    first = weakref.ref(a)
-    del a
-    assert first() is None
-    assert other() is None
-
-
-def test_ids_that_come_and_go_leave_nothing():
-    kept = TokenIndices((0,))
-    for token in range(1, 100):
-        union((kept, TokenIndices((token,))))
-        union((TokenIndices((token,)), kept))
-    assert not kept._unions
 
 
 def test_no_module_keeps_what_a_step_was_given():

@@ -14,7 +14,7 @@ from ttfunc import init_deltas, patch, patch_mixed
 from ttfunc.engines.ownership import Kept
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place, owned
-from ttfunc.weight.source import Reads
+from ttfunc.weight.reads import Reads
 
 V, D, IDS = 11, 4, [7, 2]
 

@@ -15,7 +15,7 @@ from tests.helpers.sizes import Sizes
 from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.weight import loss
 from ttfunc.weight.loss import cross_entropies
-from ttfunc.weight.reads import patched_product
+from ttfunc.weight.product import patched_product
 
 V, D, IGNORED = 17, 5, -100
 STEPS = {
@@ -37,10 +37,10 @@ def operands(ids: list[int], grown: int = 0, seed: int = 0, count: int = 11):
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    table = TokenIndices((*ids, *range(V, V + grown))).on(torch.device("cpu"))
-    hidden, rows = drawn(count, D).requires_grad_(), drawn(len(table.ids), D).requires_grad_()
+    indices = TokenIndices((*ids, *range(V, V + grown)))
+    hidden, rows = drawn(count, D).requires_grad_(), drawn(len(indices), D).requires_grad_()
     target = torch.randint(0, V + grown, (count,), generator=generator)
-    return hidden, drawn(V, D), rows, table.ids, target
+    return hidden, drawn(V, D), rows, indices, target
 
 
 @given(
@@ -54,17 +54,17 @@ def operands(ids: list[int], grown: int = 0, seed: int = 0, count: int = 11):
     seed=st.integers(0, 99),
 )
 def test_losses_and_gradients(ids, grown, positions, ignored, smoothing, biased, steps, seed):
-    hidden, base, rows, table, target = operands(ids, grown, seed)
+    hidden, base, rows, indices, target = operands(ids, grown, seed)
     target[sorted(ignored)] = IGNORED
-    bias = torch.randn(V, dtype=torch.float64) if biased else None
-    logits = patched_product(hidden, base, rows, bias, table, grown)
+    bias = torch.randn(V + grown, dtype=torch.float64) if biased else None
+    logits = patched_product(hidden, base, rows, bias, indices)
     for step in STEPS[steps]:
         logits = step(logits)
     expected = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
     with of_chunks(positions, V + grown):
         found = cross_entropies(
-            *(hidden, base, rows, bias, table, target),
-            **{"grown": grown, "steps": STEPS[steps], "ignore_index": IGNORED},
+            *(hidden, base, rows, bias, indices, target),
+            **{"steps": STEPS[steps], "ignore_index": IGNORED},
             **{"label_smoothing": smoothing, "once": False},
         )
     torch.testing.assert_close(found, expected)
@@ -77,7 +77,7 @@ def test_losses_and_gradients(ids, grown, positions, ignored, smoothing, biased,
 
 
 def cross_entropy(hidden, base, rows, ids, target, **options) -> Tensor:
-    known = {"grown": 0, "steps": (), "ignore_index": IGNORED, "label_smoothing": 0.0}
+    known = {"steps": (), "ignore_index": IGNORED, "label_smoothing": 0.0}
     options = {**known, "once": False, **options}
     return cross_entropies(hidden, base, rows, None, ids, target, **options)
 
@@ -104,7 +104,7 @@ def test_hidden_states_that_depend_on_the_rows():
     ours = second(lambda h: cross_entropy(h, base, rows, ids, target).sum())
     theirs = second(
         lambda h: F.cross_entropy(
-            patched_product(h, base, rows, None, ids, 0), target, reduction="sum"
+            patched_product(h, base, rows, None, ids), target, reduction="sum"
         )
     )
     torch.testing.assert_close(ours, theirs)
@@ -117,7 +117,7 @@ def test_as_near_to_the_truth_as_the_plain_loss(dtype):
     hidden, base = torch.randn(300, 64), torch.randn(3000, 64) / 8
     rows, ids, target = (
         torch.randn(4, 64) / 8,
-        torch.tensor([5, 9, 70, 999]),
+        TokenIndices((5, 9, 70, 999)),
         torch.arange(300) * 10,
     )
     target[::7], target[::5] = 9, 999
@@ -128,11 +128,11 @@ def test_as_near_to_the_truth_as_the_plain_loss(dtype):
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     def plain(hidden: Tensor, rows: Tensor) -> Tensor:
-        logits = patched_product(hidden, base.to(hidden.dtype), rows, None, ids, 0)
+        logits = patched_product(hidden, base.to(hidden.dtype), rows, None, ids)
         return F.cross_entropy(logits.float(), target)
 
     narrow = [one.to(dtype).double().requires_grad_() for one in (hidden, rows)]
-    logits = patched_product(narrow[0], base.to(dtype).double(), narrow[1], None, ids, 0)
+    logits = patched_product(narrow[0], base.to(dtype).double(), narrow[1], None, ids)
     truth = F.cross_entropy(logits, target)
     exact = [truth.detach(), *torch.autograd.grad(truth, narrow)]
     with of_chunks(100, 3000, dtype):

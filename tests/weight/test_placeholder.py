@@ -15,7 +15,7 @@ from tests.helpers.sizes import Sizes
 from ttfunc import functional_call, init_deltas, patch, patch_mixed
 from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.weight.deferred import PatchedWeight, patched
-from ttfunc.weight.reads import SharedRows
+from ttfunc.weight.rows import Rows
 
 IDS = [7, 3, 20]
 INDICES = TokenIndices(tuple(IDS))
@@ -29,7 +29,7 @@ TEXTS, STATES = (
 
 
 def weight(rows: Tensor) -> PatchedWeight:
-    return patched(BASE, SharedRows(rows, INDICES), None, dense=False)
+    return patched(BASE, Rows(rows, INDICES), None, dense=False)
 
 
 def full(rows: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def test_a_fused_head_in_a_compiled_function_gets_its_gradient(make):
 
 def test_the_nan_is_in_no_memory_and_carries_gradients():
     rows = ROWS.clone().requires_grad_()
-    carried = SharedRows(rows, INDICES).placeholder(BASE, set())
+    carried = Rows(rows, INDICES).placeholder(BASE, set())
     assert carried.shape == BASE.shape
     assert carried.isnan().all()
     assert carried.untyped_storage().nbytes() == BASE.element_size()

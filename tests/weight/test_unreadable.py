@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ttfunc.weight.placeholder import nan_placeholder
-from ttfunc.weight.source import Reads
+from ttfunc.weight.reads import Reads
 from ttfunc.weight.unreadable import Unreadable
 
 IDS = torch.tensor([4, 1])

@@ -7,18 +7,22 @@ into the copies. The model is never changed, not even during the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from operator import is_
+from sys import getrefcount
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ttfunc.call.matrices import is_patch
+from ttfunc.call.own_reads import OwnReads
+from ttfunc.call.path import HOOKS, Step
+from ttfunc.call.references import HELD, refill, restored, slot_names, substituted
+from ttfunc.call.swaps import Swap, hiding
 from ttfunc.engines.live_parameters import LiveParameters
 from ttfunc.engines.ownership import counts_on_module
-from ttfunc.model.path import HELD, HOOKS, Visit
-from ttfunc.model.references import CONTAINERS, refill, substitute_attributes, substituted
 from ttfunc.model.sizes import Resized
 from ttfunc.torch_private import fsdp_manages, share_engine_state
 
@@ -26,54 +30,49 @@ _NONE: Mapping[str, Any] = {}
 
 
 class Copies:
-    """Copies of the visited modules, in which some tensors are replaced by others.
+    """Copies of the modules on the path, in which the weights of a call are put.
 
-    others: the replacement of each tensor, by the identity of that tensor. modes: the training mode
-    of each module whose copy is to have another mode than the original. sizes: of a vocabulary that
-    has another size in the call, from the old one to the new one. shown: for some modules,
-    attributes that hide parameters, which stay where an engine looks for them.
+    modes: the training mode of each module whose copy is to have another mode than the original.
+    sizes: of a vocabulary that has another size in the call, from the old one to the new one.
     """
 
     def __init__(
         self,
-        visits: Sequence[Visit],
-        others: Mapping[int, Tensor],
+        steps: Sequence[Step],
+        swaps: Sequence[Swap],
         modes: Mapping[nn.Module, bool],
         sizes: Mapping[int, int],
-        shown: Mapping[nn.Module, Mapping[str, Tensor]] = _NONE,  # type: ignore[assignment]
     ) -> None:
-        self._originals = [visit.module for visit in visits]
-        self._copies = [_empty_copy(visit.module, visit.slot_names) for visit in visits]
-        self._others: dict[int, Any] = dict(others)
+        self._originals = [step.module for step in steps]
+        self._copies = [_empty_copy(step.module) for step in steps]
+        self._swaps = swaps
+        self._others: dict[int, Any] = {}
+        self._back: dict[int, Any] = {}  # what the model has in place of what the call has
+        for swap in (swap for swap in swaps if not swap.in_engine):
+            self._others |= swap.replacements()
+            self._back[id(swap.in_call)] = swap.held[0]
+        self._weights = frozenset(self._back)
+        self._back.update(zip(map(id, self._copies), self._originals, strict=True))
         self._others.update(zip(map(id, self._originals), self._copies, strict=True))
-        self._placed = []
         self._resized = Resized(sizes) if sizes else None
         if self._resized:
-            for visit in visits:
-                self._resized.put_into(visit.state, visit.watched)
+            for step in steps:
+                self._resized.put_into(step.state, step.leading)
             self._others.update(self._resized.others)
-        for visit, copy in zip(visits, self._copies, strict=True):
-            state = _state(visit, self._others)
+            self._back.update(self._resized.own)
+        self._placed = []
+        hidden = hiding(swaps)
+        for step, copy in zip(steps, self._copies, strict=True):
+            state = _state(step, self._others, hidden.get(step.module, _NONE))
             if modes:
-                state["training"] = modes.get(visit.module, visit.module.training)
-            hidden = shown.get(visit.module, _NONE)
-            if "forward" in state and not fsdp_manages(visit.module):
-                # A tool's forward may put a part in the parameter's place (transformers' plans do).
-                # An attribute of the module's dictionary is found before a parameter of that name.
-                state.update(hidden)
-            elif hidden or fsdp_manages(visit.module):
-                own = visit.module._parameters
-                replaced = {
-                    name: one
-                    for name, one in state["_parameters"].items()
-                    if one is not own.get(name)
-                }
-                state["_parameters"] = LiveParameters(own, {**replaced, **hidden})
+                state["training"] = modes.get(step.module, step.module.training)
             vars(copy).update(state)
-            share_engine_state(visit.module, copy)
+            share_engine_state(step.module, copy)
             # Most are empty, and need no record of what was in them.
             held = [dict(state[part]) if state[part] else _NONE for part in HELD]
-            self._placed.append((state, held, visit.containers))
+            self._placed.append((state, held, step.leading))
+        for place, _ in (one for swap in swaps for one in swap.in_engine):
+            place.copy = self.of(place.module)
 
     @property
     def model(self) -> nn.Module:
@@ -84,19 +83,64 @@ class Copies:
         """The copy of a module of the model, or itself if it is not on the path."""
         return self._others.get(id(module), module)  # type: ignore[no-any-return]
 
-    def carry_over(self, tensors: Iterable[Tensor], own: Callable[[Any], Any]) -> None:
-        """Write what the call has set on the copies back to the originals, without stand-ins.
+    def run(self, call: Callable[[], Any], watch: OwnReads | None) -> Any:
+        """What the call gives. What the model notes on itself is there afterwards, as ever.
 
-        `tensors` are those that were replaced by others: what the call set in their place is not
-        kept. For a value that was made from a stand-in, `own` gives the model's own value.
+        That is so where it raises, too. An interrupt may come at any instruction, also of what is
+        done after the call: then that is done again.
         """
-        back: dict[int, Any] = {id(self._others[id(tensor)]): tensor for tensor in tensors}
-        stand_ins = frozenset(back)
-        back.update(zip(map(id, self._copies), self._originals, strict=True))
-        if self._resized:
-            back.update(self._resized.own)
-        traced = torch.compiler.is_dynamo_compiling()
-        for original, copy, (state, held, containers) in zip(
+        if torch.compiler.is_dynamo_compiling():
+            try:
+                return call()
+            finally:
+                self._carry_over()
+        before = self._counts()
+        try:
+            try:
+                if watch is not None:
+                    watch.enter()
+                return call()
+            finally:
+                self._end(watch, before)
+        except BaseException:
+            self._end(watch, before)
+            raise
+
+    def _end(self, watch: OwnReads | None, before: list[int]) -> None:
+        if watch is not None:
+            watch.leave()
+        self._carry_over()
+        # Else nothing but this object knows of them.
+        if self._counts() != before:
+            seen: dict[int, Any] = {}
+            for original in self._originals:
+                restored(original, self._own, seen)
+
+    def _counts(self) -> list[int]:
+        """How often the copies, and the weights that no caller has, are referred to."""
+        weights = [swap.in_call for swap in self._swaps if swap.in_call is not swap.weight]
+        sources = [weight.source for weight in weights if is_patch(weight)]
+        return [*map(getrefcount, (*self._copies, *weights, *sources))]
+
+    def _own(self, value: Any) -> Any:
+        """The model's own, for what belongs to this call; any other value as it is."""
+        own = self._back.get(id(value))
+        if own is not None:
+            return own
+        if not is_patch(value) or value.source.matrix is None:
+            return value
+        calls = (swap.in_call for swap in self._swaps)
+        if not any(is_patch(one) and one.source.reads is value.source.reads for one in calls):
+            return value  # the patch of another call, or of the caller
+        tensor = value.source.matrix.tensor
+        return tensor.mT if value.transposed else tensor
+
+    def _carry_over(self) -> None:
+        """Write what the call has set on the copies back to the originals.
+
+        What it has set in the place of a weight is not kept.
+        """
+        for original, copy, (state, held, leading) in zip(
             self._originals, self._copies, self._placed, strict=True
         ):
             found = vars(copy)
@@ -104,52 +148,82 @@ class Copies:
                 if isinstance(found[part], LiveParameters):  # it has written there itself
                     continue
                 if (placed or found[part]) and _differ(placed, found[part]):
-                    ours = {name for name, one in placed.items() if id(one) in stand_ins}
-                    _carry(placed, found[part], vars(original)[part], back, own, ours)
+                    self._carry(placed, found[part], vars(original)[part], self._weights)
             if _differ(state, found):
-                _carry(state, found, vars(original), back, own, ())
-            if not traced:
-                _refill_all(found, vars(original), back, containers)
+                self._carry(state, found, vars(original))
+            if not torch.compiler.is_dynamo_compiling():
+                self._refill(found, vars(original), leading)
                 if type(copy) is not type(original):  # lazy modules change their class
                     original.__class__ = type(copy)
         if self._resized:
-            self._resized.carry_over(lambda value: own(substituted(value, back)))
+            self._resized.carry_over(self._restored)
+
+    def _carry(
+        self,
+        placed: Mapping[str, Any],
+        found: Mapping[str, Any],
+        into: dict[str, Any],
+        weights: Container[int] = (),
+    ) -> None:
+        kept = {name for name, one in placed.items() if id(one) in weights} if weights else ()
+        for name, value in found.items():
+            if (name not in placed or placed[name] is not value) and name not in kept:
+                into[name] = self._restored(value)
+        for name in placed:
+            if name not in found and name not in kept:
+                into.pop(name, None)
+
+    def _restored(self, value: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self._own(substituted(value, self._back))
+        return restored(value, self._own, {})
+
+    def _refill(self, found: dict[str, Any], into: dict[str, Any], names: Collection[str]) -> None:
+        """Put into the original's containers what the call has put into the copy's."""
+        for name in names:
+            value, mine = found.get(name), into.get(name)
+            if value is not mine and type(value) is type(mine) and isinstance(value, (list, dict)):
+                refill(mine, substituted(value, self._back))
 
 
-def _empty_copy(module: nn.Module, slot_names: Iterable[str]) -> nn.Module:
-    kind = type(module)
+def _empty_copy(module: nn.Module) -> nn.Module:
+    kind: Any = type(module)
     if isinstance(module, (torch.jit.ScriptModule, nn.DataParallel)) or hasattr(kind, "__del__"):
-        raise TypeError(
-            f"a call copies each module between the model and its token matrix, and the "
-            f"{kind.__name__} there cannot be copied (it is scripted, a DataParallel, "
-            "or has a __del__ that would run for the copy). Call the module in it, or use "
-            "torch.func.functional_call(model, patch(params), ...), which changes the model "
-            "during the call."
-        )
-    copy = object.__new__(kind)
-    for name in slot_names:
-        if hasattr(module, name):
-            object.__setattr__(copy, name, getattr(module, name))
+        raise _not_copied(kind)
+    copy: nn.Module = object.__new__(kind)
+    if not torch.compiler.is_dynamo_compiling():
+        for name in slot_names(kind):
+            if hasattr(module, name):
+                object.__setattr__(copy, name, getattr(module, name))
     return copy
 
 
-def _state(visit: Visit, others: Mapping[int, Any]) -> dict[str, Any]:
-    """The state of a visited module, with some objects replaced by others."""
-    state = visit.state
+def _state(step: Step, others: Mapping[int, Any], hidden: Mapping[str, Any]) -> dict[str, Any]:
+    """The dictionary of a module's copy: with some objects replaced by others.
+
+    hidden: attributes that shadow parameters. Their engine still finds these in the module.
+    """
+    module, state = step.module, step.state
+    own = module._parameters
     for part in HELD:
         held = dict(state[part])  # copied in one step: another thread may add to it
         for name, one in held.items():
             if id(one) in others:
                 held[name] = others[id(one)]
         state[part] = held
-    for name in visit.watched:
+    for name in step.leading:
         if name in HOOKS:
-            state[name] = type(state[name])(
-                (key, _of_copy(hook, visit.module, others))
-                for key, hook in list(state[name].items())
-            )
+            hooks = list(state[name].items())
+            state[name] = type(state[name])((k, _of_copy(one, module, others)) for k, one in hooks)
         elif name in state:
             state[name] = substituted(state[name], others)
+    if "forward" in state and not fsdp_manages(module):
+        # A tool's forward may put a part in the parameter's place (transformers' plans do). An
+        # attribute of the module's dictionary is found before a parameter of that name.
+        state.update(hidden)
+    elif hidden or fsdp_manages(module):
+        replaced = {n: one for n, one in state["_parameters"].items() if one is not own.get(n)}
+        state["_parameters"] = LiveParameters(own, {**replaced, **hidden})
     return state
 
 
@@ -164,38 +238,15 @@ def _of_copy(hook: Any, module: nn.Module, others: Mapping[int, Any]) -> Any:
 
 def _differ(placed: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     """Whether any value is another object now: in most calls none is."""
-    same = list(found) == list(placed) and all(map(is_, found.values(), placed.values()))
-    return not same
+    same = len(found) == len(placed) and all(map(is_, found, placed))
+    return not (same and all(map(is_, found.values(), placed.values())))
 
 
-def _carry(
-    placed: Mapping[str, Any],
-    found: Mapping[str, Any],
-    into: dict[str, Any],
-    back: Mapping[int, Any],
-    own: Callable[[Any], Any],
-    ours: Container[str],
-) -> None:
-    for name, value in found.items():
-        if (name not in placed or placed[name] is not value) and name not in ours:
-            into[name] = own(substituted(value, back))
-            if not torch.compiler.is_dynamo_compiling():
-                substitute_attributes(into[name], back)
-    for name in placed:
-        if name not in found and name not in ours:
-            into.pop(name, None)
-
-
-def _refill_all(
-    found: dict[str, Any], into: dict[str, Any], back: Mapping[int, Any], names: Collection[str]
-) -> None:
-    """Put into the original's containers what the call has put into the copy's."""
-    for value, mine in zip(map(found.get, names), map(into.get, names), strict=True):
-        if (value is mine and not value) or type(value) not in CONTAINERS:
-            continue
-        held: Any = value.values() if isinstance(value, dict) else value
-        if value is mine and back.keys().isdisjoint(map(id, held)):
-            continue
-        fixed = substituted(value, back)
-        if type(mine) is type(value) and (fixed is not value or mine is not value):
-            refill(mine, fixed)
+def _not_copied(kind: type[nn.Module]) -> TypeError:
+    return TypeError(
+        f"a call copies each module between the model and its token matrix, and the "
+        f"{kind.__name__} there cannot be copied (it is scripted, a DataParallel, or "
+        "has a __del__ that would run for the copy). Call the module in it, or use "
+        "torch.func.functional_call(model, patch(params), ...), which changes the model "
+        "during the call."
+    )

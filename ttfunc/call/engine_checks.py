@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ttfunc.call.stale import what_is_there, why
+from ttfunc.call.stale import stale_patch, tied_since
 from ttfunc.engines.ownership import is_sharded, is_split_twice, shape_of
 from ttfunc.engines.shards import rows_at
-from ttfunc.model.matrix import Matrix, count_kept
+from ttfunc.model.matrix import Matrix, count_places
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.torch_private import fsdp_manages, outside_of_transforms, transforms_active
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place
@@ -58,12 +59,9 @@ def _check_fresh(
     model: nn.Module, name: str, known: Tensor, now: Tensor | None, source: Source, matrix: Matrix
 ) -> None:
     # What was sharded since is another tensor, in the same model.
-    sharded_since = not is_sharded(known) and matrix.path.model() in set(model.modules())
+    sharded_since = not is_sharded(known) and matrix.model() in set(model.modules())
     if now is None or not (now is known or sharded_since):
-        raise ValueError(
-            f"stale patch: the parameter {name!r} that it was made from {what_is_there(now)} in "
-            f"this {type(model).__name__}: {why(model, name, now, source.matrix)}"
-        )
+        raise stale_patch(model, name, now, source.matrix)
     if shape_of(now) != source.base.shape:
         raise ValueError(
             f"stale patch: the parameter {name!r} that it was made from has shape "
@@ -79,14 +77,13 @@ def _check_fresh(
 
 def _has_rows_of(now: Tensor, known: Tensor, source: Source) -> bool:
     """Whether a matrix has the rows of what it was before; asked once, as that is let go of."""
-    indices = getattr(source.rows, "indices", None)
-    if indices is None or known.is_meta:
+    indices = source.rows.ids
+    if not isinstance(indices, TokenIndices) or known.is_meta:
         return True
-    tokens = [token for token in indices.ids if token < len(known)]
-    ids = torch.tensor(tokens, dtype=torch.int64)
+    ids = indices.within(0, len(known))[1].on(known.device).ids
     with outside_of_transforms(), torch.no_grad():
         found = rows_at(now, ids.to(now.device))
-        expected = known.index_select(0, ids.to(known.device))
+        expected = known.index_select(0, ids)
         return torch.equal(found.cpu(), expected.to(found.dtype).cpu())
 
 
@@ -102,8 +99,5 @@ def _check_ties(model: nn.Module, matrix: Matrix, places: Sequence[Place]) -> No
             f"{matrix.names} were one matrix when the parameters were made, and FSDP2 has more "
             "than one parameter of them. Make them anew with init_deltas on this model."
         )
-    if count_kept(model, kept) != len(places):
-        raise ValueError(
-            f"{type(model).__name__} ties {matrix.slots[0][0]!r} to more places than it did when "
-            "the parameters were made. Make them anew with init_deltas after tying the weights."
-        )
+    if count_places(model, kept) != len(places):
+        raise tied_since(model, matrix.slots[0][0])

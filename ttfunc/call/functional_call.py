@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.call.copies import Copies
-from ttfunc.call.own_reads import RefuseOwn, reached
-from ttfunc.call.said import check_said
-from ttfunc.call.slots import Slot, find_slots, is_patch, shown_in, sizes_of
-from ttfunc.call.unread import check_read
+from ttfunc.call.known_paths import Model, model_at_call, path_to, tree_of
+from ttfunc.call.matrices import is_patch
+from ttfunc.call.own_reads import read_past_the_copies, watch_of
+from ttfunc.call.path import Path, Step, changed_meanwhile
+from ttfunc.call.stale import tied_since
+from ttfunc.call.swaps import Swap, sizes_of, swaps_of
+from ttfunc.call.unread import check_logits, check_read
 from ttfunc.model.given import is_token_module, refuse_token_module
-from ttfunc.model.matrix import Matrix, way_to
-from ttfunc.model.path import ModulePath, Visit, find_path
-from ttfunc.torch_private import is_exported, transforms_active
+from ttfunc.torch_private import transforms_active
 
 # Results that read the weights after the call.
-_LATER = (Iterator, Awaitable, AsyncIterator, FunctionType, MethodType)
+_READS_LATER = (Iterator, Awaitable, AsyncIterator, FunctionType, MethodType)
 
 
 def functional_call(
@@ -98,36 +98,35 @@ def call_copy(
     With `at`, a module of the model, its method is called, which need not read the weights; it may
     also be a function of that module.
     """
-    modes = modes or {}
-    slots = find_slots(model, weights)
-    sizes = sizes_of(slots)
-    if not (slots or modes):  # no weight but its own
+    modes, at_call = modes or {}, model_at_call(model)
+    swaps = swaps_of(model, weights, at_call)
+    if not (swaps or modes):  # no weight but its own
         return _method(at or model, method)(*args, **kwargs)
-    traced = torch.compiler.is_dynamo_compiling()
+    sizes, traced = sizes_of(swaps), torch.compiler.is_dynamo_compiling()
     if not traced:
-        _warn_of_frozen_rows(model, slots)
-    visits, uncopyable = _visits(model, slots, modes)
-    own = [slot for slot in slots if slot.place is None]
-    others = {id(slot.held): slot.stand_in for slot in own}
-    copies = Copies(visits, others, modes, sizes, shown_in(slots))
-    for place in (slot.place for slot in slots if slot.place is not None):
-        place.copy = copies.of(place.module)
+        _warn_of_frozen_rows(model, swaps)
+    path, steps = _path(model, swaps, modes, at_call)
+    copies = Copies(steps, swaps, modes, sizes)
     called = _method(copies.model if at is None else copies.of(at), method)
-    if traced and uncopyable:
-        raise RuntimeError(reached(slots[0].name, uncopyable, "may be read in a compiled call"))
+    watch = None
+    if not traced:
+        kind = (str(method), id(at), model.training, torch.is_grad_enabled(), len(args), *kwargs)
+        watch = watch_of(model, swaps, path, kind)
+    elif path.uncopyable:
+        what = "may be read in a compiled call"
+        raise read_past_the_copies(swaps[0].names[0], path.uncopyable, what)
     try:
-        with RefuseOwn(uncopyable, slots) if uncopyable else contextlib.nullcontext():
-            out = called(*args, **kwargs)
+        out = copies.run(partial(called, *args, **kwargs), watch)
     except (IndexError, RuntimeError, ValueError, AssertionError) as error:
         if sizes and not traced:
             error.add_note(_bounded(model, sizes))
         raise
-    finally:  # what a model sets before it raises is there afterwards, as after any call
-        copies.carry_over([slot.held for slot in own], _own)
-    if at is None and not (traced or isinstance(out, _LATER)):
-        check_read(model, slots, kwargs)
+    if watch is not None:
+        path.watched.add(kind)
+    if at is None and not (traced or isinstance(out, _READS_LATER)):
+        check_read(model, swaps, kwargs)
         if sizes:
-            check_said(model, slots, sizes, out, method)
+            check_logits(model, swaps, sizes, out, method)
     return out
 
 
@@ -146,76 +145,40 @@ def _bounded(model: nn.Module, sizes: Mapping[int, int]) -> str:
     )
 
 
-def _own(value: Any) -> Any:
-    """For a patched weight that a model has kept, the model's own; any other value as it is."""
-    if not (isinstance(value, Tensor) and is_patch(value)) or value.source.matrix is None:
-        return value
-    own = value.source.matrix.tensor
-    return own.mT if value.transposed else own
+def _path(
+    model: nn.Module, swaps: Sequence[Swap], modes: Mapping[nn.Module, bool], at: Model | None
+) -> tuple[Path, list[Step]]:
+    """The path to what is swapped. Raises ValueError for a matrix that was tied since."""
+    tensors = [tensor for swap in swaps for tensor in swap.held]
+    path, steps, is_new = path_to(model, tensors, modes, at)
+    if not is_new or torch.compiler.is_dynamo_compiling():
+        return path, steps
+    own = [swap for swap in swaps if swap.is_own]
+    places = sum(len(swap.held) for swap in own)
+    tree = tree_of(model) if at is None else at.tree
+    if tree.count(tensor for swap in own for tensor in swap.held) != places:
+        raise tied_since(model, own[0].names[0])
+    on = {id(step.module) for step in steps}
+    if not all(id(module) in on for swap in swaps for way in swap.ways for module in way):
+        raise changed_meanwhile()
+    if at is not None:
+        at.known.remember((*tensors, *modes), path)
+    return path, steps
 
 
-def _visits(
-    model: nn.Module, slots: Sequence[Slot], modes: Mapping[nn.Module, bool]
-) -> tuple[list[Visit], tuple[str, ...]]:
-    """The modules to copy, and other objects that lead to the matrices.
-
-    The paths that were found when the parameters were made are used while they are still right.
-    """
-    if modes or any(slot.matrix.path.model() is not model for slot in slots):
-        path = find_path(model, [slot.held for slot in slots], modes)
-        return list(_now(path).values()), path.uncopyable
-    on: dict[int, Visit] = {}
-    uncopyable: tuple[str, ...] = ()
-    ways = {slot.name for slot in slots}
-    for path, matrices in _by_path(slots):
-        names = [name for matrix in matrices for name in matrix.names]
-        through = [one for slot in slots if slot.matrix in matrices for one in slot.way]
-        through += [one for name in names if name not in ways for one in way_to(model, name)]
-        visits = path.visits()
-        if visits is None or not all(id(module) in visits for module in through):
-            path = find_path(model, [slot.held for slot in slots if slot.matrix in matrices])
-            for matrix in matrices:
-                matrix.path = path
-            visits = _now(path)
-        for key, visit in visits.items():
-            on[key] = visit if key not in on else visit.joined(on[key])
-        uncopyable += path.uncopyable
-    return list(on.values()), uncopyable
-
-
-def _by_path(slots: Sequence[Slot]) -> list[tuple[ModulePath, list[Matrix]]]:
-    """The paths to the matrices; some have one path to all of them."""
-    found: dict[int, tuple[ModulePath, list[Matrix]]] = {}
-    for matrix in {id(slot.matrix): slot.matrix for slot in slots}.values():
-        found.setdefault(id(matrix.path), (matrix.path, []))[1].append(matrix)
-    return list(found.values())
-
-
-def _now(path: ModulePath) -> dict[int, Visit]:
-    visits = path.visits()
-    if visits is None and is_exported():
-        raise RuntimeError(
-            "torch.export shows other modules of this model at each look, since it has one under "
-            "several names. Export it with strict=True."
-        )
-    if visits is None:
-        raise RuntimeError("the model was changed by another thread as the call began. Try again.")
-    return visits
-
-
-def _warn_of_frozen_rows(model: nn.Module, slots: Sequence[Slot]) -> None:
+def _warn_of_frozen_rows(model: nn.Module, swaps: Sequence[Swap]) -> None:
     """Warn where other parameters are trained and the rows are not."""
     if not (model.training and torch.is_grad_enabled()) or transforms_active():
         return
-    patches = [(slot.weight, slot) for slot in slots if is_patch(slot.weight)]
+    patches = [(swap.weight, swap) for swap in swaps if is_patch(swap.weight)]
     if not patches or any(
-        weight.source.rows.values.requires_grad or slot.held.requires_grad
-        for weight, slot in patches
+        weight.source.rows.values.requires_grad or any(one.requires_grad for one in swap.held)
+        for weight, swap in patches
     ):
         return
     if any(parameter.requires_grad for parameter in model.parameters()):
         warnings.warn(
-            f"the rows for {patches[0][1].name!r} do not require grad, and parameters of the "
+            f"the rows for {patches[0][1].names[0]!r} do not require grad, and parameters of the "
             f"{type(model).__name__} do (a LoRA?): backward would train those and leave the rows "
             "as they are. Make the rows with requires_grad=True (init_deltas, load and load_peft "
             "take it), or call model.eval() where nothing is trained.",
@@ -234,7 +197,7 @@ def _check_arguments(
     if not isinstance(weights, Mapping):
         raise TypeError(
             f"weights must be a mapping from parameter names to tensors, got "
-            f"{type(weights).__name__}. patch(params) gives one."
+            f"{type(weights).__name__}. The order is functional_call(model, patch(params), args)."
         )
     for name, weight in weights.items():
         if not isinstance(name, str) or not isinstance(weight, Tensor):
@@ -249,8 +212,8 @@ def _check_arguments(
         )
     if not isinstance(model, nn.Module):
         raise TypeError(
-            "functional_call(model, weights, args, kwargs) needs a torch.nn.Module, got "
-            f"{type(model).__name__}."
+            f"functional_call needs a torch.nn.Module, got {type(model).__name__}. The order is "
+            "functional_call(model, patch(params), args)."
         )
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TypeError(

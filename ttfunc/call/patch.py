@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ttfunc.call.stale import matrix_of_rows
 from ttfunc.engines.ownership import is_sharded, unreadable
-from ttfunc.model.matrix import Matrix
-from ttfunc.model.memory import same_memory
-from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_shapes, check_type, combine
+from ttfunc.rows.deltas import TokenDeltas, check_type, combine
 from ttfunc.rows.new_tokens import check_complete
+from ttfunc.rows.shapes import check_shapes
 from ttfunc.weight.deferred import patched
-from ttfunc.weight.reads import SharedRows
+from ttfunc.weight.rows import Rows
 
 
 def patch(
@@ -75,7 +74,7 @@ def patch(
         copied = dense or matrix.has_max_norm
         if copied and is_sharded(matrix.tensor):
             raise _no_copy(name, dense)
-        rows = SharedRows(delta, spec.indices, spec.grown)
+        rows = Rows(delta, spec.indices)
         each = [one.deltas[name] for one in (params, *more) if name in one.deltas]
         weight = patched(
             base, rows, matrix, dense=copied, defers=deferred_logits,
@@ -92,37 +91,6 @@ def check_current(params: TokenDeltas) -> None:
     check_complete(params)
     for spec in params.specs.values():
         matrix_of_rows(spec)
-
-
-def matrix_of_rows(spec: RowSpec) -> Matrix:
-    """The matrix of the rows. Raises RuntimeError if there is none, ValueError if it changed."""
-    name, matrix = spec.names[0], spec.matrix
-    if matrix is None:
-        raise RuntimeError(
-            f"the parameters for {name!r} belong to no model: pickling leaves the base behind. "
-            "Put them on one: optree.tree_map(lambda new, old: old, "
-            "init_deltas(model, idx), params)."
-        )
-    held = matrix.tensor
-    if matrix.shape != spec.shape:
-        raise ValueError(
-            f"stale parameters: {name!r} had shape {spec.shape} when they were made, and has "
-            f"{matrix.shape} now. Make them anew with init_deltas on the model as it is."
-        )
-    if apart := [n for n, other in matrix.slots if not _is_tied(other, held)]:
-        raise ValueError(
-            f"stale parameters: {apart} shared the memory of {name!r} when the parameters were "
-            "made, and no longer do (moving or casting a model separates weights that are not one "
-            "Parameter). Tie them again, or make the parameters anew with init_deltas."
-        )
-    return matrix
-
-
-def _is_tied(a: Tensor, b: Tensor) -> bool:
-    # Engines give each place of a tied matrix a parameter of its own. Dynamo, which cannot read
-    # where tensors lie, guards that the two are those it has traced.
-    unknown = torch.compiler.is_dynamo_compiling() or is_sharded(a) or is_sharded(b)
-    return a is b or unknown or same_memory(a, b)
 
 
 def _no_copy(name: str, dense: bool) -> RuntimeError:

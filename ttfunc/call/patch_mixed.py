@@ -6,16 +6,22 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from ttfunc.call.patch import matrix_of_rows
+from ttfunc.call.stale import matrix_of_rows
 from ttfunc.engines.ownership import unreadable
 from ttfunc.rows.deltas import TokenDeltas
 from ttfunc.rows.new_tokens import check_complete
 from ttfunc.rows.stack import aligned, no_adapters
-from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast
+from ttfunc.rows.token_ids import id_tensor, outside_of_autocast
 from ttfunc.weight.deferred import patched
-from ttfunc.weight.per_example import rows_of_each
+from ttfunc.weight.product import cast_like
+from ttfunc.weight.rows import Rows
+
+# The model types of transformers that have the examples in the second dimension.
+_BATCH_LAST = {"xlnet"}
 
 
 def patch_mixed(
@@ -53,7 +59,7 @@ def patch_mixed(
         IndexError: an assignment to an adapter that is not there.
         TypeError: adapters or an assignment of another type.
     """
-    adapters = aligned(adapters, least=0)
+    adapters = aligned(adapters, 0, "patch_mixed(adapters, assignment)")
     for adapter in adapters:
         check_complete(adapter)
     numbers = adapter_numbers(assignment, len(adapters))
@@ -67,24 +73,45 @@ def patch_mixed(
                 f"{name!r} rescales itself as it is read (max_norm), and cannot be mixed. Call "
                 "the model separately for each adapter's examples."
             )
-        base = unreadable(matrix.current)
         if spec.grown and len(adapters) in numbers:
             raise ValueError(
                 f"the adapters have {spec.grown} new tokens for {name!r}, which the plain model "
                 "(-1) does not have. Call its examples on their own."
             )
+        base = unreadable(matrix.current)
         with outside_of_autocast(base.device):
-            each = [_rows_of(adapter, name) for adapter in adapters]
-            rows = rows_of_each(each, numbers, base, spec.grown)
+            rows = _rows_of_each(adapters, name, numbers, base, spec.height)
         deltas = [adapter.deltas[name] for adapter in adapters if name in adapter.deltas]
         weight = patched(base, rows, matrix, dense=False, copied_from=deltas)
         weights.update(dict.fromkeys(matrix.distinct, weight))
     return weights
 
 
-def _rows_of(adapter: TokenDeltas, name: str) -> tuple[Tensor, TokenIndices] | None:
-    has = name in adapter.specs
-    return (adapter.deltas[name], adapter.specs[name].indices) if has else None
+def _rows_of_each(
+    adapters: Sequence[TokenDeltas], name: str, numbers: Sequence[int], base: Tensor, height: int
+) -> Rows:
+    """The rows of each example: those of its adapter, by its number (n is the plain model).
+
+    Where an adapter has fewer than others, unused rows of zeros fill it up.
+    """
+    deltas = {n: one.deltas[name] for n, one in enumerate(adapters) if name in one.deltas}
+    chosen = {number: place for place, number in enumerate(dict.fromkeys(numbers))}
+    # A trained adapter that no example has takes part, so that it gets a gradient of 0.
+    trained = [n for n, delta in deltas.items() if delta.requires_grad and n not in chosen]
+    # All rows one after the other; the first is of zeros.
+    values, ids, at, count = [base.new_zeros(1, base.shape[1])], [], [], 1
+    for number in (*chosen, *trained):
+        if number not in deltas:
+            ids.append(torch.tensor([-1], device=base.device))
+            at.append(torch.tensor([0], device=base.device))
+            continue
+        values.append(cast_like(deltas[number], base))
+        ids.append(adapters[number].specs[name].indices.on(base.device).ids)
+        at.append(torch.arange(count, count + len(ids[-1]), device=base.device))
+        count += len(ids[-1])
+    each = torch.tensor([chosen[number] for number in numbers], device=base.device)
+    known = id_tensor(pad_sequence(ids[: len(chosen)], True, -1), height).of(each)
+    return Rows(F.embedding(pad_sequence(at[: len(chosen)], True)[each], torch.cat(values)), known)
 
 
 def adapter_numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]:
@@ -116,3 +143,14 @@ def adapter_numbers(assignment: Iterable[int] | Tensor, count: int) -> list[int]
     if not numbers:
         raise ValueError("assignment is empty: give the number of an adapter for each example.")
     return [int(number) % (count + 1) for number in numbers]
+
+
+def check_batch_first(model: nn.Module) -> None:
+    """Raise ValueError for a model that transposes its batch before it looks tokens up."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _BATCH_LAST:
+        raise ValueError(
+            f"a mixed patch needs the examples in the first dimension, and a model of type "
+            f"{kind!r} transposes its batch before it looks tokens up. Call the model separately "
+            "for each adapter's examples."
+        )

@@ -1,4 +1,4 @@
-"""Patched matrices that a call has not read, so that their rows had no effect."""
+"""Rows that had no effect: of a matrix that a call did not read, or for tokens it cannot say."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 
-from ttfunc.call.slots import Slot, is_patch
-from ttfunc.model.matrix import Matrix, way_to
+from ttfunc.call.matrices import is_patch
+from ttfunc.call.swaps import Swap
+from ttfunc.model.matrix import Matrix
+from ttfunc.weight.deferred import PatchedWeight
 
-# The matrices whose rows were left out at the input once, and were told to be.
-_TOLD: WeakSet[Matrix] = WeakSet()
+# Warned of once: matrices whose rows were left out at the input, and models that make no logits for
+# their new tokens.
+_LEFT_OUT: WeakSet[Matrix] = WeakSet()
+_SILENT: WeakSet[nn.Module] = WeakSet()
+_CALLER = 4  # frames up to the one that called functional_call
 
 
-def check_read(model: nn.Module, slots: Sequence[Slot], kwargs: Mapping[str, Any]) -> None:
+def check_read(model: nn.Module, swaps: Sequence[Swap], kwargs: Mapping[str, Any]) -> None:
     """Raise RuntimeError where a call has read no patched matrix; warn where it left one unread.
 
     A call to which the caller gives embeddings looks no token up. Then an unread input matrix is no
@@ -25,33 +30,51 @@ def check_read(model: nn.Module, slots: Sequence[Slot], kwargs: Mapping[str, Any
     embeddings = _embeddings_in(kwargs)
     unread: dict[tuple[str, ...], None] = {}
     read = False
-    for slot in {id(slot.stand_in): slot for slot in slots}.values():
-        if not (is_patch(slot.weight) and is_patch(slot.stand_in)):
-            continue
-        uses = slot.stand_in.source.uses
+    for swap, weight, in_call in _patches(swaps):
+        uses = in_call.source.uses
         for how in uses:
-            setattr(slot.weight.source.reads, how, True)
-        matrix = slot.weight.source.matrix or slot.matrix
-        left_out = bool(embeddings) and uses <= {"product"} and _is_looked_up(model, slot.matrix)
-        if left_out and not matrix.looked_up and matrix not in _TOLD:
-            _TOLD.add(matrix)
-            warnings.warn(_left_out(model, matrix, embeddings), stacklevel=4)
+            setattr(weight.source.reads, how, True)
+        matrix = weight.source.matrix or swap.matrix
+        left_out = bool(embeddings) and uses <= {"product"} and _is_looked_up(swap)
+        if left_out and not matrix.looked_up and matrix not in _LEFT_OUT:
+            _LEFT_OUT.add(matrix)
+            warnings.warn(_left_out(model, matrix, embeddings), stacklevel=_CALLER)
         if left_out or "product" in uses:
             matrix.looked_up = False  # the next call is given other embeddings
         read |= left_out or bool(uses)
         if not (left_out or uses):
-            unread[slot.matrix.names] = None
+            unread[swap.matrix.names] = None
     for names in unread:
-        message = (
-            f"the call did not read the patched matrix {names}: its rows had no effect. Either "
-            f"this {type(model).__name__} does not use the matrix here: choose one that it uses "
-            "with init_deltas(targets=...), or call it without this weight. Or it reaches its "
-            "modules in a way that a call cannot copy: use torch.func.functional_call, which "
-            "changes the model itself during the call."
-        )
         if not read:
-            raise RuntimeError(message)
-        warnings.warn(message, stacklevel=4)
+            raise RuntimeError(_unread(model, names))
+        warnings.warn(_unread(model, names), stacklevel=_CALLER)
+
+
+def check_logits(
+    model: nn.Module, swaps: Sequence[Swap], sizes: Mapping[int, int], out: Any, method: Any
+) -> None:
+    """Warn, once for a model, where a call read new tokens and made no logits for them."""
+    grown = [one.source for _, _, one in _patches(swaps) if one.source.new_tokens]
+    uses = set().union(*(source.uses for source in grown))
+    if isinstance(out, Tensor):  # hidden states may be as wide as the matrix was high
+        widths = sizes.keys() - {source.base.shape[1] for source in grown}
+        is_short = out.ndim > 2 and out.is_floating_point() and out.shape[-1] in widths
+    else:
+        logits = getattr(out, "logits", None)
+        is_short = isinstance(logits, Tensor) and logits.ndim > 1 and logits.shape[-1] in sizes
+    is_silent = is_short or (method == "generate" and uses == {"lookup"})
+    # Of a matrix that was not read at all `check_read` has said so.
+    if is_silent and model not in _SILENT and all(source.uses for source in grown):
+        _SILENT.add(model)
+        warnings.warn(_silent(model, sizes), stacklevel=_CALLER)
+
+
+def _patches(swaps: Sequence[Swap]) -> list[tuple[Swap, PatchedWeight, PatchedWeight]]:
+    return [
+        (swap, swap.weight, swap.in_call)
+        for swap in swaps
+        if is_patch(swap.weight) and is_patch(swap.in_call)
+    ]
 
 
 def _embeddings_in(kwargs: Mapping[str, Any]) -> str:
@@ -60,9 +83,19 @@ def _embeddings_in(kwargs: Mapping[str, Any]) -> str:
     return next((name for name in given if name.endswith("inputs_embeds")), "")
 
 
-def _is_looked_up(model: nn.Module, matrix: Matrix) -> bool:
+def _is_looked_up(swap: Swap) -> bool:
     """Whether an Embedding holds the matrix."""
-    return any(isinstance(way_to(model, name)[-1], nn.Embedding) for name, _ in matrix.slots)
+    return any(isinstance(way[-1], nn.Embedding) for way in swap.ways)
+
+
+def _unread(model: nn.Module, names: tuple[str, ...]) -> str:
+    return (
+        f"the call did not read the patched matrix {names}: its rows had no effect. Either this "
+        f"{type(model).__name__} does not use the matrix here: choose one that it uses with "
+        "init_deltas(targets=...), or call it without this weight. Or it reaches its modules in a "
+        "way that a call cannot copy: use torch.func.functional_call, which changes the model "
+        "itself during the call."
+    )
 
 
 def _left_out(model: nn.Module, matrix: Matrix, embeddings: str) -> str:
@@ -73,4 +106,13 @@ def _left_out(model: nn.Module, matrix: Matrix, embeddings: str) -> str:
         "itself have the model's own rows. Give token ids, or look them up with the rows: "
         f"TokenModule(model, params).get_input_embeddings()(ids), or "
         f"F.embedding(ids, patch(params)[{name!r}])."
+    )
+
+
+def _silent(model: nn.Module, sizes: Mapping[int, int]) -> str:
+    return (
+        f"this {type(model).__name__} read a matrix with new tokens, rows from {dict(sizes)}, and "
+        "made no logits for them: it can never say one. Its head is of another matrix (rows of "
+        "both ends: init_deltas(targets=[...])), or it cuts its logits by a count of its own. If "
+        "they are only to be read, all is well."
     )

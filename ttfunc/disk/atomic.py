@@ -23,6 +23,8 @@ _SPAN = 1 << 24  # what the kernel copies between two reports of progress
 # Values of errno that mean: copy_file_range does not support these files (copying did not fail).
 _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+# Windows opens no folder, and syncs a file only for who may write to it.
+_IS_POSIX = os.name == "posix"
 
 
 def stage(destination: Path, make: Callable[[Path], None]) -> None:
@@ -31,7 +33,11 @@ def stage(destination: Path, make: Callable[[Path], None]) -> None:
     The path is `.<name>.ttfunc-<random>.partial`, beside the destination. A killed run may leave it
     there; it can be deleted. If `make` raises or is interrupted, what it made is removed.
     """
-    name = os.fsdecode(os.fsencode(destination.name)[:200])  # a name has 255 bytes at most
+    name = destination.name
+    while (
+        len(os.fsencode(name)) > 200
+    ):  # a name has 255 bytes at most, on macOS of whole characters
+        name = name[:-1]
     partial = destination.parent / f".{name}.ttfunc-{secrets.token_hex(4)}.partial"
     try:
         make(partial)
@@ -104,7 +110,8 @@ def open_file(path: Path) -> BinaryIO:
 
 def rename_new(source: Path, destination: Path) -> None:
     """Rename in one step, only if nothing has the new name (os.rename replaces an empty folder)."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    library = ctypes.CDLL(None, use_errno=True) if _IS_POSIX else None
+    renameat2 = getattr(library, "renameat2", None)
     if renameat2 is not None:
         old, new = os.fsencode(source), os.fsencode(destination)
         if renameat2(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_NOREPLACE) == 0:
@@ -194,8 +201,16 @@ def make_directory(source: Path, destination: Path) -> None:
     destination.chmod(stat.S_IMODE(source.stat().st_mode) | stat.S_IRWXU)
 
 
+def sync_file(path: Path) -> None:
+    """Makes what is in a file survive a loss of power."""
+    with path.open("rb" if _IS_POSIX else "r+b") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(path: Path) -> None:
-    """Makes the names in a folder survive a loss of power."""
+    """Makes the names in a folder survive a loss of power; Windows cannot be asked for it."""
+    if not _IS_POSIX:
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

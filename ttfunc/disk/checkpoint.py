@@ -22,7 +22,10 @@ from ttfunc.rows.deltas import TokenDeltas, check_type
 AnyPath: TypeAlias = "str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[int, int], None]
 
-_ORDER = "merge_checkpoint(source, params, destination)"
+_ORDER = (
+    "merge_checkpoint(source, params, destination), the same for unmerge_checkpoint, and "
+    "MODEL ROWS MERGED on the command line"
+)
 
 
 def merge_checkpoint(
@@ -144,7 +147,7 @@ def _given(
 ) -> TokenDeltas:
     if isinstance(params_or_path, (str, os.PathLike)):
         params_or_path = rows_file.read(params_or_path)
-    check_type(params_or_path)
+    check_type(params_or_path, _ORDER)
     return under_names(checkpoint, params_or_path, names)
 
 
@@ -155,6 +158,9 @@ def _file(checkpoint: Checkpoint, stored: StoredMatrix) -> str:
 def _opened(source: AnyPath, destination: AnyPath) -> Checkpoint:
     """The checkpoint at `source`. Raises if the destination cannot be made."""
     root, new = path_of(source, _ORDER), path_of(destination, _ORDER)
+    for path in (root, new):
+        if rows_file.is_of_rows(path):
+            raise ValueError(f"{str(path)!r} is a file of rows. The order is {_ORDER}.")
     if os.path.lexists(new):
         raise FileExistsError(
             f"the destination {str(new)!r} exists, and is never overwritten. Give a new name, or "

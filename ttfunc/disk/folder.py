@@ -133,7 +133,9 @@ def says_tied(checkpoint: Checkpoint) -> bool | None:
 def _settled(root: Path) -> tuple[list[str], dict[str, Stamp]]:
     """The result of `_walk`, at a time after which each write changes a stamp."""
     found = _walk(root)
-    if any(time.time_ns() - stamp.changed < _TICK for stamp in found[1].values()):
+    # On Windows `changed` is when the file was made.
+    newest = [max(stamp.written, stamp.changed) for stamp in found[1].values()]
+    if any(time.time_ns() - stamp < _TICK for stamp in newest):
         time.sleep(_TICK / 1e9)  # a write in the same tick of the clock would not change the stamp
         found = _walk(root)
     return found

@@ -21,9 +21,9 @@ from ttfunc.model.names import advice, matrix_named, names_of
 from ttfunc.model.origin import origin_of
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.ends import warn_of_half
+from ttfunc.rows.given import token_indices
 from ttfunc.rows.new_tokens import check_after, check_ends, next_token, numbered_on
 from ttfunc.rows.renaming import renamed
-from ttfunc.rows.token_ids import token_indices
 from ttfunc.torch_private import outside_of_modes
 
 

@@ -29,10 +29,13 @@ def as_json(origin: Origin) -> dict[str, Any]:
     if origin.beside:
         found["beside"] = list(origin.beside)
     sample = origin.sample
-    if sample is not None and sample.numbers.double().isfinite().all():
+    if sample is not None and (numbers := sample.numbers.cpu().double()).isfinite().all():
         (dtype,) = (name for name, one in FLOATS.items() if one == sample.numbers.dtype)
-        numbers = sample.numbers.double().tolist()
-        found["sample"] = {"rows": list(sample.rows), "numbers": numbers, "dtype": dtype}
+        found["sample"] = {
+            "rows": list(sample.rows),
+            "numbers": numbers.tolist(),
+            "dtype": dtype,
+        }
     return found
 
 

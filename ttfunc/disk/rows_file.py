@@ -6,6 +6,7 @@ the model said of it, which a reader may leave out.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -31,7 +32,7 @@ from ttfunc.disk.tensors import (
     tensor_of,
 )
 from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type
-from ttfunc.rows.token_ids import token_indices
+from ttfunc.rows.given import token_indices
 
 FORMAT = 2
 PARTS = ("deltas", "token_indices", "originals")
@@ -63,8 +64,8 @@ def save(
     """
     tensors: dict[str, Tensor] = {}
     described = []
-    path = writable(path_of(path, "save(params, path)"))
-    check_type(params)
+    path = writable(path_of(path, order := "save(params, path)"))
+    check_type(params, order)
     with prefix_errors(f"{str(path)!r} cannot be written"):
         for name, spec in params.specs.items():
             ids = spec.indices.on(torch.device("cpu")).ids
@@ -81,6 +82,13 @@ def save(
         own = json.dumps({"format": version, "matrices": described, "origins": origins})
         _checked_metadata(own)
     write_file(Path(os.path.realpath(path)), serialized(tensors, {**_strings(metadata), KEY: own}))
+
+
+def is_of_rows(path: Path) -> bool:
+    """Whether `save` wrote what is at a path."""
+    with contextlib.suppress(OSError, ValueError), opened(path) as file:
+        return KEY in (file.metadata() or {})
+    return False
 
 
 def read(path: str | os.PathLike[str]) -> TokenDeltas:

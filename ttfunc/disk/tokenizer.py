@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from ttfunc.disk.atomic import open_file, sync_directory
+from ttfunc.disk.atomic import open_file, sync_directory, sync_file
 from ttfunc.disk.header import LONGEST, parse_json
 
 # The files of a tokenizer that say the ids of tokens, and where.
@@ -68,6 +69,32 @@ def warn_of_unknown(tokenizer: Any, root: Path, new: Iterable[int]) -> None:
         )
 
 
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of transformers that was saved in a folder; nothing of the hub is asked.
+
+    Raises FileNotFoundError where there is no folder, and ValueError where it has no tokenizer.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder of a tokenizer at {str(folder)!r}.")
+    try:
+        classes = importlib.import_module("transformers")
+    except ImportError:
+        raise ValueError(
+            "reading a tokenizer needs transformers: pip install transformers"
+        ) from None
+    try:
+        return classes.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each tokenizer has its own
+        raise ValueError(
+            f"transformers cannot load a tokenizer from {str(folder)!r}: {error}"
+        ) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether it has one of the files that tokenizers have."""
+    return any((folder / name).is_file() for name in _IDS)
+
+
 def _ids_in(folder: Path) -> list[int]:
     """The ids that a folder's tokenizer has tokens for, as far as its files say them."""
     found: list[int] = []
@@ -97,7 +124,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
         shutil.copytree(tokenizer, scratch)
     else:
         tokenizer.save_pretrained(scratch)
-    names = [str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file()]
+    names = [path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file()]
     if wrong := sorted(name for name in names if name in taken or _is_in_the_way(folder, name)):
         raise ValueError(
             f"tokenizer would write {wrong} over that of the model: give the tokenizer alone, or "
@@ -106,7 +133,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (scratch / name).replace(folder / name)
-        _sync(folder / name)
+        sync_file(folder / name)
         sync_directory((folder / name).parent)
     shutil.rmtree(scratch)
 
@@ -114,8 +141,3 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
 def _is_in_the_way(folder: Path, name: str) -> bool:
     """Whether a folder has the name of this file, or a file that of its folder."""
     return (folder / name).is_dir() or any((folder / up).is_file() for up in Path(name).parents)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""What a program for any rows takes: asked before it is called, because it checks nothing."""
+"""Whether rows, ids and an assignment are inputs of a program, which itself checks nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ttfunc.call.patch_mixed import adapter_numbers
-from ttfunc.rows.token_ids import shortened
+from ttfunc.rows.given import shortened
 from ttfunc.torch_private import is_exported, transforms_active
 
 
@@ -24,22 +24,30 @@ def check_rows_and_ids(
             "ids.to(torch.int64)."
         )
     height, width = shape
-    ndim = 1 + mixed
-    empty = ids.ndim == ndim and any(size == 0 for size in ids.shape)
-    fits = ids.ndim == ndim and rows.shape == (*ids.shape, width) and ids.shape[-1] <= height
-    if empty or not fits:
+    fits = ids.ndim == 1 + mixed and rows.shape == (*ids.shape, width) and ids.shape[-1] <= height
+    if not fits or any(size == 0 for size in ids.shape):
         shapes = "(n, k) and (n, k, D)" if mixed else "(k,) and (k, D)"
         raise ValueError(
             f"the ids and rows of {name!r} must be {shapes}, with k from 1 to {height} and D "
             f"{width}; got {tuple(ids.shape)} and {tuple(rows.shape)}."
         )
-    if _has_values(ids):
-        for one in ids.view(-1, ids.shape[-1]).tolist():
-            _check_ids(name, one, height)
+    for one in ids.view(-1, ids.shape[-1]).tolist() if _has_values(ids) else []:
+        used = [token for token in one if token != -1]
+        if beyond := [token for token in used if not 0 <= token < height]:
+            raise IndexError(
+                f"the ids {shortened(beyond)} are no tokens of {name!r}, which has {height} rows. "
+                f"Give 0 to {height - 1}, or -1 for a row that is not used."
+            )
+        if len(set(used)) != len(used):
+            repeated = sorted({token for token in used if used.count(token) > 1})
+            raise ValueError(
+                f"the ids {shortened(repeated)} of {name!r} are given more than once: each token "
+                "has one row. Give -1 for the others."
+            )
 
 
 def check_assignment(assignment: object, counts: Mapping[str, int]) -> None:
-    """Raise unless the assignment is one among so many adapters, the same for each matrix."""
+    """Raise unless it is one among as many adapters as each matrix has ids of."""
     first, *others = counts.values()
     if any(count != first for count in others):  # sizes in a trace have no hash
         raise ValueError(f"the ids have other numbers of adapters: {counts}. Give the same.")
@@ -51,27 +59,12 @@ def check_assignment(assignment: object, counts: Mapping[str, int]) -> None:
         adapter_numbers(assignment, first)
 
 
-def _kind_of(value: object) -> str:
-    """What was given in place of a tensor, for a message."""
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
 def _has_values(tensor: Tensor) -> bool:
     """Whether its values can be read here: it is not traced, nor on meta."""
     unknown = is_exported() or transforms_active() or torch.compiler.is_dynamo_compiling()
     return not (unknown or tensor.is_meta)
 
 
-def _check_ids(name: str, ids: list[int], height: int) -> None:
-    used = [token for token in ids if token != -1]
-    if beyond := [token for token in used if not 0 <= token < height]:
-        raise IndexError(
-            f"the ids {shortened(beyond)} are no tokens of {name!r}, which has {height} rows. Give "
-            f"0 to {height - 1}, or -1 for a row that is not used."
-        )
-    if len(set(used)) != len(used):
-        repeated = sorted({token for token in used if used.count(token) > 1})
-        raise ValueError(
-            f"the ids {shortened(repeated)} of {name!r} are given more than once: each token has "
-            "one row. Give -1 for the others."
-        )
+def _kind_of(value: object) -> str:
+    """What was given in place of a tensor, for a message."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -7,18 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttfunc.call.functional_call import functional_call
 from ttfunc.call.patch_mixed import adapter_numbers
 from ttfunc.export.checks import check_assignment, check_rows_and_ids
 from ttfunc.model.given import refuse_token_module
-from ttfunc.model.matrix import count_slots, matrices_of
+from ttfunc.model.matrix import count_places, matrices_of
 from ttfunc.model.targets import Targets, find_targets
 from ttfunc.own_names import OwnNames
-from ttfunc.rows.deltas import TokenDeltas, check_shapes, check_type
-from ttfunc.weight.any_rows import AnyRows
+from ttfunc.rows.deltas import TokenDeltas, check_type
+from ttfunc.rows.shapes import check_shapes
 from ttfunc.weight.deferred import patched
+from ttfunc.weight.rows import rows_at
 
 # One tensor where the model has one matrix of rows, and one for each name where it has several.
 Each: TypeAlias = "Tensor | Mapping[str, Tensor]"
@@ -81,7 +83,10 @@ class Exportable(nn.Module, metaclass=OwnNames):
         super().__init__()
         refuse_token_module(model, "Exportable(module.base)")
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}. The order is "
+                "Exportable(model), and its inputs(params)."
+            )
         if not isinstance(assignment, bool):
             raise TypeError(
                 f"assignment={assignment!r}: give True for a program that takes an adapter for "
@@ -100,12 +105,17 @@ class Exportable(nn.Module, metaclass=OwnNames):
 
     def forward(self, rows: Each, ids: Each, *args: Any, **kwargs: Any) -> Any:
         """Call the model with these rows, `args` and `kwargs`; wrong inputs raise as in `check`."""
-        own = args[: self.assignment]
-        self.check(rows, ids, *own)
-        named_rows, named_ids = self._by_name(rows), self._by_name(ids)
-        if self.assignment:
-            named_rows, named_ids = _of_each_example(named_rows, named_ids, *own)
-        return self._call(named_rows, named_ids, args[len(own) :], kwargs)
+        own, args = args[: self.assignment], args[self.assignment :]
+        weights: dict[str, Tensor] = {}
+        for name, values, tokens in self._checked(rows, ids, *own):
+            if self.assignment:
+                values, tokens = _of_each_example(values, tokens, *own)
+            matrix = self.matrices[name]
+            base = matrix.current.detach()
+            patch = rows_at(values.to(base.device), tokens.to(base.device), len(base))
+            weight = patched(base, patch, matrix, dense=False)
+            weights.update(dict.fromkeys(matrix.distinct, weight))
+        return functional_call(self.model, weights, args, {**self.kwargs, **kwargs})
 
     def inputs(
         self,
@@ -145,19 +155,17 @@ class Exportable(nn.Module, metaclass=OwnNames):
             raise ValueError(f"give 1 to {count} adapters (adapters={count}), got {len(given)}.")
         for one in given:
             self._check_params(one, rows)
-        values, ids = [], []
+        values, ids = {}, {}
         for name in self.matrices:
-            both = [self._padded(one, name, rows) for one in given]
-            more = count - len(given)
-            together, each = (torch.stack(parts) for parts in zip(*both, strict=True))
-            values.append(nn.functional.pad(together, (0, 0, 0, 0, 0, more)))
-            ids.append(nn.functional.pad(each, (0, 0, 0, more), value=-1))
+            each = zip(*(self._filled(one, name, rows) for one in given), strict=True)
+            some, tokens = (torch.stack(one) for one in each)
+            values[name] = F.pad(some, (0, 0, 0, 0, 0, count - len(given)))
+            ids[name] = F.pad(tokens, (0, 0, 0, count - len(given)), value=-1)
         if assignment is None:
-            values, ids = [one[0] for one in values], [one[0] for one in ids]
-            return self._in_one(values), self._in_one(ids)
+            return tuple(self._in_one({n: one[0] for n, one in x.items()}) for x in (values, ids))
         numbers = adapter_numbers(assignment, len(given))
         plain = [-1 if number == len(given) else number for number in numbers]
-        return self._in_one(values), self._in_one(ids), ids[0].new_tensor(plain)
+        return self._in_one(values), self._in_one(ids), tokens.new_tensor(plain)
 
     def check(self, rows: Each, ids: Each, assignment: object = None) -> None:
         """Raise unless a program takes these inputs. An exported program itself checks nothing.
@@ -173,46 +181,38 @@ class Exportable(nn.Module, metaclass=OwnNames):
             ValueError: another shape; a repeated id.
             IndexError: an id that is no token; an adapter that is not there.
         """
-        named_rows, named_ids = self._by_name(rows), self._by_name(ids)
-        for name, matrix in self.matrices.items():
-            check_rows_and_ids(
-                name, matrix.tensor.shape, named_rows[name], named_ids[name], self.assignment
-            )
+        self._checked(rows, ids, assignment)
+
+    def _checked(
+        self, rows: Each, ids: Each, assignment: object = None
+    ) -> list[tuple[str, Tensor, Tensor]]:
+        """Each matrix with its rows and its ids."""
+        each = list(zip(self.matrices, self._in_order(rows), self._in_order(ids), strict=True))
+        for name, values, tokens in each:
+            shape = self.matrices[name].tensor.shape
+            check_rows_and_ids(name, shape, values, tokens, self.assignment)
         if self.assignment:
-            check_assignment(assignment, {name: one.shape[0] for name, one in named_ids.items()})
+            check_assignment(assignment, {name: tokens.shape[0] for name, _, tokens in each})
         elif assignment is not None:
             raise TypeError(_OF_ONE)
+        return each
 
-    def _call(
-        self,
-        rows: Mapping[str, Tensor],
-        ids: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        weights: dict[str, Tensor] = {}
-        for name, matrix in self.matrices.items():
-            base = matrix.current.detach()
-            patch = AnyRows(rows[name], ids[name])
-            weight = patched(base, patch, matrix, dense=False)
-            weights.update(dict.fromkeys(matrix.distinct, weight))
-        return functional_call(self.model, weights, args, {**self.kwargs, **kwargs})
-
-    def _by_name(self, given: Each) -> Mapping[str, Tensor]:
+    def _in_order(self, given: Each) -> list[Tensor]:
         if len(self.matrices) == 1 and isinstance(given, Tensor):
-            return dict.fromkeys(self.matrices, given)
+            return [given]
         if not isinstance(given, Mapping) or given.keys() != self.matrices.keys():
             what = list(given) if isinstance(given, Mapping) else type(given).__name__
             raise TypeError(
                 f"the program has rows of {list(self.matrices)}, got {what}: give a dict with a "
                 "tensor for each of these names, or one tensor where there is one name."
             )
-        return given
+        return [given[name] for name in self.matrices]
 
-    def _in_one(self, each: Sequence[Tensor]) -> Any:
-        return each[0] if len(each) == 1 else dict(zip(self.matrices, each, strict=True))
+    def _in_one(self, each: dict[str, Tensor]) -> Any:
+        return each if len(each) > 1 else each.popitem()[1]
 
-    def _padded(self, params: TokenDeltas, name: str, count: int) -> tuple[Tensor, Tensor]:
+    def _filled(self, params: TokenDeltas, name: str, count: int) -> tuple[Tensor, Tensor]:
+        """`(count, D)` rows of a matrix and their `(count,)` ids, those that are missing unused."""
         base = self.matrices[name].tensor
         key = next((key for key in params.specs if key in self.matrices[name].names), None)
         if key is None:
@@ -220,15 +220,14 @@ class Exportable(nn.Module, metaclass=OwnNames):
         else:
             rows, ids = params.deltas[key].detach(), params.token_indices[key]
         more = count - len(ids)
-        ids = nn.functional.pad(ids.to(rows.device), (0, more), value=-1)
-        return nn.functional.pad(rows, (0, 0, 0, more)), ids
+        return F.pad(rows, (0, 0, 0, more)), F.pad(ids.to(rows.device), (0, more), value=-1)
 
     def __dir__(self) -> list[str]:
         names = {*super().__dir__(), *object.__dir__(self)}  # type: ignore[no-untyped-call]
         return sorted(names)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the model has matrices of its own.
+        # A copy of the model has matrices of its own, which only `__init__` finds.
         targets = [name.rpartition(".")[0] for name in self.matrices]
         make = functools.partial(
             type(self), targets=targets, kwargs=self.kwargs, assignment=self.assignment
@@ -240,7 +239,7 @@ class Exportable(nn.Module, metaclass=OwnNames):
         check_shapes(params)
         for name, matrix in self.matrices.items():
             held = [tensor for _, tensor in matrix.slots]
-            if count_slots(self.model, held) != len(held):
+            if count_places(self.model, held) != len(held):
                 raise ValueError(
                     f"{name!r} was tied or replaced since the program was made. Make "
                     f"{type(self).__name__}(model) anew."
@@ -266,6 +265,14 @@ class Exportable(nn.Module, metaclass=OwnNames):
                 )
 
 
+def _of_each_example(rows: Tensor, ids: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
+    """The `(B, k, D)` rows and `(B, k)` ids of a batch; the plain model's are not used."""
+    plain = (assignment < 0) | (assignment >= ids.shape[0])
+    number = torch.where(plain, 0, assignment)
+    tokens = torch.where(plain.unsqueeze(-1), -1, ids.index_select(0, number))
+    return rows.index_select(0, number), tokens
+
+
 _OF_ONE = (
     "the program has one adapter in each call. For one for each example make Exportable(model, "
     "assignment=True)."
@@ -273,18 +280,3 @@ _OF_ONE = (
 _OF_MIXED = (
     "the program has an adapter for each example: inputs([a, b], assignment=[0, 1, -1], rows=...)."
 )
-
-
-def _of_each_example(
-    rows: Mapping[str, Tensor], ids: Mapping[str, Tensor], assignment: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The `(B, k, D)` rows and `(B, k)` ids of a batch; those of the plain model are not used."""
-    count = next(iter(ids.values())).shape[0]
-    plain = (assignment < 0) | (assignment >= count)
-    number = torch.where(plain, 0, assignment)
-    chosen = {name: one.index_select(0, number) for name, one in rows.items()}
-    tokens = {
-        name: torch.where(plain.unsqueeze(-1), -1, one.index_select(0, number))
-        for name, one in ids.items()
-    }
-    return chosen, tokens

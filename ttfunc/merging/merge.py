@@ -18,7 +18,7 @@ from ttfunc.rows.deltas import RowSpec, TokenDeltas, combine
 from ttfunc.rows.new_tokens import shape_in_weights
 from ttfunc.rows.token_ids import TokenIndices, with_rows
 from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
-from ttfunc.weight.dtensor_rows import ShardedRows, like
+from ttfunc.weight.dtensor_rows import like, part
 
 
 def merge(
@@ -240,10 +240,10 @@ def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, longer: int) -> Tensor
                 "the whole state dict, as get_model_state_dict gives it with "
                 "StateDictOptions(full_state_dict=True)."
             )
-        part, places = ShardedRows(rows, TokenIndices(tuple(ids.tolist()))).part(matrix)
+        own_rows, own_ids = part(rows, TokenIndices(tuple(ids.tolist())), matrix)
         local = matrix.to_local()  # type: ignore[attr-defined]
-        here = _with_rows(local, places.on(local.device).ids, part, 0)
-        return like(matrix, here)  # type: ignore[no-any-return]
+        here = _with_rows(local, own_ids.on(local.device).ids, own_rows, 0)
+        return like(matrix, here)
     if matrix.element_size() > 1:
         return with_rows(matrix, ids, rows, longer)
     # index_copy does not support 8-bit floats, so their bytes are copied.

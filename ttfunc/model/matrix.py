@@ -6,6 +6,7 @@ same memory. No config is read for it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -16,7 +17,6 @@ from torch.nn.parameter import is_lazy
 
 from ttfunc.engines.ownership import Kept, shape_of
 from ttfunc.model.memory import memory_of, overlaps
-from ttfunc.model.path import ModulePath, find_path
 from ttfunc.torch_private import is_fake, is_traced
 
 
@@ -28,14 +28,14 @@ class Matrix:
     slots: one name for each distinct (module, attribute) that holds it, with its tensor; in an
         engine with the tensor that it keeps between calls. A module reached by two paths is one.
     has_max_norm: whether an Embedding with max_norm holds it; that rescales it in place at a read.
-    path: the modules that a call copies. A call that finds them changed looks for them again.
+    model: the model, which these rows do not keep alive.
     looked_up: whether a token was looked up with its rows since the last call that multiplied.
     """
 
     names: tuple[str, ...]
     slots: tuple[tuple[str, Tensor], ...]
     has_max_norm: bool
-    path: ModulePath
+    model: weakref.ref[nn.Module]
     looked_up: bool = False
 
     @property
@@ -57,7 +57,7 @@ class Matrix:
     @property
     def current(self) -> Tensor:
         """What the model holds in its place: while torch.export traces it, a fake of `tensor`."""
-        model = self.path.model() if is_traced() else None
+        model = self.model() if is_traced() else None
         now = None if model is None else held_under(model, self.slots[0][0])
         return self.tensor if now is None or not is_stand_in(now, self.tensor) else now
 
@@ -65,7 +65,7 @@ class Matrix:
         """Whether it is the parameter in one of the slots, or stands for it in a trace."""
         if any(tensor is one for _, one in self.slots):
             return True
-        model = self.path.model() if is_traced() else None
+        model = self.model() if is_traced() else None
         if model is None:
             return False
         return any(
@@ -87,7 +87,7 @@ class Matrix:
         Also itself within the model, of which the copy is not made yet, and where the copy is tied
         in another way.
         """
-        model = self.path.model()
+        model = self.model()
         copied = None if model is None else memo.get(id(model))
         if copied is None or "_modules" not in vars(copied):
             return self
@@ -118,7 +118,7 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
 
 
 def matrices_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[Matrix]:
-    """`matrix_of` each of them, with one path to all: the model is searched once."""
+    """`matrix_of` each of them: the model is searched once."""
     held = list(_held(model))
     # Two places that an engine has gathered for each by itself are one tensor as it keeps them.
     engines = Kept()
@@ -136,12 +136,10 @@ def matrices_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[Matrix]:
             continue
         if attribute not in module._non_persistent_buffers_set:
             places.names.append(name)
-        places.held.append(one)
         places.slots.setdefault((id(module), attribute), (name, kept[id(one)]))
         places.has_max_norm |= getattr(module, "max_norm", None) is not None
-    to_all = find_path(model, [one for places in wanted.values() for one in places.held])
     found = {
-        key: Matrix(tuple(p.names), tuple(p.slots.values()), p.has_max_norm, to_all)
+        key: Matrix(tuple(p.names), tuple(p.slots.values()), p.has_max_norm, weakref.ref(model))
         for key, p in wanted.items()
     }
     return [found[key] for key in keys]
@@ -172,7 +170,6 @@ class _Places:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.held: list[Tensor] = []  # by the modules now; an engine may keep another tensor
         self.slots: dict[tuple[int, str], tuple[str, Tensor]] = {}
         self.has_max_norm = False
 
@@ -187,45 +184,17 @@ def _check_apart(name: str, other: Tensor, tensors: Iterable[Tensor]) -> None:
             )
 
 
-def count_kept(model: nn.Module, tensors: Iterable[Tensor]) -> int:
-    """How many places of `model` hold one of exactly these tensors, as its engines keep them."""
+def count_places(model: nn.Module, tensors: Iterable[Tensor]) -> int:
+    """How many places of `model` hold one of exactly these tensors, as its engines keep them.
+
+    A place is a module and an attribute of it; a module that has two names is one.
+    """
     wanted, engines = {id(tensor) for tensor in tensors}, Kept()
     return sum(
         one is not None and id(engines.of(module, attribute, one)) in wanted
         for module in model.modules()
         for attribute, one in chain(module._parameters.items(), module._buffers.items())
     )
-
-
-def count_slots(model: nn.Module, tensors: Iterable[object]) -> int:
-    """How many (module, attribute) pairs of `model` hold one of exactly these tensors."""
-    # model.modules() does the same at many times the cost, and this runs at every call.
-    pending, seen = [model], {id(None)}
-    held: list[object] = []
-    for module in pending:
-        state = module.__dict__
-        if own := state["_parameters"]:
-            held += own.values()
-        if own := state["_buffers"]:
-            held += own.values()
-        if own := state["_modules"]:
-            for child in list(own.values()):
-                if id(child) not in seen:
-                    seen.add(id(child))
-                    pending.append(child)
-    wanted = {id(tensor) for tensor in tensors}
-    return sum(map(wanted.__contains__, map(id, held)))
-
-
-def count_same(model: nn.Module, tensors: Iterable[Tensor]) -> int:
-    """`count_slots` of these tensors and of all that lie in the same memory."""
-    wanted = {memory_of(tensor) for tensor in tensors}
-    held: dict[tuple[int, str], Tensor] = {}
-    for module in model.modules():
-        for name, one in chain(module._parameters.items(), module._buffers.items()):
-            if one is not None:
-                held[id(module), name] = one
-    return sum(memory_of(one) in wanted for one in held.values())
 
 
 def way_to(model: nn.Module, name: str) -> list[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ttfunc.engines.ownership import is_sharded
@@ -12,21 +12,21 @@ from ttfunc.torch_private import has_storage, is_wrapped, storage_key
 
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
     """Where a tensor lies in memory, and its layout; equal for two tensors over the same memory."""
-    if not _may_share_memory(tensor):
+    storage = storage_of(tensor)
+    if storage is None:
         return (id(tensor),)
-    storage = storage_key(tensor)
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _may_share_memory(tensor: Tensor) -> bool:
-    """Whether it lies in one storage, which another tensor may share.
+def storage_of(tensor: Tensor) -> int | None:
+    """The one storage that a tensor lies in, which another may share.
 
-    A tensor that is sparse, nested, wrapped by a transform, not yet made (LazyLinear) or sharded by
-    an engine is the same only as itself.
+    None for a tensor that is the same only as itself: a sparse or nested one, one that a transform
+    wraps, that is not yet made (LazyLinear), or that an engine has sharded.
     """
     if is_lazy(tensor) or is_wrapped(tensor) or tensor.is_nested or is_sharded(tensor):
-        return False
-    return has_storage(tensor)
+        return None
+    return storage_key(tensor) if has_storage(tensor) else None
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
@@ -48,9 +48,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def overlaps(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors share bytes."""
-    if not (_may_share_memory(a) and _may_share_memory(b)):
-        return False
-    if storage_key(a) != storage_key(b):
+    storage = storage_of(a)
+    if storage is None or storage != storage_of(b):
         return False
     # A flat storage holds many parameters side by side, and these do not overlap.
     (start_a, end_a), (start_b, end_b) = _extent(a), _extent(b)
@@ -63,3 +62,18 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
         return start, start
     last = sum((n - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
+
+
+def addresses_of(tensor: Tensor) -> tuple[int, int] | None:
+    """Where its bytes begin and end in memory, also of one that shares them in another storage.
+
+    (As numpy's and DLPack's views do.) None for one without memory, or of another class.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or storage_of(tensor) is None:
+        return None
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # a placeholder, whose memory is not to be read
+        return None
+    first, last = _extent(tensor)
+    return (start, start + last - first) if start else None

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ttfunc.model.references import PLAIN
-
+# What refers to nothing.
+PLAIN = {type(None), bool, int, float, complex, str, bytes, range, slice}
 # Attributes that are the number of tokens: of configs, and of modules.
 USUAL = ("vocab_size", "decoder_vocab_size", "n_words")
 _OF_MODULES = (*USUAL, "num_embeddings", "out_features")

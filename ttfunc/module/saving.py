@@ -58,10 +58,12 @@ def _save(module: AnyTokenModule, method: MethodType, /, *args: Any, **kwargs: A
     entries = config_entries(module.params().specs)
     made: Any = _merged(module, shares=True) if _can_merge(module.base) else _with_rows(module)
     model, merged = made
+    # A quantised model is asked for its state, whatever is given: transformers flattens that.
+    answers: dict[str, Any] = {"state_dict": lambda *_, **__: dict(merged)}
     if entries:
         grown = with_entries(model.config, entries)
-        model = view_of(model, {"config": property(lambda _: grown)})
-    model.save_pretrained(**{**options, "state_dict": merged})
+        answers["config"] = property(lambda _: grown)
+    view_of(model, answers).save_pretrained(**{**options, "state_dict": merged})
 
 
 def _merge_and_unload(module: AnyTokenModule, **options: Any) -> nn.Module:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ttfunc.call.functional_call import call_copy
+from ttfunc.call.known_paths import model_at_call
 from ttfunc.call.patch import check_current, patch
-from ttfunc.call.slots import find_slots
+from ttfunc.call.swaps import swaps_of
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.names import innermost
 from ttfunc.module.attributes import attribute_of
@@ -93,7 +94,10 @@ class TokenModule(nn.Module, metaclass=OwnNames):
         super().__init__()
         refuse_token_module(model, "TokenModule(module.base, params)")
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}. The order is "
+                "TokenModule(model, params)."
+            )
         if isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
             raise TypeError(
                 f"model is a {type(model).__name__}, whose wrapper would not see the rows. Wrap "
@@ -129,7 +133,8 @@ class TokenModule(nn.Module, metaclass=OwnNames):
 
     def _in_call(self) -> dict[int, Tensor]:
         """The weights of a call, by the identity of the tensors of the base that they stand for."""
-        return {id(slot.held): slot.stand_in for slot in find_slots(self.base, self._weights())}
+        swaps = swaps_of(self.base, self._weights(), model_at_call(self.base))
+        return {key: one for swap in swaps for key, one in swap.replacements().items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, which a tool may have set."""

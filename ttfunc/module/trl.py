@@ -33,7 +33,6 @@ from ttfunc.model.names import innermost
 from ttfunc.module.protocol import AnyTokenModule
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.lazy import Lazy, lazy
-from ttfunc.weight.reads import SharedRows
 from ttfunc.weight.source import Source
 
 _FUSED: ContextVar[object] = ContextVar("fused", default=None)  # the module in a fused call
@@ -88,7 +87,7 @@ def can_fuse(weight: object) -> TypeGuard[PatchedWeight]:
     if not weight.deferred:
         return False
     rows = weight.source.rows
-    return isinstance(rows, SharedRows) and rows.values.requires_grad and torch.is_grad_enabled()
+    return rows.fixed and rows.values.requires_grad and torch.is_grad_enabled()
 
 
 def longer_states(hidden: Tensor, weight: PatchedWeight) -> Tensor:
@@ -120,7 +119,7 @@ def _longer_piece(source: Source, start: int, stop: int) -> Tensor:
     """The rows of W' from `start` to `stop`."""
     source.reads.product = True  # also late: the rows are a copy of their own
     base, values = source.base, source.rows.values
-    indices = source.rows.indices  # type: ignore[attr-defined]
+    indices: Any = source.rows.ids
     width, known = base.shape[1], min(stop, len(base))
     here = [row for row, token in enumerate(indices.ids) if start <= token < stop]
     at = torch.tensor([indices.ids[row] - start for row in here], device=base.device)

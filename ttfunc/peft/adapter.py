@@ -19,7 +19,7 @@ from ttfunc.disk.header import LONGEST
 from ttfunc.disk.module_file import FILE
 from ttfunc.disk.tensors import check_rows, opened, prefix_errors, tensor_of
 from ttfunc.model.names import PEFT
-from ttfunc.rows.token_ids import token_indices
+from ttfunc.rows.given import token_indices
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, DELTA, WRAPPER = PEFT, ".trainable_tokens_delta", ".token_adapter"

@@ -62,8 +62,8 @@ def save_as_lora(
         RuntimeError: parameters that belong to no model.
         FileExistsError, OSError: as for `save_peft`.
     """
-    path = path_of(directory, "save_as_lora(params, directory)")
-    check_type(params)
+    path = path_of(directory, order := "save_as_lora(params, directory)")
+    check_type(params, order)
     with prefix_errors("these parameters cannot be saved as a LoRA"):
         width = _rank(params, rank)
         layers = list(_layers(params))
@@ -92,7 +92,7 @@ def _rank(params: TokenDeltas, rank: int | None) -> int:
 
 def _layers(params: TokenDeltas) -> Iterator[_Layer]:
     for key, spec in params.specs.items():
-        model = spec.matrix.path.model() if spec.matrix is not None else None
+        model = spec.matrix.model() if spec.matrix is not None else None
         if spec.matrix is None or model is None:
             raise RuntimeError(f"the rows of {key!r} belong to no model: load them onto one")
         if spec.grown:

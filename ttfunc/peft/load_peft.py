@@ -32,7 +32,7 @@ from ttfunc.peft.adapter import (
 )
 from ttfunc.peft.rules import bare, check_targets
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
-from ttfunc.rows.token_ids import check_dtype, shortened, token_indices
+from ttfunc.rows.given import check_dtype, shortened, token_indices
 from ttfunc.torch_private import outside_of_modes
 
 

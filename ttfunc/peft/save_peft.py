@@ -66,10 +66,10 @@ def save_peft(
         FileExistsError: the directory has another adapter, or is a file.
         OSError: it cannot be written, or the disk is full. No partial adapter is left.
     """
-    directory = path_of(directory, "save_peft(params, directory)")
+    directory = path_of(directory, order := "save_peft(params, directory)")
     tensors: dict[str, Tensor] = {}
     targets: dict[str, list[int]] = {}
-    check_type(params)
+    check_type(params, order)
     refuse_token_module(base_model, "base_model=module.base")
     refuse_token_module(adapter, "adapter=module.base")
     with prefix_errors("these parameters cannot be saved for PEFT"):

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,11 @@ def _written(directory: Path, files: Mapping[str, bytes]) -> bool:
     made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            alone = _locked(descriptor, directory)
+        with _locked(directory) as alone:
             if alone:
                 _check_replaceable(directory)
                 own = _has_own_card(directory)
                 _replace({directory / n: b for n, b in files.items() if own or n != README})
-        finally:
-            os.close(descriptor)  # this also releases the lock
     except BaseException:
         if made:
             with contextlib.suppress(OSError):  # something else was put there
@@ -71,9 +67,20 @@ def _written(directory: Path, files: Mapping[str, bytes]) -> bool:
     return alone
 
 
-def _locked(descriptor: int, directory: Path) -> bool:
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether no other writer is at work there, nor begins meanwhile; on Windows nobody knows."""
     if fcntl is None:
-        return True
+        yield True
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        yield _lock(descriptor, directory)
+    finally:
+        os.close(descriptor)  # this also releases the lock
+
+
+def _lock(descriptor: int, directory: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -16,8 +16,9 @@ from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_bits
 from ttfunc.model.origin import Origin
 from ttfunc.rows.ends import told_half
-from ttfunc.rows.token_ids import TokenIndices, check_apart, union
-from ttfunc.torch_private import OPTREE_GLOBAL, is_dtensor, outside_of_modes, torch_pytree
+from ttfunc.rows.given import check_apart
+from ttfunc.rows.token_ids import TokenIndices, union
+from ttfunc.torch_private import OPTREE_GLOBAL, outside_of_modes, torch_pytree
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +26,12 @@ class RowSpec:
     """What stays fixed about the rows of one matrix. Compares by content; its tensors stay as one.
 
     names: all names of the matrix. shape: its `(V, D)`. indices: which rows. originals: the
-    `(k, D)` rows as they were, in the matrix's dtype; zeros for new tokens. matrix: where the rows
-    belong, in the model that they were made from; not part of the content, and not pickled. origin:
-    what that model said of the matrix; not part of the content either. grown: how many of them are
-    new, for tokens that the matrix does not have. follows: how many new tokens of others come
-    before the first of these.
+    `(k, D)` rows as they were, in the matrix's dtype; for new tokens where they started, or zeros
+    where that is not known, and these are not part of the content. matrix: where the rows belong,
+    in the model that they were made from; not part of the content, and not pickled. origin: what
+    that model said of the matrix; not part of the content either. grown: how many of them are new,
+    for tokens that the matrix does not have. follows: how many new tokens of others come before the
+    first of these.
     """
 
     names: tuple[str, ...]
@@ -72,8 +74,13 @@ class RowSpec:
             return True
         return isinstance(other, RowSpec) and (
             (self.names, self.shape, self.indices) == (other.names, other.shape, other.indices)
-            and same_bits(self.originals, other.originals)
+            and self.same_originals(self.originals, other.originals)
         )
+
+    def same_originals(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two `(k, D)` have the same bits, but for new tokens."""
+        with outside_of_modes():
+            return same_bits(a, b) or same_bits(self.known(a)[1], self.known(b)[1])
 
     def __hash__(self) -> int:
         return hash((self.names, self.shape, self.indices))
@@ -116,7 +123,7 @@ class TokenDeltas:
 
     @property
     def originals(self) -> dict[str, Tensor]:
-        """The `(k, D)` rows as they were, in the matrix's dtype, by name; zeros for new tokens."""
+        """The `(k, D)` rows as they were, in the dtype of the matrix; new ones as they started."""
         return {name: spec.originals for name, spec in self.specs.items()}
 
     @property
@@ -154,6 +161,9 @@ class TokenDeltas:
         return f"TokenDeltas({'; '.join(parts)})"
 
 
+_ORDER = "patch(params), merge(state_dict, params), summary(model, params)"
+
+
 def combine(*params: TokenDeltas) -> TokenDeltas:
     """Put the rows of several TokenDeltas of one model into one, in their order.
 
@@ -177,14 +187,13 @@ def combine(*params: TokenDeltas) -> TokenDeltas:
     return functools.reduce(_union, params)
 
 
-def check_type(params: object) -> None:
-    """Raise TypeError for anything but a TokenDeltas."""
+def check_type(params: object, order: str = _ORDER) -> None:
+    """Raise TypeError for anything but a TokenDeltas, with the right `order`."""
     refuse_token_module(params, "module.params(), which are its rows")
     if not isinstance(params, TokenDeltas):
         raise TypeError(
             f"got {type(params).__name__} where the parameters of init_deltas (TokenDeltas) are "
-            "needed. The order is patch(params), merge(state_dict, params), "
-            "summary(model, params)."
+            f"needed. The order is {order}."
         )
 
 
@@ -220,30 +229,6 @@ def _joined(a: Tensor, b: Tensor, name: str) -> Tensor:
             "their numbers of rows may differ. Stack both, or neither."
         )
     return torch.cat([a, b], dim=-2)
-
-
-# For rows that an engine has sharded, as those of a TokenModule in fully_shard.
-GATHER = (
-    "Gather the rows first, on all ranks: "
-    "optree.tree_map(lambda row: row.detach().full_tensor(), params)."
-)
-
-
-def check_shapes(params: TokenDeltas) -> None:
-    """Raise where a delta is not one `(k, D)` float tensor: ValueError, or TypeError."""
-    for name, delta in params.deltas.items():
-        spec = params.specs[name]
-        expected = (len(spec.indices), spec.shape[1])
-        if not isinstance(delta, Tensor) or not delta.is_floating_point():
-            what = delta.dtype if isinstance(delta, Tensor) else type(delta).__name__
-            raise TypeError(f"the delta of {name!r} is {what}: a floating-point tensor is needed.")
-        if is_dtensor(delta):
-            raise TypeError(f"the delta of {name!r} is in parts on several ranks. {GATHER}")
-        if tuple(delta.shape) != expected:
-            raise ValueError(
-                f"the delta of {name!r} has shape {tuple(delta.shape)}, and {expected} is needed: "
-                "a row for each token index. For a leading axis of adapters use torch.vmap."
-            )
 
 
 def _joined_rows(a: RowSpec, b: RowSpec) -> RowSpec:

@@ -34,7 +34,7 @@ def half(spec: _Rows, all_specs: Collection[_Rows]) -> tuple[str, str, str | Non
     None where some of all the rows are of the head, where the two ends are tied, and where the
     model names no head or is gone.
     """
-    model = spec.matrix.path.model() if spec.matrix is not None else None
+    model = spec.matrix.model() if spec.matrix is not None else None
     found = None if model is None else head_apart(model, spec.names, max(spec.indices.ids))
     if found is None:
         return None

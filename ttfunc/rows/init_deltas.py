@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from reprlib import repr as shown
 
 import torch
 from torch import nn
@@ -17,9 +18,10 @@ from ttfunc.model.origin import origin_of
 from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.ends import warn_of_half
+from ttfunc.rows.given import check_dtype, token_indices
 from ttfunc.rows.new_tokens import check_after, check_ends, next_token
 from ttfunc.rows.starts import Init, delta_dtype, start_of_each, start_rows
-from ttfunc.rows.token_ids import TokenIndices, check_dtype, token_indices
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.torch_private import warn_of_untested
 
 
@@ -86,7 +88,10 @@ def init_deltas(
     warn_of_untested()
     refuse_token_module(model, "init_deltas(module.base, ...)")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}.")
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: {shown(model)}. The "
+            "order is init_deltas(model, idx)."
+        )
     check_engine(model)
     _check_growth(model, grow, after)
     check_dtype(dtype)
@@ -95,8 +100,12 @@ def init_deltas(
     starts = start_of_each(model, init, [matrix for matrix, _ in requests])
     for matrix, indices in requests:
         weight, name = matrix.tensor, matrix.names[0]
-        originals = rows_or_zeros(weight, indices.on(weight.device).ids)
+        ids = indices.on(weight.device).ids
+        originals = rows_or_zeros(weight, ids)
         start = start_rows(starts[name], weight, indices, originals, name, generator)
+        if max(indices.ids) >= matrix.shape[0]:
+            new = (ids >= matrix.shape[0]).unsqueeze(-1)
+            originals = torch.where(new, start.to(originals), originals)
         delta = start.to(weight.device, dtype or delta_dtype(weight.dtype), copy=True)
         deltas[name] = delta.requires_grad_(requires_grad)
         origin = origin_of(model, matrix, indices.ids)

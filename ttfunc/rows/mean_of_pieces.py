@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ttfunc.rows.token_ids import shortened
+from ttfunc.rows.given import shortened
 
 Start: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 

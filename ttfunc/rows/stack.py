@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from ttfunc.engines.ownership import is_sharded, unreadable
-from ttfunc.model.memory import same_bits
 from ttfunc.rows.deltas import (
     RowSpec,
     TokenDeltas,
     check_one_model,
-    check_shapes,
     check_type,
 )
 from ttfunc.rows.new_tokens import check_same_new
+from ttfunc.rows.shapes import check_shapes
 from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast, union, with_rows
 from ttfunc.torch_private import outside_of_modes
 
@@ -66,7 +65,9 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
     return TokenDeltas(deltas, specs)
 
 
-def aligned(params_list: Iterable[TokenDeltas], least: int = 1) -> list[TokenDeltas]:
+def aligned(
+    params_list: Iterable[TokenDeltas], least: int = 1, order: str = "stack([params, ...])"
+) -> list[TokenDeltas]:
     """The adapters as a list, `least` of them or more.
 
     Raises unless each is well formed, all are of one model, and all have the same new tokens.
@@ -80,7 +81,7 @@ def aligned(params_list: Iterable[TokenDeltas], least: int = 1) -> list[TokenDel
     if len(adapters) < least:
         raise no_adapters()
     for adapter in adapters:
-        check_type(adapter)
+        check_type(adapter, order)
         check_shapes(adapter)
     check_one_model(adapters)
     check_same_new(adapters)
@@ -108,13 +109,16 @@ def _common(specs: list[RowSpec]) -> RowSpec:
             originals = scattered(spec.originals, spec.indices, originals, indices)
         for spec in specs:
             _, places = indices.find(spec.indices.on(first.device).ids, first.device)
-            same = same_bits(originals[places], spec.originals.to(first.device, wide))
-            if not same:
+            held, own = originals[places], spec.originals.to(first.device, wide)
+            if not spec.same_originals(held, own):
                 raise ValueError(
                     f"the adapters for {spec.names[0]!r} were made when the model had other rows, "
                     "or another dtype: their originals of one token differ. Make them anew with "
                     "init_deltas on the model as it is."
                 )
+            # New rows that started apart: one spec cannot say where.
+            apart = (held.view(torch.uint8) != own.view(torch.uint8)).any(1)
+            originals[places[apart]] = 0
     matrix = next((spec.matrix for spec in specs if spec.matrix is not None), None)
     return replace(specs[0], indices=indices, originals=originals, matrix=matrix)
 

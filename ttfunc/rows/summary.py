@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ttfunc.engines.ownership import is_zero3, shape_of
+from ttfunc.engines.shards import whole_of
 from ttfunc.model.given import is_token_module
 from ttfunc.model.memory import memory_of
 from ttfunc.rows.deltas import TokenDeltas, check_type
 from ttfunc.rows.ends import told_half
+from ttfunc.rows.inspecting import Base, Inspected, table, text_with
+from ttfunc.rows.shapes import check_shapes
 from ttfunc.torch_private import is_traceable_wrapper_subclass
 
 
@@ -29,6 +33,7 @@ class Summary:
         total_bytes: of these.
         matrices: what each matrix trains, by its first name.
         beside: the names of the parameters that are trained beside the rows.
+        rows: a table of the rows of each matrix, where a tokenizer was given.
     """
 
     trainable_parameters: int
@@ -37,6 +42,7 @@ class Summary:
     total_bytes: int
     matrices: dict[str, str]
     beside: tuple[str, ...] = ()
+    rows: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fraction(self) -> float:
@@ -44,7 +50,9 @@ class Summary:
         return self.trainable_parameters / max(self.total_parameters, 1)
 
     def __str__(self) -> str:
-        lines = [f"{name}: {what}" for name, what in self.matrices.items()]
+        lines = []
+        for name, what in self.matrices.items():
+            lines += [f"{name}: {what}", *filter(None, [self.rows.get(name)])]
         if self.beside:
             more = ", …" if len(self.beside) > 1 else ""
             lines.append(
@@ -57,7 +65,9 @@ class Summary:
         return "\n".join(lines)
 
 
-def summary(model: nn.Module, params: TokenDeltas | None = None) -> Summary:
+def summary(
+    model: nn.Module, params: TokenDeltas | None = None, *, tokenizer: Any = None
+) -> Summary:
     """Count what is trained of a model, and all that there is; nothing is changed.
 
     What is trained are the rows, and what requires grad in the model (a LoRA, a head) except a
@@ -66,14 +76,19 @@ def summary(model: nn.Module, params: TokenDeltas | None = None) -> Summary:
     Args:
         model: the model; or a TokenModule, which counts as what it trains.
         params: the rows. By default those of the TokenModule, and none for another model.
+        tokenizer: of transformers. With it, there is also a table of the rows: the text of each
+            token, how far its row moved from its original (a new token's: from where it started),
+            its norm, this divided by the median of the matrix's rows, and the tokens of the nearest
+            rows before and after. It reads the matrix; a sharded one on all ranks.
 
     Returns:
         Summary, whose totals include the rows. For a sharded model, parameters are counted whole,
         and bytes are those on this rank.
 
     Raises:
-        TypeError: `model` is not a module, or `params` are not TokenDeltas.
-        ValueError: the model has no matrix of that name and shape.
+        TypeError: `model` is not a module, or `params` are not TokenDeltas; a `tokenizer` that is
+            none.
+        ValueError: the model has no matrix of that name and shape; with a tokenizer, stacked rows.
     """
     if is_token_module(model):
         module: Any = model
@@ -93,6 +108,7 @@ def summary(model: nn.Module, params: TokenDeltas | None = None) -> Summary:
         total_bytes=sum(map(_nbytes, [*deltas, *distinct.values()])),
         matrices=_matrices(model, params),
         beside=tuple(beside),
+        rows={} if tokenizer is None else _tables(model, params, tokenizer),
     )
 
 
@@ -133,6 +149,20 @@ def _matrices(model: nn.Module, params: TokenDeltas) -> dict[str, str]:
             f"{str(delta.dtype).removeprefix('torch.')}{tied}{told}"
         )
     return matrices
+
+
+def _tables(model: nn.Module, params: TokenDeltas, tokenizer: Any) -> dict[str, str]:
+    """The table of the rows of each matrix."""
+    check_shapes(params)
+    text, tables = text_with(tokenizer), {}
+    for name, spec in params.specs.items():
+        held = model.get_parameter(name) if spec.matrix is None else spec.matrix.tensor
+        if params.deltas[name].is_meta:
+            raise ValueError(f"the rows of {name!r} are on meta, without values to tell of.")
+        base = None if held.is_meta else Base(whole_of(held), spec.shape[0])
+        given = Inspected(spec.names, spec.indices.ids, params.deltas[name], spec.originals)
+        tables[name] = "\n".join(f"  {line}" for line in table(given, text, base))
+    return tables
 
 
 def _numel(parameter: Tensor) -> int:

@@ -1,52 +1,61 @@
-"""Which rows of a matrix are replaced: token ids, checked once, and the tables for a lookup."""
+"""Which rows of a matrix are replaced: token ids that are fixed or a tensor, and their search."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-import operator
-import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ttfunc.torch_private import is_exported, is_traced, outside_of_modes
 
+# The id of a row that is not used. No token has it, not even one that is wrong.
+_NO_TOKEN = torch.iinfo(torch.int64).min
+
 
 class IdTable(NamedTuple):
-    """The ids on one device, int64: `(k,)` as given, and sorted.
+    """Ids on one device, int64, `(k,)` or `(B, k)`, in an order that can be searched.
 
-    id_at, row_at: `(k + 1,)`, the id at each place among the sorted ones, and its row. The place
-    after the last has no id, and -1 is there.
+    ids: as given. A row that is not used has an id that is no token's. ordered: ascending. row_of:
+    `(..., k + 1)`, the row of each of the ordered ids; the place behind the last has any row.
     """
 
     ids: Tensor
-    sorted: Tensor
-    id_at: Tensor
-    row_at: Tensor
+    ordered: Tensor
+    row_of: Tensor
+
+    def find(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the tokens are among the ids, and the row of each (any row for the others).
+
+        With `(k,)` ids, tokens are of any shape, and with `(B, k)` ids they are `(B, ...)`.
+        """
+        # Static shapes and no table of V entries: a binary search among the k ids.
+        if self.ids.ndim == 1:
+            row = self.row_of[torch.searchsorted(self.ordered, tokens.long().contiguous())]
+            return self.ids[row] == tokens, row
+        flat = tokens.flatten(1).long().contiguous()
+        row = self.row_of.gather(1, torch.searchsorted(self.ordered, flat))
+        hit = self.ids.gather(1, row) == flat
+        return hit.view(tokens.shape), row.view(tokens.shape)
 
 
 class TokenIndices:
     """Distinct token ids in the order given: row i of every `(k, D)` array belongs to id i.
 
     Compares and hashes by content. The tables for a device are made at its first use and kept, so
-    that a training step moves nothing between devices. All that is derived from the ids is kept
-    here.
+    that a training step moves nothing between devices.
     """
 
     def __init__(self, ids: tuple[int, ...]) -> None:
         self.ids = ids
+        self.end = max(ids, default=-1) + 1
         self._hash = hash(ids)
         self._rows = {token: row for row, token in enumerate(ids)}
         self._tables: dict[torch.device, IdTable] = {}
-        self._stretches: dict[tuple[int, int], tuple[slice, ...]] = {}
-        self._unions: dict[tuple[weakref.ref[TokenIndices], ...], TokenIndices] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,6 +73,19 @@ class TokenIndices:
         """The row that belongs to `token`, or None."""
         return self._rows.get(token)
 
+    def height(self, known: int) -> int:
+        """How many rows a matrix of `known` rows has with these: new ones follow on its last."""
+        return max(known, self.end)
+
+    def start_of_end(self, height: int) -> int | None:
+        """The first id, if the ids are all from it on to the end of a matrix of `height` rows."""
+        start = self.end - len(self.ids)  # the ids are distinct
+        return start if self.end == height and min(self.ids, default=start) == start else None
+
+    def within(self, start: int, stop: int) -> tuple[list[int], TokenIndices]:
+        """The rows whose ids are in a range, and these ids counted from its start."""
+        return _within(self.ids, start, stop)
+
     def on(self, device: torch.device) -> IdTable:
         """The tables on `device`."""
         if is_traced():  # these are fake, or belong to the graph
@@ -75,75 +97,134 @@ class TokenIndices:
 
     def _made(self, device: torch.device) -> IdTable:
         ids = torch.tensor(self.ids, dtype=torch.int64, device="cpu")
-        ordered, row = torch.sort(ids)
-        nowhere = ids.new_tensor([-1])
-        id_at, row_at = torch.cat((ordered, nowhere)), torch.cat((row, nowhere + 1))
-        return IdTable(*(one.to(device) for one in (ids, ordered, id_at, row_at)))
+        return IdTable(*(one.to(device) for one in id_table(ids)))
 
     def find(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which of `(...)` tokens are among the ids, and the row of each (any row for others)."""
         if is_exported():
             return found_among(torch.tensor(self.ids, device=device), tokens)
-        table = self.on(device)
-        # Static shapes and no table of V entries: a binary search among the k ids.
-        place = torch.searchsorted(table.sorted, tokens.to(table.sorted.dtype).contiguous())
-        return table.id_at[place] == tokens, table.row_at[place]
+        return self.on(device).find(tokens)
+
+
+def id_table(ids: Tensor) -> IdTable:
+    """The table of `(..., k)` ids, which are distinct but for rows that are not used."""
+    ordered, order = torch.sort(ids, dim=-1)
+    return IdTable(ids, ordered, F.pad(order, (0, 1)))
+
+
+class IdTensor(NamedTuple):
+    """Token ids that are a tensor: `(k,)`, or `(B, k)` where each example of a batch has its own.
+
+    Its methods are those of `TokenIndices`. ids: a row that is not used has an id that is no
+    token's. columns: the column of the logits for each row, no two alike. A row that is not used
+    has one that none of the ids names, so that what is there can be written back. (An index that is
+    there twice has no right gradient.) size: how many rows the matrix has. table: None in a program
+    that is exported, which compares.
+    """
+
+    ids: Tensor
+    columns: Tensor
+    size: int
+    table: IdTable | None
+
+    @property
+    def used(self) -> Tensor:
+        """Which rows are used."""
+        return self.ids >= 0
+
+    def height(self, known: int) -> int:
+        """How many rows the matrix has, with new tokens."""
+        return self.size
+
+    def find(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which of `(...)` tokens are among the ids, or of `(B, ...)`, and the row of each."""
+        if self.table is not None and not is_exported():
+            return self.table.find(tokens)
+        ids = self.ids
+        return found_among(ids if ids.ndim == 1 else beside(ids, tokens.ndim + 1), tokens)
+
+    def of(self, examples: Tensor) -> IdTensor:
+        """With `(n, k)` ids: those of each example, `(B, k)`, by its number."""
+        ids, columns = self.ids.index_select(0, examples), self.columns.index_select(0, examples)
+        if self.table is None:
+            return IdTensor(ids, columns, self.size, None)
+        table = IdTable(*(one.index_select(0, examples) for one in self.table))
+        return IdTensor(ids, columns, self.size, table)
+
+
+def first_of_each(ids: Tensor, size: int) -> Tensor:
+    """`(..., k)` int64 ids, with -1 for those of no token of `size`, and for all but the first.
+
+    >>> first_of_each(torch.tensor([5, -1, 5, 9]), 9)
+    tensor([ 5, -1, -1, -1])
+    """
+    _, first = found_among(ids.unsqueeze(-2), ids)
+    is_first = first == torch.arange(ids.shape[-1], device=ids.device)
+    return torch.where((ids >= 0) & (ids < size) & is_first, ids, -1)
+
+
+def id_tensor(ids: Tensor, size: int) -> IdTensor:
+    """`(..., k)` int64 ids for a matrix of `size` rows, at least k; -1 is a row that is not used.
+
+    >>> id_tensor(torch.tensor([5, -1, -1]), 9).columns
+    tensor([5, 0, 1])
+    """
+    used, few = ids >= 0, min(2 * ids.shape[-1], size)
+    # Of the first 2k columns k at least are free, if there are so many columns. The n-th row that
+    # is not used gets the n-th of them. The place behind the last is for what does not matter.
+    nothing = ids.new_zeros(*ids.shape[:-1], few + 1)
+    taken = nothing.scatter(-1, torch.where(used & (ids < few), ids, few), 1)[..., :few]
+    number = torch.where(taken > 0, few, (1 - taken).cumsum(-1) - 1)
+    each = torch.arange(few, device=ids.device).expand_as(number)
+    spare = nothing.scatter(-1, number, each).gather(-1, (~used).cumsum(-1).sub(1).clamp(min=0))
+    known = torch.where(used, ids, _NO_TOKEN)
+    table = None if is_exported() else id_table(known)
+    return IdTensor(known, torch.where(used, ids, spare), size, table)
+
+
+def beside(each: Tensor, ndim: int) -> Tensor:
+    """`(B, ...)` as `(B, 1, ..., 1, ...)` with `ndim` dimensions: beside a batch of texts."""
+    return each.view(each.shape[0], *[1] * (ndim - each.ndim), *each.shape[1:])
 
 
 def found_among(ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """`TokenIndices.find` by comparing each of `(...)` tokens to `(..., k)` ids.
+    """`IdTable.find` by comparing each of `(...)` tokens to `(..., k)` ids.
 
-    ONNX has no binary search. Negative ids are those of no token.
+    A program for another runtime does this: ONNX has no binary search.
     """
-    same = (tokens.unsqueeze(-1) == ids) & (ids >= 0)
+    same = tokens.unsqueeze(-1) == ids
     return same.any(-1), same.to(torch.int64).argmax(-1)
-
-
-def gaps(indices: TokenIndices, size: int, most: int) -> tuple[slice, ...]:
-    """The slices of `range(size)` between these ids, in order; empty if more than `most`."""
-    known = indices._stretches
-    if (size, most) not in known:
-        bounds = (-1, *sorted(token for token in indices.ids if token < size), size)
-        found = (slice(a + 1, b) for a, b in itertools.pairwise(bounds) if b - a > 1)
-        first = tuple(itertools.islice(found, most + 1))
-        known[size, most] = first if len(first) <= most else ()
-    return known[size, most]
 
 
 def union(each: tuple[TokenIndices, ...]) -> TokenIndices:
     """The ids of all, each once, in the order in which they first come."""
-    first, others = each[0], each[1:]
-    if not others:
-        return first
-    if torch.compiler.is_dynamo_compiling():  # Dynamo knows no weak references
-        return _union(each)
-    # The union is kept with the first, for as long as the others live: so joining at each training
-    # step does not sort the ids again, nor move them to the device again.
-    forget = functools.partial(_forget_dead, weakref.ref(first))
-    key = tuple(weakref.ref(other, forget) for other in others)
-    found = first._unions.get(key)
-    if found is None:
-        found = first._unions[key] = _union(each)
-    return found
+    return each[0] if len(each) == 1 else _union(tuple(one.ids for one in each))
 
 
-def _union(each: tuple[TokenIndices, ...]) -> TokenIndices:
-    return TokenIndices(tuple(dict.fromkeys(token for one in each for token in one.ids)))
+_Cached = TypeVar("_Cached", bound=Callable[..., Any])
 
 
-def _forget_dead(first: weakref.ref[TokenIndices], _: object) -> None:
-    if (indices := first()) is not None:
-        for key in list(indices._unions):  # in one step: another thread may change it
-            if any(ref() is None for ref in key):
-                indices._unions.pop(key, None)
+def _by_content(func: _Cached) -> _Cached:
+    """Keeps the last results, so that each training step finds ids that are on the device."""
+    cached = functools.lru_cache(maxsize=64)(func)
+
+    @functools.wraps(func)
+    def found(*args: Any) -> Any:
+        # Dynamo warns of a cache, and does not use it.
+        return (func if torch.compiler.is_dynamo_compiling() else cached)(*args)
+
+    return cast(_Cached, found)
 
 
-def check_dtype(dtype: object) -> None:
-    """Raise TypeError unless rows can have this dtype: a float, or None for the one they have."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(
-            f"dtype={dtype!r} cannot be trained: give a floating-point dtype such as torch.float32."
-        )
+@_by_content
+def _union(each: tuple[tuple[int, ...], ...]) -> TokenIndices:
+    return TokenIndices(tuple(dict.fromkeys(token for ids in each for token in ids)))
+
+
+@_by_content
+def _within(ids: tuple[int, ...], start: int, stop: int) -> tuple[list[int], TokenIndices]:
+    here = [row for row, token in enumerate(ids) if start <= token < stop]
+    return here, TokenIndices(tuple(ids[row] - start for row in here))
 
 
 def with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, grown: int = 0) -> Tensor:
@@ -166,129 +247,3 @@ def outside_of_autocast(device: torch.device) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def check_apart(a: TokenIndices, b: TokenIndices, name: str, height: int) -> None:
-    """Raise ValueError where an id is in both, for a matrix of so many rows."""
-    if both := sorted(a._rows.keys() & b._rows.keys()):
-        way = "Train or merge the adapters one at a time, or drop the overlap."
-        if both[0] >= height:
-            way = (
-                "If these are other new tokens, number them on from those of the first: "
-                "load(path, model, after=first), or init_deltas(model, idx, after=first)."
-            )
-        raise ValueError(
-            f"token indices {shortened(both)} are in more than one of the parameters for {name!r}: "
-            f"each token has one row. {way}"
-        )
-
-
-def token_indices(
-    idx: Iterable[Any], vocabulary: int, name: str, first_new: int | None = None
-) -> TokenIndices:
-    """Token ids for the matrix `name` of `vocabulary` rows, from any sequence of integers.
-
-    Takes a list, tuple, range, tensor or numpy array of one dimension. Raises TypeError for what is
-    not an integer, ValueError for an empty, repeated or negative one, IndexError past the end. Ids
-    from `first_new` on, if it is given, are allowed: IndexError where one of them is left out.
-    """
-    ids = [_token_id(token, name) for token in _elements(idx, name)]
-    if not ids:
-        raise ValueError(f"no token indices for {name!r}: got {idx!r}. Give at least one token id.")
-    if negative := [token for token in ids if token < 0]:
-        raise ValueError(
-            f"negative token indices {shortened(negative)} for {name!r}: a token id counts from 0. "
-            f"For the last row write {vocabulary - 1}."
-        )
-    beyond = [token for token in ids if token >= vocabulary]
-    if beyond and first_new is None:
-        raise IndexError(
-            f"token indices {shortened(beyond)} are past the end of {name!r}, which has "
-            f"{vocabulary} rows (0 to {vocabulary - 1}). Resize the model first "
-            "(model.resize_token_embeddings(len(tokenizer))), or use spare rows that it has. Or "
-            "leave the model as it is: init_deltas(..., grow=True) takes new tokens."
-        )
-    if beyond and first_new is not None:
-        _check_new(beyond, first_new, name)
-    if len(set(ids)) != len(ids):
-        repeated = sorted(token for token, times in Counter(ids).items() if times > 1)
-        raise ValueError(
-            f"token indices {shortened(repeated)} for {name!r} are given more than once: each "
-            "token has one row. One that a tokenizer gives for several tokens is that of its "
-            "unknown token: add the tokens first, tokenizer.add_tokens([...]). Else remove the "
-            "copies: list(dict.fromkeys(idx)) keeps the order."
-        )
-    return TokenIndices(tuple(ids))
-
-
-def _check_new(new: list[int], first_new: int, name: str) -> None:
-    if early := [token for token in new if token < first_new]:
-        raise IndexError(
-            f"the new tokens {shortened(early)} for {name!r} are of the parameters that these are "
-            f"to follow on. Give ids from {first_new} on."
-        )
-    given = set(new)
-    # The first that is left out: an id from a file may be any number.
-    first = next(token for token in itertools.count(first_new) if token not in given)
-    if max(new) > first:
-        raise IndexError(
-            f"the new tokens {shortened(new)} for {name!r}, which has {first_new} rows, leave "
-            f"out {first}: new rows follow on the last one. Give all ids from {first_new} on, or "
-            "the TokenDeltas whose new tokens they follow on: init_deltas(..., after=first)."
-        )
-
-
-def _elements(idx: Iterable[Any], name: str) -> list[Any]:
-    if isinstance(idx, (Tensor, np.ndarray)):
-        if idx.ndim != 1:
-            raise TypeError(
-                f"token indices for {name!r} must have one dimension, got shape "
-                f"{tuple(idx.shape)}. Flatten them: idx.ravel()."
-            )
-        if isinstance(idx, Tensor) and (idx.is_meta or idx.layout != torch.strided):
-            raise TypeError(
-                f"token indices for {name!r} must be a plain tensor with values, got one of layout "
-                f"{idx.layout} on {idx.device}."
-            )
-        idx = idx.tolist()
-    # A set has no order, and row i must belong to index i; a string iterates over characters.
-    if isinstance(idx, (str, bytes, set, frozenset)) or not isinstance(idx, Iterable):
-        raise TypeError(
-            f"token indices for {name!r} must be a sequence of token ids such as [3, 7], got "
-            f"{type(idx).__name__}: {idx!r}. A tokenizer gives them: "
-            "tokenizer.convert_tokens_to_ids([...])."
-        )
-    return list(idx)
-
-
-def _token_id(token: Any, name: str) -> int:
-    if isinstance(token, (bool, np.bool_)) or (
-        isinstance(token, Tensor) and token.dtype == torch.bool
-    ):
-        raise TypeError(
-            f"token indices for {name!r} must be integers, got the boolean {token!r}. "
-            "For a mask, give mask.nonzero().ravel()."
-        )
-    if token is None:
-        raise TypeError(
-            f"a token index for {name!r} is None: a tokenizer gives None for a token that it does "
-            "not know. Add the token first: tokenizer.add_tokens([...])."
-        )
-    if isinstance(token, str):
-        raise TypeError(
-            f"token indices for {name!r} must be integers, got the text {token!r}. The tokenizer "
-            f"knows its id: tokenizer.convert_tokens_to_ids([{token!r}])."
-        )
-    try:
-        return operator.index(token)
-    except TypeError:
-        raise TypeError(
-            f"token indices for {name!r} must be integers, got {type(token).__name__}: {token!r}. "
-            "Convert them with int(...) if they are whole."
-        ) from None
-
-
-def shortened(ids: Sequence[int], most: int = 8) -> str:
-    """Ids for a message: the first of them, and how many there are."""
-    shown = ", ".join(map(str, ids[:most]))
-    return f"[{shown}]" if len(ids) <= most else f"[{shown}, … {len(ids)} in all]"

@@ -20,7 +20,9 @@ from ttfunc.torch_private import is_fake, transforms_active, version_of
 from ttfunc.weight.lazy import Lazy
 from ttfunc.weight.overrides import ANSWERED_BY_PLACEHOLDER, SIZES, registry
 from ttfunc.weight.placeholder import wrapped
-from ttfunc.weight.source import Reads, RowPatch, Source, copied
+from ttfunc.weight.reads import Reads
+from ttfunc.weight.rows import Rows
+from ttfunc.weight.source import Source, copied
 
 # For each torch function that needs no copy, its handler (see handlers.py).
 _HANDLERS, implements = registry()
@@ -50,13 +52,11 @@ class PatchedWeight(Lazy):
     @property
     def sized(self) -> Tensor:
         """A tensor of its size, with no values."""
-        if not self.source.rows.grown:
+        if not self.source.new_tokens:
             return self.frozen
-        height, width = self.source.base.shape
-        grown = self.source.base.new_empty(
-            height + self.source.rows.grown, width, device=torch.device("meta")
-        )
-        return grown.mT if self.transposed else grown
+        base = self.source.base
+        whole = base.new_empty(self.source.height, base.shape[1], device=torch.device("meta"))
+        return whole.mT if self.transposed else whole
 
     def with_source(self, source: Source) -> PatchedWeight:
         """The same for another source, transposed as this one is."""
@@ -149,7 +149,7 @@ def frozen(value: Any) -> Any:
 
 def patched(
     base: Tensor,
-    rows: RowPatch,
+    rows: Rows,
     matrix: Matrix | None,
     *,
     dense: bool,

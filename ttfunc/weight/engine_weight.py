@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from ttfunc.engines.ownership import Kept, is_owned, is_zero3, shape_of
 from ttfunc.model.beside import lengthened
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.torch_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
-from ttfunc.weight.dtensor_rows import ShardedRows
 from ttfunc.weight.lazy import Lazy, lazy
 from ttfunc.weight.placeholder import nan_placeholder
-from ttfunc.weight.reads import SharedRows, cast_like
-from ttfunc.weight.source import Reads, RowPatch, Source
+from ttfunc.weight.product import cast_like
+from ttfunc.weight.reads import Reads
+from ttfunc.weight.rows import Rows
+from ttfunc.weight.source import Source
 from ttfunc.weight.unreadable import Unreadable
 
 
@@ -50,9 +52,9 @@ def owned(weight: PatchedWeight, place: Place, reads: Reads) -> PatchedWeight:
     """The same weight over what a place holds when it is read; the reads are noted in `reads`."""
     source = weight.source
     rows, base = source.rows, source.base
-    if isinstance(rows, SharedRows):
-        ids, values = rows.indices.on(base.device).ids, cast_like(rows.values, base)
-        nan = nan_placeholder(Unreadable, values, base, ids, rows.grown, reads)
+    if isinstance(rows.ids, TokenIndices):
+        ids, values = rows.ids.on(base.device).ids, cast_like(rows.values, base)
+        nan = nan_placeholder(Unreadable, values, base, ids, source.new_tokens, reads)
     else:
         nan = rows.placeholder(base, reads)
 
@@ -91,11 +93,11 @@ def _by_now(source: Source, place: Place, *, read: bool) -> Source:
     if not read:  # of all parameters and at any time, for the dtype of a model
         return source._replace(base=held.detach()) if there else source
     if is_dtensor(held) and not (fsdp_manages(place.module) and held is place.kept):
-        rows: RowPatch = _over_ranks(source.rows)
+        rows = _over_ranks(source)
     elif there:
         rows = source.rows
     elif _is_part(held, place):
-        rows = SharedRows(*_over_ranks(source.rows).part(place.kept))
+        rows = _over_ranks(source).part(place.kept)
     else:
         raise _not_gathered(place)
     return source._replace(base=held.detach(), rows=rows)
@@ -121,19 +123,19 @@ def _not_gathered(place: Place) -> RuntimeError:
     )
 
 
-def _over_ranks(rows: RowPatch) -> ShardedRows:
-    if not isinstance(rows, SharedRows):
+def _over_ranks(source: Source) -> Rows:
+    if not source.rows.fixed:
         raise RuntimeError(
             "a mixed patch on a matrix that is split over ranks (tensor parallelism). Call the "
             "model separately for each adapter's examples."
         )
-    if rows.grown:
+    if source.new_tokens:
         raise RuntimeError(
-            f"{rows.grown} new tokens for a matrix that is split over ranks (tensor parallelism), "
-            "whose logits are split too. Resize the model before it is split: "
+            f"{source.new_tokens} new tokens for a matrix that is split over ranks (tensor "
+            "parallelism), whose logits are split too. Resize the model before it is split: "
             "model.resize_token_embeddings(...)."
         )
-    return ShardedRows(rows.values, rows.indices)
+    return source.rows
 
 
 def _is_part(held: Any, place: Place) -> bool:

@@ -18,7 +18,7 @@ from ttfunc.torch_private import IS_VIEW, LINEAR, tree_map
 from ttfunc.weight.deferred import PatchedWeight, frozen, implements, is_deferred
 from ttfunc.weight.logits import can_defer, defer, wants_gradient
 from ttfunc.weight.overrides import einsum_as_product, transposes
-from ttfunc.weight.reads import cast_like
+from ttfunc.weight.product import cast_like
 
 
 def _positional(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,8 +90,8 @@ def _is_product(input: Any, weight: Any, bias: Any) -> bool:
     """Whether these are a product's operands; new tokens may be without a bias."""
     if not (is_deferred(weight) and _is_plain(input)):
         return False
-    height, grown = len(weight.source.base), weight.source.rows.grown
-    return bias is None or (_is_plain(bias) and bias.shape in ((height,), (height + grown,)))
+    heights = ((len(weight.source.base),), (weight.source.height,))
+    return bias is None or (_is_plain(bias) and bias.shape in heights)
 
 
 @implements(F.linear, LINEAR)  # ZeRO-3 may have put another in the place of torch's

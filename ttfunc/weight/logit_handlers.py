@@ -172,10 +172,10 @@ def _cross_entropy(
     undone = input.undone.checked()
     if not can_defer(undone.hidden, undone.rows, undone.bias):
         return NotImplemented  # within another transform than the one that they were made in
-    hidden, base, rows, bias, ids = undone.operands()
+    hidden, base, rows, bias, indices = undone.operands()
     losses = cross_entropies(
-        hidden.reshape(-1, hidden.shape[-1]), base, rows, bias, ids, target.reshape(-1),
-        grown=undone.rows.grown, steps=undone.steps, ignore_index=ignore_index,
+        hidden.reshape(-1, hidden.shape[-1]), base, rows, bias, indices, target.reshape(-1),
+        steps=undone.steps, ignore_index=ignore_index,
         label_smoothing=label_smoothing, once=at_work(GRAD),
     )  # fmt: skip
     labelled = target.reshape(-1) != ignore_index

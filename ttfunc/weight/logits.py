@@ -29,8 +29,8 @@ from ttfunc.weight.lazy import Lazy
 from ttfunc.weight.logits_placeholder import LogitsPlaceholder, kept
 from ttfunc.weight.loss import Steps, in_steps
 from ttfunc.weight.overrides import registry
-from ttfunc.weight.reads import SharedRows, autocast, cast_like
-from ttfunc.weight.source import RowPatch
+from ttfunc.weight.product import autocast, cast_like, long_bias
+from ttfunc.weight.rows import Rows
 
 # For each torch function that needs no logits, its handler (see logit_handlers.py).
 _HANDLERS, implements = registry()
@@ -51,7 +51,7 @@ class Undone(NamedTuple):
     """
 
     hidden: Tensor
-    rows: SharedRows
+    rows: Rows
     base: Tensor
     bias: Tensor | None
     steps: Steps
@@ -72,10 +72,10 @@ class Undone(NamedTuple):
         rows = self.rows.map(Tensor.detach)
         return self._replace(hidden=self.hidden.detach(), rows=rows)
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    def operands(self) -> tuple[Any, ...]:
         """Hidden states, base, rows, bias and ids, as a product takes them."""
-        ids = self.rows.indices.on(self.base.device).ids
-        return self.hidden, self.base, cast_like(self.rows.values, self.base), self.bias, ids
+        rows = cast_like(self.rows.values, self.base)
+        return self.hidden, self.base, rows, self.bias, self.rows.ids
 
     def done(self) -> Tensor:
         """The logits themselves. Raises as `checked`."""
@@ -201,25 +201,25 @@ class _Valued(torch.autograd.Function):
         return grad, None
 
 
-def defer(hidden: Tensor, rows: SharedRows, base: Tensor, bias: Tensor | None) -> DeferredLogits:
+def defer(hidden: Tensor, rows: Rows, base: Tensor, bias: Tensor | None) -> DeferredLogits:
     """`rows.product(hidden, base, bias)`, not done yet."""
-    bias = None if bias is None else autocast(bias)
     hidden, base = autocast(hidden), autocast(base)
+    bias = long_bias(bias, base, rows.ids)  # type: ignore[arg-type]
     versions = tuple((one, version_of(one)) for one in (hidden, base, bias) if one is not None)
     rows = rows.map(lambda values: kept(values, base))
     return _wrap(Undone(hidden, rows, base, bias, (), versions), constant=False)
 
 
-def can_defer(hidden: Tensor, rows: RowPatch, bias: Tensor | None) -> bool:
+def can_defer(hidden: Tensor, rows: Rows, bias: Tensor | None) -> bool:
     """Whether a loss of the product can be had without it, as far as one can see beforehand."""
     traced = torch.compiler.is_dynamo_compiling() or is_traced()
-    if traced or hidden.is_meta or not isinstance(rows, SharedRows):
+    if traced or hidden.is_meta or not rows.fixed:
         return False
     # The gradient of a bias sums over all positions.
     return not (bias is not None and bias.requires_grad) and first_order(hidden, rows.values)
 
 
-def wants_gradient(hidden: Tensor, rows: RowPatch) -> bool:
+def wants_gradient(hidden: Tensor, rows: Rows) -> bool:
     """Whether this is a step of training. Elsewhere someone reads the logits."""
     return torch.is_grad_enabled() and (hidden.requires_grad or rows.values.requires_grad)
 
@@ -236,7 +236,7 @@ def _wrap(
     operands = undone.operands()
     dtype = in_steps(undone.steps, undone.hidden.new_empty(0)).dtype
     transformed = is_wrapped(operands[0]) or is_wrapped(operands[2])
-    nan = LogitsPlaceholder.apply(*operands, undone.rows.grown, undone.steps, dtype, transformed)  # type: ignore[no-untyped-call]
+    nan = LogitsPlaceholder.apply(*operands, undone.steps, dtype, transformed)  # type: ignore[no-untyped-call]
     if blank is None:
         with outside_of_modes():
             blank = torch.empty(nan.shape, dtype=dtype, device="meta")

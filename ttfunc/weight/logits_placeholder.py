@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.torch_private import forbid_writes, keeps_signature, transforms_active, version_of
 from ttfunc.weight.loss import Steps, gradients, made_of
 from ttfunc.weight.placeholder import placeholder_of
-from ttfunc.weight.reads import cast_like
+from ttfunc.weight.product import cast_like
 
 
 class LogitsPlaceholder(torch.autograd.Function):
@@ -23,33 +24,32 @@ class LogitsPlaceholder(torch.autograd.Function):
         base: Tensor,
         rows: Tensor,
         bias: Tensor | None,
-        ids: Tensor,
-        grown: int,
+        indices: TokenIndices,
         steps: Steps,
         dtype: torch.dtype,
         transformed: bool,
     ) -> Tensor:
         nan = hidden.new_full((), torch.nan, dtype=dtype)
         forbid_writes(nan)
-        nan = nan.expand(*hidden.shape[:-1], len(base) + grown)
+        nan = nan.expand(*hidden.shape[:-1], indices.height(len(base)))
         if not transformed:  # the logits themselves are what the dispatcher finds
             return nan
-        return placeholder_of(nan, lambda: made_of(hidden, base, rows, bias, ids, grown, steps))
+        return placeholder_of(nan, lambda: made_of(hidden, base, rows, bias, indices, steps))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *operands, ctx.grown, ctx.steps, _, _ = inputs
+        *operands, ctx.indices, ctx.steps, _, _ = inputs
         ctx.save_for_backward(*operands)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, base, rows, bias, ids = ctx.saved_tensors
+        hidden, base, rows, bias = ctx.saved_tensors
 
         def made(hidden: Tensor, rows: Tensor) -> Tensor:
-            return made_of(hidden, base, rows, bias, ids, ctx.grown, ctx.steps)
+            return made_of(hidden, base, rows, bias, ctx.indices, ctx.steps)
 
         first, second = gradients(made, hidden, rows, grad, ctx.needs_input_grad)
-        return first, None, second, *(None,) * 6
+        return first, None, second, *(None,) * 5
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:

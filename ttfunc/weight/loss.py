@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.rows.token_ids import outside_of_autocast
+from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast
 from ttfunc.torch_private import keeps_signature
-from ttfunc.weight.reads import bias_at, bias_of_base, patched_product, product_into
+from ttfunc.weight.product import bias_at, patched_product, product_into
 
 Steps = tuple[Callable[[Tensor], Tensor], ...]
 
@@ -33,10 +33,9 @@ def cross_entropies(
     base: Tensor,
     rows: Tensor,
     bias: Tensor | None,
-    ids: Tensor,
+    indices: TokenIndices,
     target: Tensor,
     *,
-    grown: int,
     steps: Steps,
     ignore_index: int,
     label_smoothing: float,
@@ -45,13 +44,14 @@ def cross_entropies(
     """The `(n,)` losses at n positions, in float32 or float64; 0 where the label is ignored.
 
     That is `F.cross_entropy(steps(F.linear(hidden, W, bias)), target, reduction="none")`, W being
-    the `(V, D)` base with the `(k, D)` rows at `ids`. `hidden` is `(n, D)`, `target` `(n,)` int64.
+    the `(V, D)` base with the `(k, D)` rows at `indices`. `hidden` is `(n, D)`, `target`
+    `(n,)` int64, `bias` as long as W.
     Differentiable with respect to hidden and rows. `once`: that nobody differentiates the gradient.
     """
-    options = (grown, steps, ignore_index, label_smoothing, once)
+    options = (steps, ignore_index, label_smoothing, once)
     losses: Tensor
     with outside_of_autocast(hidden.device):
-        losses, _, _ = _CrossEntropies.apply(hidden, base, rows, bias, ids, target, *options)  # type: ignore[no-untyped-call]
+        losses, _, _ = _CrossEntropies.apply(hidden, base, rows, bias, indices, target, *options)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -67,13 +67,12 @@ def made_of(
     base: Tensor,
     rows: Tensor,
     bias: Tensor | None,
-    ids: Tensor,
-    grown: int,
+    indices: TokenIndices,
     steps: Steps,
 ) -> Tensor:
     """The logits, in plain operations; the operands were cast as autocast was at the product."""
     with outside_of_autocast(hidden.device):
-        return in_steps(steps, patched_product(hidden, base, rows, bias, ids, grown))
+        return in_steps(steps, patched_product(hidden, base, rows, bias, indices))
 
 
 def gradients(
@@ -114,15 +113,14 @@ class _CrossEntropies(torch.autograd.Function):
         base: Tensor,
         rows: Tensor,
         bias: Tensor | None,
-        ids: Tensor,
+        indices: TokenIndices,
         target: Tensor,
-        grown: int,
         steps: Steps,
         ignore_index: int,
         label_smoothing: float,
         once: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        height = len(base) + grown
+        height, ids = indices.height(len(base)), indices.on(base.device).ids
         seen = in_steps(steps, hidden.new_empty(0)).dtype
         losses = hidden.new_zeros(len(hidden), dtype=_wide(seen))
         to_hidden = torch.zeros_like(hidden)
@@ -133,8 +131,8 @@ class _CrossEntropies(torch.autograd.Function):
         for chunk in _chunks(labelled, len(target), most):
             some = hidden[chunk]
             logits = buffer[: len(some)]
-            product_into(logits, some, base, bias_of_base(bias, base))
-            logits.index_copy_(1, ids, F.linear(some, rows, bias_at(ids, bias, base, grown)))
+            product_into(logits, some, base, bias)
+            logits.index_copy_(1, ids, F.linear(some, rows, bias_at(bias, ids)))
             losses[chunk], part = _losses(logits, target[chunk], ids, steps, label_smoothing)
             of_rows[chunk] = part.to(of_rows.dtype)
             known = logits.index_fill_(1, ids, 0)[:, : len(base)]
@@ -143,21 +141,21 @@ class _CrossEntropies(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, base, rows, bias, ids, target, *ctx.options = inputs
+        hidden, base, rows, bias, ctx.indices, target, *ctx.options = inputs
         _, to_hidden, of_rows = output
         ctx.mark_non_differentiable(to_hidden, of_rows)
-        ctx.save_for_backward(hidden, base, rows, bias, ids, target, to_hidden, of_rows)
+        ctx.save_for_backward(hidden, base, rows, bias, target, to_hidden, of_rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, base, rows, bias, ids, target, to_hidden, of_rows = ctx.saved_tensors
-        grown, steps, ignore_index, label_smoothing, once = ctx.options
+        hidden, base, rows, bias, target, to_hidden, of_rows = ctx.saved_tensors
+        steps, ignore_index, label_smoothing, once = ctx.options
         needs_hidden, _, needs_rows, *_ = ctx.needs_input_grad
-        nothing = (None,) * 8
+        nothing = (None,) * 7
         if torch.is_grad_enabled() and not once:  # someone will differentiate this gradient
 
             def losses(hidden: Tensor, rows: Tensor) -> Tensor:
-                logits = made_of(hidden, base, rows, bias, ids, grown, steps)
+                logits = made_of(hidden, base, rows, bias, ctx.indices, steps)
                 options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
                 return F.cross_entropy(logits, target, reduction="none", **options)
 
@@ -174,14 +172,14 @@ class _CrossEntropies(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], *operands: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         count = info.batch_size
-        hidden, base, rows, bias, ids, target, *options = operands
+        hidden, base, rows, bias, indices, target, *options = operands
         if all(dim is None for dim in in_dims[1:5]):  # examples, each with positions of its own
             hidden, target = (
                 x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
                 for x, dim in ((hidden, in_dims[0]), (target, in_dims[5]))
             )
             found = _CrossEntropies.apply(  # type: ignore[no-untyped-call]
-                hidden.flatten(0, 1), base, rows, bias, ids, target.flatten(), *options
+                hidden.flatten(0, 1), base, rows, bias, indices, target.flatten(), *options
             )
             return tuple(x.unflatten(0, hidden.shape[:2]) for x in found), (0, 0, 0)
         each = [

@@ -27,7 +27,7 @@ from ttfunc.torch_private import (
     wrapper_of,
 )
 from ttfunc.weight.overrides import refuse_layout, refuse_writes
-from ttfunc.weight.source import Reads
+from ttfunc.weight.reads import Reads
 
 
 class Placeholder(Tensor):

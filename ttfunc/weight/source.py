@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,59 +12,11 @@ from torch import Tensor, nn
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_bits
 from ttfunc.torch_private import in_backward, is_traced, transforms_active, version_of
+from ttfunc.weight.reads import Reads
+from ttfunc.weight.rows import Rows
 
 # So many tensors, and so many bytes of them in all, are compared at each read to what they were.
 MOST_TENSORS, MOST_BYTES = 64, 1 << 20
-
-
-class Reads:
-    """How a weight was read, with a flag for each way.
-
-    Compiled code sets a flag without reading it first, so that it also serves another weight.
-    version: that of the rows when a call began; None where the weight is of no one call.
-    """
-
-    def __init__(self, version: int | None = None) -> None:
-        self.lookup = self.product = self.dense = False
-        self.version = version
-
-
-class RowPatch(Protocol):
-    """Replacement rows for a `(V, D)` base, and how to read the two as one matrix.
-
-    grown: how many of the rows are new ones, behind the last of the base. by_example: each example
-    of a batch has its own; the first dimension is the batch.
-    """
-
-    @property
-    def values(self) -> Tensor: ...
-
-    @property
-    def grown(self) -> int: ...
-
-    @property
-    def by_example(self) -> bool: ...
-
-    def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
-        """`F.embedding` of the patched matrix."""
-
-    def product(self, hidden: Tensor, base: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`F.linear` with the patched matrix."""
-
-    def materialise(self, base: Tensor) -> Tensor:
-        """The patched matrix itself. Raises RuntimeError if there is no single matrix."""
-
-    def piece(self, base: Tensor, start: int, stop: int) -> Tensor:
-        """The rows of the patched matrix from `start` to `stop`. Raises as `materialise`."""
-
-    def placeholder(self, base: Tensor, reads: Reads) -> Tensor:
-        """A NaN in the shape of the base, for code that bypasses `__torch_function__`.
-
-        Such a read is noted in `reads`.
-        """
-
-    def map(self, func: Any) -> Self:
-        """The rows after `func`, which acts on each row separately."""
 
 
 class Copied(NamedTuple):
@@ -102,7 +54,7 @@ class Source(NamedTuple):
     """
 
     base: Tensor
-    rows: RowPatch
+    rows: Rows
     matrix: Matrix | None
     placeholder: Tensor
     copy: Tensor | None
@@ -111,6 +63,16 @@ class Source(NamedTuple):
     defers: bool
     reads: Reads
     gathered: Callable[[Source, bool], Source] | None = None
+
+    @property
+    def height(self) -> int:
+        """How many rows the matrix has, with new tokens."""
+        return self.rows.height(self.base)
+
+    @property
+    def new_tokens(self) -> int:
+        """How many rows it has more than its base."""
+        return self.rows.new_tokens(self.base)
 
     @property
     def uses(self) -> set[str]:

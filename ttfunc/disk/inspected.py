@@ -1,0 +1,99 @@
+"""Trained rows of files that do not say where they started, and the matrix of a model's folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ttfunc.disk.folder import Checkpoint
+from ttfunc.disk.header import FLOATS
+from ttfunc.disk.module_file import is_of_module
+from ttfunc.disk.tensors import differing, opened, tensor_of
+from ttfunc.model.names import through_wrappers
+from ttfunc.rows.inspecting import Base, Inspected
+from ttfunc.rows.keys import key, name_in
+
+_MOST = 10_000  # rows that differ; a model that was trained whole has more
+
+
+def highest(checkpoint: Checkpoint) -> list[str]:
+    """The names of the matrices that have the most rows."""
+    shapes = {name: e.shape for header in checkpoint.headers.values() for name, e in header.items()}
+    heights = {name: shape[0] for name, shape in shapes.items() if len(shape) == 2}
+    return [name for name, height in heights.items() if height == max(heights.values())]
+
+
+@contextlib.contextmanager
+def matrix_in(checkpoint: Checkpoint, names: Sequence[str], width: int) -> Iterator[Base]:
+    """The matrix of a checkpoint that has one of these names; its rows are read as it is sliced.
+
+    Raises KeyError for none, and ValueError for one of another width or without floats.
+    """
+    held = {name: file for file, header in checkpoint.headers.items() for name in header}
+    name = next((name for name in names if name in held), None)
+    name = name or next(iter(through_wrappers(names, held).values()), None)
+    if name is None:
+        raise KeyError(
+            f"the checkpoint {str(checkpoint.root)!r} has none of the names {tuple(names)}; its "
+            f"matrices with the most rows are {highest(checkpoint)[:4]}. Is it of the same model?"
+        )
+    entry = checkpoint.headers[held[name]][name]
+    if len(entry.shape) != 2 or entry.shape[1] != width or entry.dtype not in FLOATS:
+        raise ValueError(
+            f"{name!r} is {entry.dtype} of shape {entry.shape} in {str(checkpoint.root)!r}, and "
+            f"floats of width {width} are needed. Give the model that the rows were trained on."
+        )
+    with opened(checkpoint.root / held[name]) as file:
+        yield Base(file.get_slice(name), entry.shape[0])
+
+
+def rows_of_module(path: Path) -> list[Inspected]:
+    """What a trainer saved of a TokenModule; nothing for another file."""
+    with opened(path) as file:
+        if not is_of_module(file):
+            return []
+        found = []
+        for entry in sorted(file.keys()):
+            if (name := name_in(entry, "deltas")) is not None:
+                rows = tensor_of(file, entry)
+                ids = tensor_of(file, key("token_indices", name)).tolist()
+                found.append(Inspected((name,), tuple(ids), rows, torch.zeros_like(rows)))
+        return found
+
+
+def changed_rows(checkpoint: Checkpoint, base: Checkpoint) -> Iterator[Inspected]:
+    """The rows in which the highest matrices of a checkpoint differ from those of its base.
+
+    Raises ValueError where so many do that it is another model.
+    """
+    held = {name for header in base.headers.values() for name in header}
+    entries = {
+        name: entry for header in checkpoint.headers.values() for name, entry in header.items()
+    }
+    for name in (name for name in highest(checkpoint) if name in held):
+        width = entries[name].shape[1]
+        with contextlib.ExitStack() as stack:
+            now, before = (
+                stack.enter_context(matrix_in(one, [name], width)) for one in (checkpoint, base)
+            )
+            ids = [token for tokens in _changed(now, before) for token in tokens]
+            if len(ids) > _MOST:
+                raise ValueError(
+                    f"{len(ids):,} of {now.height:,} rows of {name!r} are not those of "
+                    f"{str(base.root)!r}: it is another model, or one that was trained whole."
+                )
+            if ids:
+                rows = torch.cat([now.rows[token : token + 1] for token in ids])
+                yield Inspected((name,), tuple(ids), rows, torch.zeros_like(rows))
+
+
+def _changed(now: Base, before: Base) -> Iterator[list[int]]:
+    """The ids of rows that differ, and of those that the base does not have."""
+    both = min(now.height, before.height)
+    for tokens, block in Base(now.rows, both).blocks():
+        first = int(tokens[0])
+        yield [first + row for row in differing(block, before.rows[first : first + len(block)])]
+    yield [*range(both, now.height)]

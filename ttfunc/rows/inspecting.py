@@ -1,0 +1,182 @@
+"""What became of each trained row: how far it moved, how long it is, and what is near to it."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from reprlib import Repr
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttfunc.model.memory import same_bits
+
+_BLOCK = 4096  # rows of a matrix that are read at a time
+_NEAREST = 3
+_SHOWN = Repr()
+_SHOWN.maxstring = 18
+
+LEGEND = (
+    "moved: the distance from its start, by the norm of the start; ? where that is not known",
+    "of median: the norm, by the median norm of the matrix's rows; nearest: by their cosine",
+)
+
+
+class Inspected(NamedTuple):
+    """`(k, D)` rows of a matrix, and where they started; zeros where that is not known."""
+
+    names: tuple[str, ...]
+    ids: tuple[int, ...]
+    rows: Tensor
+    starts: Tensor
+
+
+class Base(NamedTuple):
+    """A matrix of `height` rows; slices of it are tensors."""
+
+    rows: Any
+    height: int
+
+    def blocks(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """The ids and the rows, some at a time."""
+        for start in range(0, self.height, _BLOCK):
+            block = self.rows[start : min(start + _BLOCK, self.height)].detach().cpu()
+            yield torch.arange(start, start + len(block)), block
+
+
+def text_with(tokenizer: Any) -> Callable[[int], str]:
+    """A function from an id to its text, in quotes. Raises TypeError for what is no tokenizer."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    if not callable(getattr(tokenizer, "convert_ids_to_tokens", None)):
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__} without convert_ids_to_tokens: give a "
+            "tokenizer of transformers."
+        )
+
+    def text(token: int) -> str:
+        try:
+            piece = tokenizer.convert_ids_to_tokens(token)
+        except IndexError:  # of SentencePiece
+            piece = None
+        if piece is None:
+            return "(no token)"
+        spelled = piece.replace("▁", " ") if "▁" in piece else tokenizer.decode([token])
+        return _SHOWN.repr(piece if "\N{REPLACEMENT CHARACTER}" in spelled else spelled)
+
+    return text
+
+
+def table(
+    given: Inspected, text: Callable[[int], str] | None = None, base: Base | None = None
+) -> list[str]:
+    """The lines of a table with a row for each token.
+
+    text: of an id, for a column of its own. base: the matrix, for columns with the norm by the
+    median of its rows, and with the nearest rows before training and after it.
+    """
+    ids, rows, starts = given.ids, given.rows.detach().cpu(), given.starts.detach().cpu()
+    if base is not None:
+        starts = _known_from(base, ids, starts)
+    norms = rows.double().norm(dim=1)
+    columns = {"id": [str(token) for token in ids]}
+    if text is not None:
+        columns["text"] = [text(token) for token in ids]
+    columns["moved"] = list(map(_moved, rows, starts))
+    columns["norm"] = list(map(_number, norms.tolist()))
+    if base is not None:
+        before, after = _Nearest(ids, starts), _Nearest(ids, rows)
+        lengths = []
+        for tokens, block in ((tokens, block.float()) for tokens, block in base.blocks()):
+            lengths.append(block.norm(dim=1))
+            before.look(tokens, block)
+            after.look(tokens, block)
+        median = torch.cat(lengths).median().item()
+        columns["of median"] = [_number(norm / median) for norm in norms.tolist()]
+        columns["nearest before"] = before.told(text or str)
+        columns["nearest after"] = after.told(text or str)
+    return _aligned(columns)
+
+
+def _known_from(base: Base, ids: Sequence[int], starts: Tensor) -> Tensor:
+    """The starts, with the row of the matrix where one is not known."""
+    starts = starts.clone()
+    for place, token in enumerate(ids):
+        if token < base.height and not starts[place].float().any():
+            row = base.rows[token : token + 1].detach().cpu()
+            starts = starts.to(torch.promote_types(starts.dtype, row.dtype))
+            starts[place] = row[0]
+    return starts
+
+
+def _moved(row: Tensor, start: Tensor) -> str:
+    if not start.float().any():
+        return "?"
+    if same_bits(row.to(start.dtype), start):  # a start is kept in the matrix's dtype
+        return "0"
+    row, start = row.double(), start.double()
+    return _number(((row - start).norm() / start.norm()).item())
+
+
+class _Nearest:
+    """For each of some rows the nearest others of a matrix that has these rows in it."""
+
+    def __init__(self, ids: Sequence[int], rows: Tensor) -> None:
+        self.ids = torch.tensor(ids)
+        self.unit = F.normalize(rows.float(), dim=1)
+        self.cosines = torch.empty(len(ids), 0)
+        self.tokens = torch.empty(len(ids), 0, dtype=torch.int64)
+        for part in torch.arange(len(ids)).split(_BLOCK):
+            self._add(self.ids[part], self.unit[part])
+
+    def look(self, tokens: Tensor, rows: Tensor) -> None:
+        """Take further rows of the matrix into account, which are other tokens'."""
+        others = ~torch.isin(tokens, self.ids)
+        self._add(tokens[others], F.normalize(rows[others], dim=1))
+
+    def _add(self, tokens: Tensor, unit: Tensor) -> None:
+        cosines = self.unit @ unit.T
+        usable = (self.ids[:, None] != tokens) & unit.any(1)  # not itself, and no row of zeros
+        cosines = cosines.nan_to_num(-torch.inf).masked_fill(~usable, -torch.inf)
+        cosines = torch.cat([self.cosines, cosines], 1)
+        tokens = torch.cat([self.tokens, tokens.expand(len(self.ids), -1)], 1)
+        self.cosines, places = cosines.topk(min(_NEAREST, cosines.shape[1]))
+        self.tokens = tokens.gather(1, places)
+
+    def told(self, text: Callable[[int], str]) -> list[str]:
+        """The nearest of each row, for a person; nothing for a row of zeros."""
+        found = zip(self.tokens.tolist(), self.cosines.tolist(), self.unit.any(1), strict=True)
+        return [
+            ", ".join(
+                f"{text(token)} {cosine:.2f}"
+                for token, cosine in zip(tokens, cosines, strict=True)
+                if known and cosine > -torch.inf
+            )
+            or "?"
+            for tokens, cosines, known in found
+        ]
+
+
+def _number(number: float) -> str:
+    return f"{number:.2f}" if 0.01 <= number < 10_000 else f"{number:.2g}"
+
+
+def _aligned(columns: dict[str, list[str]]) -> list[str]:
+    """The columns side by side: text from the left, and numbers from the right."""
+    cells = [[name, *column] for name, column in columns.items()]
+    widths = [max(map(_width, column)) for column in cells]
+    lines = []
+    for row in zip(*cells, strict=True):
+        padded = []
+        for name, cell, width in zip(columns, row, widths, strict=True):
+            space = " " * (width - _width(cell))
+            texts = name == "text" or name.startswith("nearest")
+            padded.append(f"{cell}{space}" if texts else f"{space}{cell}")
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _width(text: str) -> int:
+    """How many places it takes on a terminal."""
+    return sum(1 + (unicodedata.east_asian_width(one) in "WF") for one in text)

@@ -1,0 +1,192 @@
+"""The product with a matrix whose rows at fixed ids are replaced: `Y = H Wᵀ`, `Y[:, S] = H Rᵀ`.
+
+It equals the product with `base.index_copy(0, ids, rows)`, without that copy and without a gradient
+of its size. `base` is `(V, D)`, `rows` is `(k, D)` of the same dtype and device. Where ids are past
+the end of the base, Y has columns for these new tokens, behind the V of the base.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttfunc.rows.token_ids import TokenIndices
+from ttfunc.torch_private import (
+    FUNCTIONALIZE,
+    JVP,
+    at_work,
+    in_dual_level,
+    is_exported,
+    keeps_signature,
+    transforms_active,
+)
+
+
+def product(
+    hidden: Tensor, base: Tensor, values: Tensor, bias: Tensor | None, indices: TokenIndices
+) -> Tensor:
+    """`F.linear` of `(..., D)` hidden states: `(..., V)`, or `(..., V + n)` with n new tokens.
+
+    Differentiable with respect to all but `base`: `dH = G₀ W + G_S R` and `dR = G_Sᵀ H`, where G is
+    the gradient of Y, `G_S` its columns S, and `G₀` is G with these columns zeroed.
+
+    >>> base, rows = torch.zeros(4, 2), torch.ones(1, 2)
+    >>> product(torch.ones(1, 2), base, rows, None, TokenIndices((3,)))
+    tensor([[0., 0., 0., 2.]])
+    """
+    rows = autocast(cast_like(values, base))
+    hidden, base, bias = autocast(hidden), autocast(base), long_bias(bias, base, indices)
+    if _has_no_rule():
+        return patched_product(hidden, base, rows, bias, indices)
+    indices.on(base.device)  # Dynamo takes no tensor out of a Function that was made in it
+    function = _ProductFunction if torch.compiler.is_dynamo_compiling() else _ProductWithVmap
+    result: Tensor = function.apply(hidden, base, rows, bias, indices)  # type: ignore[no-untyped-call]
+    return result
+
+
+def lengthened(tensor: Tensor, size: int) -> Tensor:
+    """Logits, or their bias, with zeros up to `size` columns: those of new tokens."""
+    more = size - tensor.shape[-1]
+    return F.pad(tensor, (0, more)) if more else tensor
+
+
+def long_bias(bias: Tensor | None, base: Tensor, indices: TokenIndices) -> Tensor | None:
+    """The bias as the product takes it: cast as its operands, and 0 for new tokens without one."""
+    return None if bias is None else lengthened(autocast(bias), indices.height(len(base)))
+
+
+def bias_at(bias: Tensor | None, ids: Tensor) -> Tensor | None:
+    """The bias of the tokens `ids`."""
+    return None if bias is None else bias.index_select(0, ids)
+
+
+def first_columns(tensor: Tensor, count: int) -> Tensor:
+    """The first columns; no view where they are all, as a batched gradient has no rule for it."""
+    return tensor if tensor.shape[-1] == count else tensor[..., :count]
+
+
+def base_product(hidden: Tensor, base: Tensor, bias: Tensor | None, height: int) -> Tensor:
+    """`F.linear` with the base, and zeros for new tokens up to `height`."""
+    known = None if bias is None else first_columns(bias, len(base))
+    return lengthened(F.linear(hidden, base, known), height)
+
+
+def patched_product(
+    hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, indices: TokenIndices
+) -> Tensor:
+    """The product in plain operations, which have every rule of torch."""
+    ids = indices.on(base.device).ids
+    fresh = base_product(hidden, base, bias, indices.height(len(base)))
+    return fresh.index_copy(-1, ids, F.linear(hidden, rows, bias_at(bias, ids)))
+
+
+def _in_one_buffer(hidden: Tensor, base: Tensor, bias: Tensor | None, height: int) -> Tensor:
+    """As `base_product`, without a copy; the columns of new tokens are not written yet.
+
+    What `F.linear` adds a bias to is a view, to which a model could not write in place.
+    """
+    views = bias is not None and hidden.ndim != 2
+    if not (height > len(base) or views) or torch.compiler.is_dynamo_compiling():
+        return base_product(hidden, base, bias, height)
+    logits = hidden.new_empty(*hidden.shape[:-1], height)
+    product_into(_flat(logits), _flat(hidden), base, bias)
+    return logits
+
+
+def product_into(logits: Tensor, hidden: Tensor, base: Tensor, bias: Tensor | None) -> None:
+    """Write the columns of the base to `(n, V)` logits; those of new tokens stay as they are."""
+    known = logits[:, : len(base)]
+    if bias is None:
+        torch.mm(hidden, base.mT, out=known)
+    else:
+        torch.addmm(bias[: len(base)], hidden, base.mT, out=known)
+
+
+class _ProductFunction(torch.autograd.Function):
+    """The product with k columns written in place, and a backward to match.
+
+    Plain autograd of `patched_product` keeps three buffers of the size of the logits. This keeps
+    none, and its backward makes one at most, after those of the loss are freed. (Subtracting the
+    old rows' part from `grad @ base` would make none, but lose digits where an old row is large.)
+    """
+
+    @staticmethod
+    @keeps_signature
+    def forward(
+        hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, indices: TokenIndices
+    ) -> Tensor:
+        ids = indices.on(base.device).ids
+        fresh = _in_one_buffer(hidden, base, bias, indices.height(len(base)))
+        return fresh.index_copy_(-1, ids, F.linear(hidden, rows, bias_at(bias, ids)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        hidden, base, rows, _, ctx.indices = inputs
+        ctx.save_for_backward(hidden, base, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, base, rows = ctx.saved_tensors
+        needs_hidden, _, needs_rows, needs_bias, _ = ctx.needs_input_grad
+        some = grad.index_select(-1, ctx.indices.on(base.device).ids)
+        to_hidden = to_rows = to_bias = None
+        if needs_hidden:
+            to_hidden = _product_without(ctx.indices, grad, base) + some @ rows
+        if needs_rows:
+            to_rows = _flat(some).mT @ _flat(hidden)
+        if needs_bias:
+            to_bias = _flat(grad).sum(0)
+        return to_hidden, None, to_rows, to_bias, None
+
+
+class _ProductWithVmap(_ProductFunction):
+    """The same with the rules for transforms, which torch.compile cannot trace."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+        # In place, a batch of rows would not fit into the product of an unbatched hidden state.
+        return torch.vmap(patched_product, in_dims, randomness=info.randomness)(*operands), 0
+
+
+def _product_without(indices: TokenIndices, grad: Tensor, base: Tensor) -> Tensor:
+    """`G₀ W`: `grad @ base` as if the columns of the ids were 0."""
+    start = indices.start_of_end(grad.shape[-1])
+    if start is not None:  # added tokens: what is before them needs no copy
+        return grad[..., :start] @ base[:start]
+    zeroed = grad.index_fill(-1, indices.on(base.device).ids, 0)
+    return first_columns(zeroed, len(base)) @ base
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    # With -1 torch cannot tell how many rows an empty tensor has.
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def _has_no_rule() -> bool:
+    """Whether an autograd.Function cannot be used here.
+
+    functionalize has no rule for it, forward mode over forward mode loses the outer tangent, and
+    torch.compile has no rule for it under a transform. A graph for another runtime would hold its
+    writes in place.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return transforms_active() or is_exported()
+    return is_exported() or in_dual_level() or at_work(FUNCTIONALIZE, JVP)
+
+
+def cast_like(values: Tensor, base: Tensor) -> Tensor:
+    """Rows in the dtype of the base, and on its device."""
+    return values.to(base.device, base.dtype)
+
+
+def autocast(operand: Tensor) -> Tensor:
+    """Cast as autocast does for `F.linear`, before the Function, so that its backward agrees."""
+    device = operand.device.type
+    if not torch.amp.is_autocast_available(device):  # meta
+        return operand
+    if not torch.is_autocast_enabled(device) or operand.dtype == torch.float64:
+        return operand
+    return operand.to(torch.get_autocast_dtype(device))
