@@ -178,14 +178,17 @@ def check_asking(base: nn.Module, name: str) -> None:
     of self-distillation ask for `dtype` before they load a teacher (ValueError), and for nothing
     after.
     """
-    if name not in ("peft_config", "dtype"):
+    method = {"peft_config": "__init__", "dtype": "_setup_teacher_model"}.get(name)
+    if method is None:
         return
     for frame in islice(_callers(), _NEAR):
-        asking, code = frame.f_locals.get("self"), frame.f_code
-        if name == "peft_config":
-            if code.co_name == "__init__" and type(asking).__module__.startswith("peft."):
-                raise _no_layers()
-        elif code.co_name == "_setup_teacher_model" and _LOADS in code.co_names:
+        # The name comes first: `f_locals` copies all variables of a frame.
+        if frame.f_code.co_name != method:
+            continue
+        asking = frame.f_locals.get("self")
+        if name == "peft_config" and type(asking).__module__.startswith("peft."):
+            raise _no_layers()
+        if name == "dtype" and _LOADS in frame.f_code.co_names:
             raise _no_teacher(asking, innermost(base))
 
 
