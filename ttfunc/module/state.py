@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from reprlib import repr as brief
 from typing import Any
@@ -44,6 +45,13 @@ def check_trainable(
             f"{len(free)} parameters of {type(model).__name__} require grad, and params have "
             f"rows of {both}: the rest of the matrix would get no gradient. Freeze the model "
             "first: model.requires_grad_(False). Or train the matrix whole, without rows."
+        )
+    if train_base and not free:
+        warnings.warn(
+            f"train_base=True, and nothing in {type(model).__name__} requires grad: only the rows "
+            "are trained. Let what is to be trained (a LoRA, a head) require grad before the "
+            "TokenModule is made, or leave train_base out.",
+            stacklevel=3,
         )
     if free and not train_base:
         raise ValueError(
