@@ -22,6 +22,7 @@ from tests.rows.test_inspecting import cells, slowly
 from ttfunc import TokenModule, __version__, load, merge_checkpoint, save, save_peft
 from ttfunc.__main__ import main
 from ttfunc.disk import inspected
+from ttfunc.rows.inspecting import text_with
 
 NAME = "embed_tokens.weight"
 IDS = [V, 7, 3]
@@ -105,6 +106,52 @@ def test_the_text_is_that_of_the_tokenizer(known: Path, tmp_path: Path, capsys):
         capsys, tmp_path / "rows", "--model", tmp_path / "model", "--tokenizer", known
     )
     assert cells(lines)[1][1] == "(no token)"
+
+
+def test_of_rows_alone_the_last_line_says_what_each_option_adds(known: Path, tmp_path, capsys):
+    save(random_rows(make("tied")), tmp_path / "rows")
+    assert main(["info", str(tmp_path / "rows")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"--tokenizer FOLDER .*text.*moved.*--model FOLDER .*nearest", last)
+    assert main(["info", str(tmp_path / "rows"), "--tokenizer", str(known)]) == 0
+    assert "--model" not in capsys.readouterr().out
+
+
+class _Unknowing:
+    """As slow tokenizers of transformers do, it has the unknown token for an id it lacks."""
+
+    unk_token, unk_token_id = "[UNK]", 0
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return {7: "seven"}.get(token, "[UNK]")
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(map(self.convert_ids_to_tokens, tokens))
+
+
+def test_a_token_that_the_tokenizer_lacks_has_no_text():
+    text = text_with(_Unknowing())
+    assert [text(7), text(0), text(V)] == ["'seven'", "'[UNK]'", "(no token)"]
+
+
+def test_the_tokenizer_is_the_one_of_the_folder_with_the_rows(known: Path, tmp_path, capsys):
+    model = llama(vocabulary=330)
+    params = optree.tree_map(lambda row: row + 1, random_rows(model, [300, 330], grow=True))
+    save(params, tmp_path / "rows")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer("byte-level BPE").save_pretrained(tmp_path / "model")
+    longer = tokenizer("byte-level BPE")
+    longer.add_tokens(["<new>"])
+    merge_checkpoint(tmp_path / "model", params, tmp_path / "merged", tokenizer=longer)
+    arguments = ["--model", str(tmp_path / "model")]
+    assert main(["info", str(tmp_path / "rows"), *arguments]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"\(no token\): .*/model' lacks it.*--tokenizer FOLDER", last)
+    for path, more in (("merged", []), ("rows", ["--tokenizer", str(tmp_path / "merged")])):
+        assert main(["info", str(tmp_path / path), *arguments, *more]) == 0
+        out = capsys.readouterr().out
+        assert "'<new>'" in out
+        assert "(no token)" not in out
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # transformers

@@ -18,11 +18,16 @@ from ttfunc.disk.tokenizer import has_tokenizer, tokenizer_in
 from ttfunc.model.memory import same_bits
 from ttfunc.peft.adapter import CONFIG, read_adapter
 from ttfunc.rows.deltas import TokenDeltas
-from ttfunc.rows.inspecting import LEGEND, Inspected, table, text_with
+from ttfunc.rows.inspecting import LEGEND, UNKNOWN, Inspected, table, text_with
 from ttfunc.rows.summary import size
 
 # What is said of one matrix, and its rows.
 Entry: TypeAlias = tuple[list[str], Inspected]
+
+_OPTIONS = (
+    "--tokenizer FOLDER adds the text of each token and how far its row moved; "
+    "--model FOLDER how far and how long it is beside the model's rows, and its nearest tokens"
+)
 
 
 def info(path: Path, tokenizer: Path | None = None, model: Path | None = None) -> Iterator[str]:
@@ -31,13 +36,15 @@ def info(path: Path, tokenizer: Path | None = None, model: Path | None = None) -
     Of the model the matrices of these rows are read, some rows at a time, and nothing else.
     """
     base = None if model is None else _base(model)
-    if tokenizer is None and model is not None and has_tokenizer(model):
-        tokenizer = model
+    if tokenizer is None and model is not None:
+        # A merged folder's own tokenizer has the new tokens, which that of the model before lacks.
+        tokenizer = next(filter(has_tokenizer, (path, model)), None)
     text = None if tokenizer is None else text_with(tokenizer_in(tokenizer))
     lines, entries = _held(path, base)
     if text is None and base is None:
         yield from lines
         yield from (line for told, _ in entries for line in told)
+        yield from [_OPTIONS] if entries else []
         return
     if not entries:
         raise ValueError(
@@ -54,6 +61,11 @@ def info(path: Path, tokenizer: Path | None = None, model: Path | None = None) -
                 found = table(rows, text, matrix)
         yield from (f"    {line}" for line in found)
     yield from LEGEND if base is not None else LEGEND[:1]
+    if text is not None and any(text(i) == UNKNOWN for _, rows in entries for i in rows.ids):
+        yield (
+            f"{UNKNOWN}: the tokenizer in {str(tokenizer)!r} lacks it; give the one that the new "
+            "tokens were added to, as the merged folder's: --tokenizer FOLDER"
+        )
 
 
 def _base(model: Path) -> Checkpoint:

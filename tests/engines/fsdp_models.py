@@ -33,7 +33,7 @@ from tests.engines.work import (
 from tests.helpers.llama import llama
 from tests.helpers.rows import random_rows
 from ttfunc import TokenModule, functional_call, init_deltas, patch, save_as_lora
-from ttfunc.module.parts import fusing
+from ttfunc.module.trl import fused_call
 
 RECIPES = Recipes()
 
@@ -211,7 +211,7 @@ def fused() -> dict[str, float]:
     module = TokenModule(shard(model), params)
     with torch.no_grad():
         module(TEXT)  # the root stays gathered
-    with fusing(module):
+    with fused_call(module, {"fused_lm_head": True}):
         states = module.base_model(TEXT).last_hidden_state
         logits = states @ module.get_output_embeddings().weight[0:23].T
     return {"logits": distance(logits, truth[0])}

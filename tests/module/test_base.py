@@ -294,3 +294,9 @@ def test_a_copy_keeps_the_modes_that_the_model_keeps():
     assert torch.equal(copied(x), module(x))
     assert not model.norm.training
     assert model.training
+
+
+def test_train_base_with_nothing_to_train_warns():
+    model = student().requires_grad_(False)
+    with pytest.warns(UserWarning, match="nothing in .* requires grad.*before the TokenModule"):
+        TokenModule(model, random_rows(model, TOKENS), train_base=True)

@@ -4,259 +4,224 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
+from operator import is_
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
-from ttfunc.engines.ownership import engines_at_work, is_sharded
-from ttfunc.merging.merge import merge
 from ttfunc.model.names import innermost
-from ttfunc.model.sizes import with_entries
-from ttfunc.module.callers import check_adapter, check_reference, check_teacher
-from ttfunc.module.fused_head import can_fuse, longer_states
-from ttfunc.module.merged import can_merge, without_adapter
-from ttfunc.module.parts import WRITERS, Bridge, is_fusing, part, stand_ins
-from ttfunc.rows.new_tokens import config_entries
+from ttfunc.module.classes import view_of
+from ttfunc.module.protocol import AnyTokenModule
+from ttfunc.module.saving import saving_method
+from ttfunc.module.trl import (
+    backbone_for_loss,
+    check_asking,
+    check_multiplies,
+    check_reference,
+    weight_for_loss,
+)
 from ttfunc.rows.summary import summary
-from ttfunc.weight.deferred import PatchedWeight
 
-# Methods that read no token matrix. Some switch the model itself.
-ON_BASE = frozenset(
+# Methods that read no token matrix. Some of them switch the model itself.
+_ON_BASE = frozenset(
     {
-        *(
-            f"{what}_checkpointing_{do}"
-            for what in ("activation", "gradient")
-            for do in ("enable", "disable")
-        ),
+        *("activation_checkpointing_enable", "activation_checkpointing_disable"),
+        *("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
         *("enable_input_require_grads", "disable_input_require_grads"),
-        *("can_generate", "get_memory_footprint"),
+        *("can_generate", "get_memory_footprint", "_supports_logits_to_keep"),
         *("prepare_decoder_input_ids_from_labels", "tokenize", "preprocess"),
-        "_supports_logits_to_keep",
     }
 )
-# Methods that give a module of the model.
-_GIVES_MODULE = frozenset(
+# Methods that return a module of the model.
+_RETURNS_MODULE = frozenset(
     {
         *("get_input_embeddings", "get_output_embeddings", "get_encoder", "get_decoder"),
         "get_base_model",
     }
 )
+# Beginnings of methods that write or replace the model's weights, or save them without the rows.
+_WRITERS = (
+    *("save", "push", "resize", "set_", "tie_", "load", "init", "_init", "post_init", "prune"),
+    *("add_adapter", "delete_adapter", "enable_adapter", "disable_adapter", "merge", "unmerge"),
+    *("unload", "quantize", "dequantize", "create_or_update_model_card"),
+)
 
 
-def shown(bridge: Bridge, name: str) -> Any:
+def attribute_of(module: AnyTokenModule, name: str) -> Any:
     """An attribute of the model, as its TokenModule shows it. Raises AttributeError for none."""
-    base = bridge.base
+    base = module.base
     inner = innermost(base)
-    if name == "peft_config":
-        check_adapter()
-    if name == "dtype":
-        check_teacher(base)
+    check_asking(base, name)
     # A private attribute that a tool has set on the model does not hold for the module.
     if name.startswith("__") or (name.startswith("_") and not hasattr(type(inner), name)):
         raise AttributeError(f"a TokenModule of {type(base).__name__} has no attribute {name!r}.")
     holder = inner if hasattr(inner, name) else base
     value = getattr(holder, name)
-    if name == "base_model" and (head := _fused_weight(bridge)) is not None:
-        return functools.partial(_longer_call, bridge, value, head)
-    if isinstance(value, Tensor) and isinstance(
-        inspect.getattr_static(type(holder), name, None), property
-    ):
-        return bridge._call((), {}, lambda copy: getattr(copy, name), holder)
-    owner = value.__self__ if isinstance(value, MethodType) else None
-    if isinstance(owner, nn.Module):
-        return _method(bridge, name, value, owner)
+    if name == "base_model" and (longer := backbone_for_loss(module, value)):
+        return longer
+    if isinstance(value, Tensor) and _is_computed(holder, name):
+        return module._call((), {}, lambda copy: getattr(copy, name), holder)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        return _method(module, name, value)
     if name.startswith("_") and not isinstance(value, (nn.Module, Tensor)):
         raise AttributeError(f"{name!r} of {type(base).__name__} is private to it.")
-    if bridge._sizes.new and name in bridge._sizes.names_in(holder):
-        return bridge._sizes.of(value)
-    return part(bridge, value) if _has_modules(value) else value
+    if name in module._sizes.names_in(holder):
+        return module._sizes.shown(value)
+    return with_rows(module, value)
 
 
-def _has_modules(value: Any) -> bool:
-    if type(value) in (list, tuple, dict):
-        values = value.values() if type(value) is dict else value
-        return any(isinstance(one, (nn.Module, Tensor)) for one in values)
-    return isinstance(value, (nn.Module, Tensor))
+def _is_computed(holder: nn.Module, name: str) -> bool:
+    return isinstance(inspect.getattr_static(type(holder), name, None), property)
 
 
-def _method(bridge: Bridge, name: str, value: MethodType, owner: nn.Module) -> Any:
+# Methods
+
+
+def _method(module: AnyTokenModule, name: str, method: MethodType) -> Any:
     """A method of the model that runs with the rows."""
-    base = bridge.base
-    if name in ON_BASE:
-        return value
+    if name in _ON_BASE:
+        return method
     if name in _OF_MODULE:
-        return functools.partial(_OF_MODULE[name], bridge, value)
-    if name == "save_pretrained" and _is_saved_whole(base, owner):
-        return functools.partial(_save_merged, bridge, value)
-    if name == "save_pretrained" and can_merge(base) and _takes_state_dict(value):
-        return functools.partial(_save_without_adapter, bridge, value)
-    if name == "merge_and_unload" and can_merge(base):
-        return functools.partial(_merge_and_unload, bridge)
-    if name.startswith(WRITERS):
-        raise AttributeError(
-            f"{name!r} of the {type(base).__name__} in a TokenModule does not use the trained "
-            f"rows. module.base.{name} is the plain model's. functional_call(module.base, "
-            "patch(module.params()), ..., method=...) runs a method with the rows, and "
-            "ttfunc.save(module.params(), path) saves them."
-        )
+        return functools.partial(_OF_MODULE[name], module, method)
+    if (saving := saving_method(module, name, method)) is not None:
+        return saving
+    if name.startswith(_WRITERS):
+        raise _writes(module.base, name)
 
-    @functools.wraps(value)
-    def with_rows(*args: Any, **kwargs: Any) -> Any:
-        if name in _GIVES_MODULE:
-            found = value(*args, **kwargs)
-            if name == "get_output_embeddings":
-                _check_multiplies(found)
-            return part(bridge, found)
-        return bridge._call(args, kwargs, value.__name__, owner)
+    owner: Any = method.__self__
 
-    return with_rows
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if name not in _RETURNS_MODULE:
+            return module._call(args, kwargs, method.__name__, owner)
+        found = method(*args, **kwargs)
+        if name == "get_output_embeddings":
+            check_multiplies(found)
+        return with_rows(module, found)
+
+    return called
 
 
-def _number(bridge: Bridge, count: Any, *args: Any, **kwargs: Any) -> int:
-    """Transformers' `num_parameters`: the model's own, and the rows, which are embeddings."""
+def _num_parameters(module: AnyTokenModule, count: Any, *args: Any, **kwargs: Any) -> int:
+    """The model's own `num_parameters`, and the rows, which are embeddings."""
     given = inspect.signature(count).bind(*args, **kwargs).arguments
-    rows = [] if given.get("exclude_embeddings") else [*bridge.params().deltas.values()]
+    rows = [] if given.get("exclude_embeddings") else [*module.params().deltas.values()]
     trained = (row.numel() for row in rows if row.requires_grad or not given.get("only_trainable"))
     return int(count(*args, **kwargs)) + sum(trained)
 
 
-def _of_all(bridge: Bridge, count: Any) -> tuple[int, int]:
-    """PEFT's `get_nb_trainable_parameters`."""
-    found = summary(bridge.base, bridge.params())
+def _nb_trainable_parameters(module: AnyTokenModule, _: object) -> tuple[int, int]:
+    found = summary(module.base, module.params())
     return found.trainable_parameters, found.total_parameters
 
 
-def _tag(bridge: Bridge, tag: Any, *args: Any, **kwargs: Any) -> Any:
-    """`add_model_tags`, which TRL's trainers call when they have made their reference."""
-    check_reference(bridge.base)
+def _print_trainable_parameters(module: AnyTokenModule, _: object) -> None:
+    print(summary(module.base, module.params()))
+
+
+def _add_model_tags(module: AnyTokenModule, tag: Any, *args: Any, **kwargs: Any) -> Any:
+    """TRL's trainers call it when they have made their reference."""
+    check_reference(module.base)
     return tag(*args, **kwargs)
 
 
-_OF_MODULE: dict[str, Any] = {
-    "add_model_tags": _tag,
-    "num_parameters": _number,
-    "get_nb_trainable_parameters": _of_all,
-    "print_trainable_parameters": lambda bridge, count: print(
-        summary(bridge.base, bridge.params())
-    ),
+_OF_MODULE: dict[str, Callable[..., Any]] = {
+    "add_model_tags": _add_model_tags,
+    "num_parameters": _num_parameters,  # transformers'
+    "get_nb_trainable_parameters": _nb_trainable_parameters,  # PEFT's, as the next one
+    "print_trainable_parameters": _print_trainable_parameters,
 }
 
 
-def _check_multiplies(head: Any) -> None:
-    if "base_layer" in getattr(head, "_modules", {}):
-        raise ValueError(
-            f"the head of the model is a {type(head).__module__}.{type(head).__name__}: code that "
-            "takes its weight (as TRL's trainers do) would leave the adapter on it untrained. "
-            "Leave the head out of the adapter's target_modules."
-        )
+# Modules and tensors
 
 
-def _fused_weight(bridge: Bridge) -> PatchedWeight | None:
-    if not is_fusing(bridge):
-        return None
-    head = innermost(bridge.base).get_output_embeddings()  # type: ignore[operator]
-    weight = stand_ins(bridge).get(id(getattr(head, "weight", None)))
-    return weight if can_fuse(weight) else None
-
-
-def _longer_call(
-    bridge: Bridge, backbone: nn.Module, head: PatchedWeight, *args: Any, **kwargs: Any
+def with_rows(
+    module: AnyTokenModule, value: Any, weights: Callable[[], dict[int, Tensor]] | None = None
 ) -> Any:
-    out = bridge._call(args, kwargs, "forward", at=backbone)
-    out.last_hidden_state = longer_states(out.last_hidden_state, head)
-    return out
+    """A module or a tensor of the model, or a list or dict of them, with the rows in it.
+
+    A token matrix is the patched weight. A module that has one is a view, which is called with the
+    rows in it; what is set on it, and a hook, goes to the model's own module. Anything else is the
+    model's own. `weights` gives the weights of a call, by the identity of the model's own.
+    """
+    if type(value) in (list, tuple, dict):
+        weights = weights or functools.cache(module._in_call)
+        held = [*value.values()] if type(value) is dict else value
+        shown = [with_rows(module, one, weights) for one in held]
+        if all(map(is_, shown, held)):
+            return value
+        return type(value)(zip(value, shown, strict=True) if type(value) is dict else shown)
+    if not isinstance(value, (Tensor, nn.Module)):
+        return value
+    found = module._in_call() if weights is None else weights()
+    if isinstance(value, Tensor):
+        return weight_for_loss(module, found.get(id(value), value))
+    if found.keys().isdisjoint(map(id, value.parameters())):
+        return value
+    return view_of(value, _answers(module, value))
 
 
-def _is_saved_whole(base: nn.Module, owner: nn.Module) -> bool:
-    """Whether it is a transformers model without an adapter in it."""
-    adapted = any("base_layer" in module._modules for module in base.modules())
-    return owner is base and not adapted and _takes_state_dict(base.save_pretrained)
+def _answers(module: AnyTokenModule, own: nn.Module) -> dict[str, Any]:
+    """What a view of the model's own module answers in its place."""
+    refused = {n for n in dir(type(own)) if n.startswith(_WRITERS) or n == "state_dict"}
+
+    def attribute(self: nn.Module, name: str) -> Any:
+        if name in refused:
+            raise _past_the_rows(name)
+        return with_rows(module, getattr(own, name))
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call(args, kwargs, "forward", own)
+
+    def entries(of: str) -> property:
+        return property(lambda self: with_rows(module, dict(vars(own)[of])))
+
+    answers: dict[str, Any] = {
+        # Without a getter it has no value, so that Python asks `__getattr__`, which says why.
+        **dict.fromkeys(refused, property()),
+        "__getattr__": attribute,
+        "__call__": call,
+        "__deepcopy__": _refuse_copy,
+        "_modules": entries("_modules"),
+        "_parameters": entries("_parameters"),
+        **module._sizes.answers(own),
+    }
+    if module._modes is not None:
+        answers["training"] = property(lambda self: (module._modes or {})[own])
+        answers |= {"train": _refuse_modes, "eval": _refuse_modes}
+    return answers
 
 
-def _takes_state_dict(save: Any) -> bool:
-    return "state_dict" in inspect.signature(save).parameters
+# What the refusals say
 
 
-def _save_merged(bridge: Bridge, save: MethodType, *args: Any, **kwargs: Any) -> None:
-    """What the model's `save_pretrained` writes of the merged model."""
-    options = _options(bridge, save, args, kwargs)
-    owner = bridge.base
-    entries = config_entries(bridge.params().specs)
-    _check_whole(owner)
-    instead = stand_ins(bridge)  # in a copy also for what the base trains
-    with torch.no_grad():
-        own = dict(owner.named_parameters(remove_duplicate=False))
-        state = {
-            name: tensor if name not in own else _plain(instead.get(id(own[name]), tensor), tensor)
-            for name, tensor in owner.state_dict().items()
-        }
-        merged = merge(state, bridge.params())
-
-    def write(model: Any) -> None:  # a copy, whose config has a size of the vocabulary
-        config = model.config
-        # A quantised model is asked for its state, whatever is given: transformers flattens that.
-        model.state_dict = lambda *_, **__: dict(merged)
-        try:
-            if entries:
-                model.config = with_entries(owner.config, entries)
-            model.save_pretrained(**{**options, "state_dict": merged})
-        finally:  # what the copy keeps, the model keeps
-            model.config = config
-            del model.state_dict
-
-    bridge._call((), {}, write, at=owner)
+def _past_the_rows(name: str) -> AttributeError:
+    return AttributeError(
+        f"{name!r} of a part of a TokenModule would read or write the weights of the model "
+        f"without the rows. Take {name!r} of the TokenModule, or of a part of module.base."
+    )
 
 
-def _plain(other: Tensor, tensor: Tensor) -> Tensor:
-    """The other one, but for a patched weight, which is merged."""
-    return tensor if isinstance(other, PatchedWeight) else other.detach()
+def _writes(base: nn.Module, name: str) -> AttributeError:
+    return AttributeError(
+        f"{name!r} of the {type(base).__name__} in a TokenModule does not use the trained "
+        f"rows. module.base.{name} is the plain model's. functional_call(module.base, "
+        "patch(module.params()), ..., method=...) runs a method with the rows, and "
+        "ttfunc.save(module.params(), path) saves them."
+    )
 
 
-def _options(bridge: Bridge, save: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of `save_pretrained` by name, without a state dict of this module's."""
-    given = inspect.signature(save).bind(*args, **kwargs).arguments
-    options: dict[str, Any] = {**given.pop("kwargs", {}), **given}
-    others = options.pop("state_dict", None)
-    if others is not None and others.keys() != bridge.state_dict().keys():
-        raise ValueError(
-            f"a state dict with {list(others)[:3]} is not that of this TokenModule. Leave it out: "
-            "what is saved is the model with the rows in it."
-        )
-    return options
+def _refuse_copy(self: nn.Module, memo: object) -> NoReturn:
+    raise TypeError(
+        "a part of a TokenModule has no weights of its own to copy. Copy the TokenModule, and take "
+        "the part of the copy."
+    )
 
 
-def _check_whole(owner: nn.Module) -> None:
-    if engines_at_work() and any(map(is_sharded, owner.state_dict(keep_vars=True).values())):
-        raise RuntimeError(
-            f"each rank has a part of this {type(owner).__name__}, and save_pretrained writes it "
-            "whole. Gather its state dict (get_model_state_dict of torch.distributed.checkpoint, "
-            "with full_state_dict=True), and save merge(state_dict, module.params()) on one rank; "
-            "or save the rows, and merge the folder that the model came from (merge_checkpoint)."
-        )
-
-
-def _save_without_adapter(bridge: Bridge, save: MethodType, *args: Any, **kwargs: Any) -> None:
-    """What the plain model's `save_pretrained` writes, with the adapter merged and the rows."""
-    options = _options(bridge, save, args, kwargs)
-    _check_whole(bridge.base)
-    bridge._over(*without_adapter(bridge, shares=True)).save_pretrained(**options)  # type: ignore[attr-defined]
-
-
-def _merge_and_unload(bridge: Bridge, **options: Any) -> nn.Module:
-    """A plain model of its own with the adapter and the rows in it, resized for new tokens."""
-    _check_whole(bridge.base)
-    plain, params = without_adapter(bridge, shares=False, **options)
-    with torch.no_grad():
-        merged = merge(plain.state_dict(), params)
-    if heights := [spec.height for spec in params.specs.values() if spec.grown]:
-        resize: Any = getattr(plain, "resize_token_embeddings", None)
-        if resize is None:
-            raise ValueError(
-                f"{type(plain).__name__} cannot be resized for the new tokens: it has no "
-                "resize_token_embeddings. Merge the adapter, and give the rows to merge()."
-            )
-        resize(max(heights), mean_resizing=False)
-    plain.load_state_dict(merged)
-    return plain
+def _refuse_modes(self: nn.Module, mode: bool = True) -> NoReturn:
+    raise RuntimeError(
+        "a part of a copy of a TokenModule has no training mode of its own. Switch the whole copy."
+    )

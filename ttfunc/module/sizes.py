@@ -1,4 +1,4 @@
-"""What a TokenModule with new tokens says of the size of its vocabulary: what it is in a call."""
+"""The size of the vocabulary that a TokenModule with new tokens shows: the size in a call."""
 
 from __future__ import annotations
 
@@ -8,98 +8,71 @@ from typing import Any
 from torch import nn
 
 from ttfunc.model.sizes import Resized
+from ttfunc.module.classes import view_of, viewed
 from ttfunc.rows.deltas import RowSpec
 
 
 class Sizes:
-    """The heights of the matrices that grow, and the configs as they are shown.
+    """The heights of the matrices that grow, and the configs in which they are shown.
 
-    A config that is shown shares its attributes with the model's: what is set on it is set on the
-    model's, but for the size, which stays that of the model.
+    A config is shown as a view of the model's: what is set on it is set on the model's config,
+    except for the size, which stays the size of the model.
     """
 
     def __init__(self, specs: Mapping[str, RowSpec]) -> None:
-        self.new = {spec.shape[0]: spec.height for spec in specs.values() if spec.grown}
-        self._old = {new: old for old, new in self.new.items()}
-        self._shown: dict[int, tuple[Any, Any]] = {}  # by the identity of the config, which is kept
+        self._new = {spec.shape[0]: spec.height for spec in specs.values() if spec.grown}
+        self._old = {new: old for old, new in self._new.items()}
+        # Each config and its view by the identity of the config, which is kept for its identity.
+        self._configs: dict[int, tuple[Any, Any]] = {}
 
-    def names_in(self, module: nn.Module) -> list[str]:
-        """The attributes of a module that say a size, itself or in a config."""
-        if not self.new:
+    def names_in(self, holder: Any) -> list[str]:
+        """The attributes of a module or a config that are a size, or a config with a size in it."""
+        if not self._new:
             return []
-        return _differing(vars(module), self.new)
+        own = vars(holder)
+        state: dict[str, Any] = dict(own) if isinstance(holder, nn.Module) else {"config": holder}
+        Resized(self._new).put_into(state)
+        if not isinstance(holder, nn.Module):
+            state = {**vars(state["config"])}
+        # A dict is shown as it is: a copy of it would lose what is put into it.
+        return [n for n, one in state.items() if one is not own[n] and not isinstance(one, dict)]
 
-    def of(self, value: Any) -> Any:
-        """A size, or a config, as it is in a call; anything else as it is."""
+    def shown(self, value: Any) -> Any:
+        """The value of such an attribute, as it is in a call."""
         if type(value) is int:
-            return self.new.get(value, value)
-        if id(value) in self._shown:
-            return self._shown[id(value)][1]
-        if not self.new or not _differing({"config": value}, self.new):
-            return value
-        shown = object.__new__(type(value))
-        shown.__dict__ = vars(value)  # one and the same, so that nothing that is set here is lost
-        self._shown[id(value)] = value, shown
-        shown.__class__ = self._class_of(value)
-        return shown
+            return self._new.get(value, value)
+        if id(value) not in self._configs:
+            self._configs[id(value)] = value, view_of(value, self._answers_of_config(value))
+        return self._configs[id(value)][1]
 
-    def set(self, holder: Any, name: str, value: Any) -> None:
-        """Set what a module or a config says, where a new size stands for the old one."""
-        vars(holder)[name] = self._old.get(value, value) if type(value) is int else own(value)
+    def answers(self, holder: Any) -> dict[str, Any]:
+        """What a view of a module or a config answers: its sizes as they are in a call."""
 
-    def properties(self, holder: Any, names: list[str]) -> dict[str, Any]:
-        """For a class of its own: attributes of these names, as they are in a call."""
+        def answer(name: str) -> property:
+            def read(_: object) -> Any:
+                return self.shown(vars(holder)[name])
 
-        def attribute(name: str) -> property:
-            return property(
-                lambda _: self.of(vars(holder)[name]),
-                lambda _, value: self.set(holder, name, value),
-            )
+            def write(_: object, value: Any) -> None:
+                vars(holder)[name] = self._own(value)
 
-        return {name: attribute(name) for name in names}
+            return property(read, write)
 
-    def _class_of(self, config: Any) -> type:
-        """The class of one config, which is taken for that of the model's config."""
-        kind = type(config)
-        resized = {"config": config}
-        Resized(self.new).put_into(resized)
-        names = _differing_from(vars(config), vars(resized["config"]))
-        space: dict[str, Any] = {
-            **self.properties(config, names),
-            "__class__": property(lambda self: kind),
-            # Read by what writes the config, and by what copies it.
-            "__dict__": property(
-                lambda _: vars(config) | {n: self.of(vars(config)[n]) for n in names}
-            ),
+        return {name: answer(name) for name in self.names_in(holder)}
+
+    def _own(self, value: Any) -> Any:
+        """The model's own value for one that may have been shown."""
+        return self._old.get(value, value) if type(value) is int else viewed(value)
+
+    def _answers_of_config(self, config: Any) -> dict[str, Any]:
+        kind, sizes = type(config), self.answers(config)
+
+        def attributes(_: object) -> dict[str, Any]:
+            own = vars(config)
+            return {**own, **{name: self.shown(own[name]) for name in sizes}}
+
+        # The last two are read by code that writes the config to a file, and that copies it.
+        return {
+            **sizes,
+            "__dict__": property(attributes),
             "__reduce_ex__": lambda self, _: (object.__new__, (kind,), self.__dict__),
-            "_own_config": config,
-            "__module__": kind.__module__,
         }
-        return type(kind.__name__, (kind,), space)
-
-
-def own(config: Any) -> Any:
-    """The model's config for one that is shown; anything else as it is."""
-    return getattr(type(config), "_own_config", config)
-
-
-def _differing(state: Mapping[str, Any], sizes: Mapping[int, int]) -> list[str]:
-    """The attributes that are others in a call, or configs in which there are such."""
-    resized = dict(state)
-    Resized(sizes).put_into(resized)
-    return _differing_from(state, resized)
-
-
-def _differing_from(state: Mapping[str, Any], resized: Mapping[str, Any]) -> list[str]:
-    return [
-        name
-        for name, value in resized.items()
-        if value is not state[name] and (type(value) is int or _is_shown(value, state[name]))
-    ]
-
-
-def _is_shown(resized: Any, own: Any) -> bool:
-    """Whether it is a config, of which some attributes are others in a call."""
-    if isinstance(own, dict) or not hasattr(own, "__dict__"):
-        return False
-    return bool(_differing_from(vars(own), vars(resized)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from reprlib import repr as shown
+from reprlib import repr as brief
 from typing import Any
 
 from torch import Tensor, nn
 
-from ttfunc.rows.deltas import RowSpec
+from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.keys import key
 
 
@@ -21,28 +22,49 @@ def as_parameter(delta: Tensor, name: str) -> nn.Parameter:
             "optree.tree_map(lambda t: t.detach().clone(), params)."
         )
     if not isinstance(delta, nn.Parameter):
-        delta.__class__ = nn.Parameter  # as torch does when it fills a lazy parameter
+        # nn.Parameter(delta) would be another tensor, with a gradient that the caller's own
+        # optimizer never sees. So the class changes, as when torch fills a lazy parameter. (The
+        # flag `_is_param` satisfies nn.Module too, but tools make new parameters by type(p)(...).)
+        delta.__class__ = nn.Parameter
     return delta.requires_grad_()  # type: ignore[return-value]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require grad, by name; one that is tied, by its first name."""
-    # named_parameters() takes several times as long, and this runs at every step.
-    if not any(True for _ in _trainable_ones(model)):
-        return {}
     return {name: one for name, one in model.named_parameters() if one.requires_grad}
 
 
-def _trainable_ones(model: nn.Module) -> Iterator[nn.Parameter]:
-    for module in model.modules():
-        for one in module._parameters.values():
-            if one is not None and one.requires_grad:
-                yield one
+def check_trainable(
+    model: nn.Module, free: Mapping[str, nn.Parameter], params: TokenDeltas, train_base: bool
+) -> None:
+    """Raise ValueError where the `free` parameters of the model must not require grad."""
+    matrices = [spec.matrix for spec in params.specs.values() if spec.matrix is not None]
+    with_rows = {id(tensor) for matrix in matrices for _, tensor in matrix.slots}
+    if both := [name for name, one in free.items() if id(one) in with_rows]:
+        raise ValueError(
+            f"{len(free)} parameters of {type(model).__name__} require grad, and params have "
+            f"rows of {both}: the rest of the matrix would get no gradient. Freeze the model "
+            "first: model.requires_grad_(False). Or train the matrix whole, without rows."
+        )
+    if train_base and not free:
+        warnings.warn(
+            f"train_base=True, and nothing in {type(model).__name__} requires grad: only the rows "
+            "are trained. Let what is to be trained (a LoRA, a head) require grad before the "
+            "TokenModule is made, or leave train_base out.",
+            stacklevel=3,
+        )
+    if free and not train_base:
+        raise ValueError(
+            f"{len(free)} parameters of {type(model).__name__} require grad ("
+            f"{next(iter(free))!r}, …). Train them too, as parameters of the module: "
+            "TokenModule(model, params, train_base=True). Or freeze them first: "
+            "model.requires_grad_(False)."
+        )
 
 
 def check_trained(model: nn.Module, known: Mapping[str, nn.Parameter]) -> None:
     """Raise RuntimeError unless exactly the `known` parameters of the model require grad."""
-    if {id(one) for one in known.values()} == {id(one) for one in _trainable_ones(model)}:
+    if {id(one) for one in known.values()} == _ids_of_trainable(model):
         return
     now = trainable(model)
     if new := [name for name, one in now.items() if known.get(name) is not one]:
@@ -60,12 +82,22 @@ def check_trained(model: nn.Module, known: Mapping[str, nn.Parameter]) -> None:
     )
 
 
+def _ids_of_trainable(model: nn.Module) -> set[int]:
+    # named_parameters() takes several times as long, and this runs at every step.
+    return {
+        id(one)
+        for module in model.modules()
+        for one in module._parameters.values()
+        if one is not None and one.requires_grad
+    }
+
+
 def modes_after(model: nn.Module, mode: bool) -> dict[nn.Module, bool]:
     """The modes that `model.train(mode)` would set, by module; none is changed."""
     if all(type(module).train is nn.Module.train for module in model.modules()):
         return dict.fromkeys(model.modules(), mode)
     before = {module: module.training for module in model.modules()}
-    model.train(mode)  # some keep a mode of their own
+    model.train(mode)  # some modules keep a mode of their own
     after = {module: module.training for module in model.modules()}
     for module, was in before.items():
         module.training = was
@@ -77,26 +109,22 @@ def faults(
     trained: Iterable[str],
     state_dict: Mapping[str, Any],
     prefix: str,
-) -> list[str]:
-    """The reasons why the entries of a state dict cannot be those of these tokens."""
-    found = [
-        fault
-        for name, spec in specs.items()
-        for fault in _faults_of_rows(name, spec, state_dict, prefix)
-    ]
+) -> Iterator[str]:
+    """The reasons why a state dict cannot be the state dict of these tokens."""
+    for name, spec in specs.items():
+        yield from _faults_of_rows(name, spec, state_dict, prefix)
     lacking = [one for one in trained if not isinstance(state_dict.get(prefix + one), Tensor)]
     if lacking:
-        found.append(
+        yield (
             f"it lacks {len(lacking)} parameters that are trained beside the rows, such as "
             f"{lacking[0]!r}. Load the state_dict() of a TokenModule with the same train_base."
         )
-    return found
 
 
 def _faults_of_rows(
     name: str, spec: RowSpec, state_dict: Mapping[str, Any], prefix: str
 ) -> Iterator[str]:
-    rows, ids = (prefix + key(part, name) for part in ("deltas", "token_indices"))
+    rows, ids = (prefix + key(kind, name) for kind in ("deltas", "token_indices"))
     if missing := [one for one in (rows, ids) if not isinstance(state_dict.get(one), Tensor)]:
         yield (
             f"it lacks {missing}, and begins with {list(state_dict)[:4]}. Load the state_dict() of "
@@ -108,7 +136,7 @@ def _faults_of_rows(
         yield f"{rows!r} has shape {tuple(state_dict[rows].shape)}, and {expected} is needed."
     elif state_dict[ids].tolist() != list(spec.indices.ids):
         yield (
-            f"{rows!r} are the rows of tokens {shown(state_dict[ids].tolist())}, but this module "
-            f"trains {shown(list(spec.indices.ids))}. Make the module from init_deltas with the "
+            f"{rows!r} are the rows of tokens {brief(state_dict[ids].tolist())}, but this module "
+            f"trains {brief(list(spec.indices.ids))}. Make the module from init_deltas with the "
             "same ids, in the same order."
         )

@@ -11,16 +11,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ttfunc.call.functional_call import call_copy
+from ttfunc.call.known_paths import model_at_call
 from ttfunc.call.patch import check_current, patch
+from ttfunc.call.swaps import swaps_of
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.names import innermost
-from ttfunc.module.attributes import shown
-from ttfunc.module.class_of import like
-from ttfunc.module.parts import fusing
-from ttfunc.module.sizes import Sizes, own
-from ttfunc.module.state import as_parameter, check_trained, faults, modes_after, trainable
+from ttfunc.module.attributes import attribute_of
+from ttfunc.module.classes import subclass_like, viewed
+from ttfunc.module.sizes import Sizes
+from ttfunc.module.state import (
+    as_parameter,
+    check_trainable,
+    check_trained,
+    faults,
+    modes_after,
+    trainable,
+)
+from ttfunc.module.trl import fused_call
 from ttfunc.own_names import OwnNames
-from ttfunc.rows.deltas import TokenDeltas
+from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.keys import key
 
 # What is set on a TokenModule stays there, but for what the model's own code reads on the model.
@@ -73,8 +82,9 @@ class TokenModule(nn.Module, metaclass=OwnNames):
     """
 
     base: nn.Module
-    _modes: dict[nn.Module, bool] | None  # of the base's modules, in a copy of this module
-    _trained: dict[str, nn.Parameter]  # the base's own
+    _rows: dict[str, RowSpec]
+    _modes: dict[nn.Module, bool] | None  # the modes of the base's modules, in a copy of this one
+    _trained: dict[str, nn.Parameter]  # the base's own parameters that train, by their names in it
     _sizes: Sizes
     # Trainer trains a quantised model if it has an adapter, and so asks. The rows are one.
     _hf_peft_config_loaded = True
@@ -95,55 +105,40 @@ class TokenModule(nn.Module, metaclass=OwnNames):
             )
         check_current(params)
         free = trainable(model)
-        matrices = [spec.matrix for spec in params.specs.values() if spec.matrix is not None]
-        with_rows = {id(tensor) for matrix in matrices for _, tensor in matrix.slots}
-        if held := [name for name, one in free.items() if id(one) in with_rows]:
-            raise ValueError(
-                f"{len(free)} parameters of {type(model).__name__} require grad, and params have "
-                f"rows of {held}: the rest of the matrix would get no gradient. Freeze the model "
-                "first: model.requires_grad_(False). Or train the matrix whole, without rows."
-            )
-        if free and not train_base:
-            raise ValueError(
-                f"{len(free)} parameters of {type(model).__name__} require grad ("
-                f"{next(iter(free))!r}, …). Train them too, as parameters of the module: "
-                "TokenModule(model, params, train_base=True). Or freeze them first: "
-                "model.requires_grad_(False)."
-            )
+        check_trainable(model, free, params, train_base)
         # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
-        self._modes = None
-        self._sizes = Sizes(params.specs)
-        self.__dict__["_trained"] = free  # by their names in the base
+        self.__dict__.update(_trained=free, _sizes=Sizes(params.specs), _modes=None)
         parameters = {name: as_parameter(delta, name) for name, delta in params.deltas.items()}
         for name, parameter in parameters.items():
             self.register_parameter(key("deltas", name), parameter)
         for name, parameter in free.items():
             self.register_parameter(key("base", name), parameter)
-        self.__class__ = like(type(innermost(model)), type(self))
+        self.__class__ = subclass_like(type(innermost(model)), type(self))
 
     def params(self) -> TokenDeltas:
         """Return the rows for `patch`, `merge` and `save`; their leaves are this module's own."""
         deltas = {name: getattr(self, key("deltas", name)) for name in self._rows}
         return TokenDeltas(deltas, dict(self._rows))
 
-    def _over(self, model: nn.Module, params: TokenDeltas) -> TokenModule:
-        return TokenModule(model, params)
+    def _replaced(self) -> dict[str, Tensor]:
+        """The module's parameters that are not the base's own: in a copy, or in torch's call."""
+        beside = {name: getattr(self, key("base", name)) for name in self._trained}
+        return {name: one for name, one in beside.items() if one is not self._trained[name]}
 
     def _weights(self) -> dict[str, Tensor]:
-        """What `functional_call` runs the model with, where it does not have it itself."""
+        """The weights that a call puts into the base."""
         # In training nothing but the loss reads the logits.
-        patches = patch(self.params(), deferred_logits=self.training)
-        # In a copy, or in torch's functional_call, these are others than the base's own.
-        beside = {name: getattr(self, key("base", name)) for name in self._trained}
-        others = {name: one for name, one in beside.items() if one is not self._trained[name]}
-        return {**patches, **others}
+        return {**patch(self.params(), deferred_logits=self.training), **self._replaced()}
+
+    def _in_call(self) -> dict[int, Tensor]:
+        """The weights of a call, by the identity of the tensors of the base that they stand for."""
+        swaps = swaps_of(self.base, self._weights(), model_at_call(self.base))
+        return {key: one for swap in swaps for key, one in swap.replacements().items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, which a tool may have set."""
-        if not kwargs.get("fused_lm_head"):
-            return super().__call__(*args, **kwargs)
-        with fusing(self):
+        with fused_call(self, kwargs):
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -188,7 +183,7 @@ class TokenModule(nn.Module, metaclass=OwnNames):
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base")
         if name in _READ_BY_BASE and base is not None and hasattr(innermost(base), name):
-            setattr(innermost(base), name, own(value))
+            setattr(innermost(base), name, viewed(value))
         else:
             super().__setattr__(name, value)
 
@@ -198,53 +193,41 @@ class TokenModule(nn.Module, metaclass=OwnNames):
         except AttributeError:
             if "base" not in self.__dict__:
                 raise
-        return shown(self, name)
+        return attribute_of(self, name)
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Not as buffers: code that averages buffers would average the indices.
         for name, ids in self.params().token_indices.items():
             destination[prefix + key("token_indices", name)] = ids
 
     def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, *rest: Any
     ) -> None:
+        *_, errors = rest  # after `strict`, and the missing and the unexpected keys
         # Also with strict=False: Trainer always loads so, and would go on with untrained rows.
         trained = [key("base", name) for name in self._trained]
-        if found := faults(self._rows, trained, state_dict, prefix):
-            error_msgs += found
+        if found := [*faults(self._rows, trained, state_dict, prefix)]:
+            errors += found
             return  # before anything is written
         ids = {prefix + key("token_indices", name) for name in self._rows}
-        rest = {name: value for name, value in state_dict.items() if name not in ids}
+        state_dict = {name: value for name, value in state_dict.items() if name not in ids}
         # The rows stay the same leaves of the parameters, whatever the caller asks for.
         local_metadata = {**local_metadata, "assign_to_params_buffers": False}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def __copy__(self) -> TokenModule:
         copied = type(self).__new__(type(self))
-        vars(copied).update(vars(self))  # as that of any module: what it holds is shared
+        vars(copied).update(vars(self))  # as of any module: what it holds is shared
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenModule:
-        copied = type(self).__new__(type(self))
+        copied = memo[id(self)] = type(self).__new__(type(self))
         modes = self._modes or {module: module.training for module in self.base.modules()}
-        memo[id(self)] = copied
-        shared = {name: vars(self)[name] for name in ("base", "_trained", "_sizes")}
-        state = {name: value for name, value in vars(self).items() if name not in shared}
-        del state["_modes"], state["_rows"]
-        vars(copied).update(copy.deepcopy(state, memo), **shared, _modes=dict(modes))
-        vars(copied).update(_rows=dict(self._rows))
+        # Not by the memo: what else holds the base and is copied with this module copies the base.
+        shared = {name: vars(self)[name] for name in ("base", "_rows", "_trained", "_sizes")}
+        own = {name: one for name, one in vars(self).items() if name not in (*shared, "_modes")}
+        vars(copied).update(copy.deepcopy(own, memo), **shared, _modes=dict(modes))
         return copied
 
     def __getstate__(self) -> NoReturn:

@@ -18,6 +18,7 @@ _NEAREST = 3
 _SHOWN = Repr()
 _SHOWN.maxstring = 18
 
+UNKNOWN = "(no token)"  # the text of an id that a tokenizer lacks
 LEGEND = (
     "moved: the distance from its start, by the norm of the start; ? where that is not known",
     "of median: the norm, by the median norm of the matrix's rows; nearest: by their cosine",
@@ -60,8 +61,10 @@ def text_with(tokenizer: Any) -> Callable[[int], str]:
             piece = tokenizer.convert_ids_to_tokens(token)
         except IndexError:  # of SentencePiece
             piece = None
-        if piece is None:
-            return "(no token)"
+        # Some tokenizers give the unknown token for an id that they lack.
+        unknown = getattr(tokenizer, "unk_token", None)
+        if piece is None or (piece == unknown and token != tokenizer.unk_token_id):
+            return UNKNOWN
         spelled = piece.replace("▁", " ") if "▁" in piece else tokenizer.decode([token])
         return _SHOWN.repr(piece if "\N{REPLACEMENT CHARACTER}" in spelled else spelled)
 

@@ -11,7 +11,7 @@ from trl.kernels import ChunkedLogProbFunction
 from tests.helpers.rows import random_rows
 from tests.helpers.sizes import Sizes
 from ttfunc import patch
-from ttfunc.module.fused_head import can_fuse, longer_states, longer_weight
+from ttfunc.module.trl import can_fuse, longer_states, longer_weight
 from ttfunc.weight.deferred import PatchedWeight
 
 V, D, T = 40, 6, 11
