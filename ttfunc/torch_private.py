@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from optree.registry import __GLOBAL_NAMESPACE
 from torch import Tensor, nn, overrides
 from torch._C import _functorch as functorch
@@ -34,6 +35,11 @@ TensorBase = torch._C.TensorBase
 
 # `F.linear` as torch has it; DeepSpeed puts a function of its own in that place.
 LINEAR = torch._C._nn.linear
+
+# `F.linear_cross_entropy`, which came with torch 2.13: the loss of a head by its weight.
+LINEAR_CROSS_ENTROPY: tuple[Callable[..., Any], ...] = tuple(
+    getattr(F, name) for name in ("linear_cross_entropy",) if hasattr(F, name)
+)
 
 # How the attributes of a module begin in which FSDP2 keeps its state, and all modules in that.
 ENGINE_STATE = "__composable_api"
@@ -192,6 +198,18 @@ def version_of(tensor: Tensor) -> int | None:
     None for a tensor without one: made in inference mode, or wrapped by a transform.
     """
     return None if tensor.is_inference() or is_wrapped(tensor) else tensor._version
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # for torch 2.10
+def _has_autocast(device_type: str) -> bool:
+    """Whether autocast knows a kind of device, as it does not know meta."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast casts to on a device; None where it is off."""
+    on = _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
 
 
 def is_of_a_graph(func: Callable[..., Any]) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.torch_private import IS_VIEW, LINEAR, tree_map
+from ttfunc.torch_private import IS_VIEW, LINEAR, LINEAR_CROSS_ENTROPY, tree_map
 from ttfunc.weight.deferred import PatchedWeight, frozen, implements, is_deferred
 from ttfunc.weight.logits import can_defer, defer, wants_gradient
 from ttfunc.weight.overrides import einsum_as_product, transposes
@@ -105,7 +105,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return source.rows.product(input, source.base, bias)
 
 
-@implements(F.linear_cross_entropy)
+@implements(*LINEAR_CROSS_ENTROPY)
 def _linear_cross_entropy(
     input: Any,
     linear_weight: Any,
