@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -281,7 +281,7 @@ def fsdp_gathered() -> dict[tuple[int, str], Tensor]:
 
     found = {}
     for reference in list(composable._module_state_mapping.values()):
-        for group in getattr(reference(), "_fsdp_param_groups", ()):
+        for group in _fsdp_groups(reference()):
             for one in group.fsdp_params:
                 # Before its first call FSDP2 does not know yet what was loaded into the module.
                 if one.sharded_state.name != "SHARDED":
@@ -290,6 +290,14 @@ def fsdp_gathered() -> dict[tuple[int, str], Tensor]:
                     for place in zip(info.shared_modules, info.shared_param_names, strict=True):
                         found[id(place[0]), place[1]] = one.sharded_param
     return found
+
+
+def _fsdp_groups(state: object) -> Iterable[Any]:
+    """The groups of parameters of a module that FSDP2 manages; before torch 2.12 it had one."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    group = getattr(state, "_fsdp_param_group", None)
+    return () if group is None else (group,)
 
 
 def share_engine_state(module: nn.Module, copy: nn.Module) -> None:

@@ -63,6 +63,7 @@ class Swap(NamedTuple):
 def swaps_of(model: nn.Module, weights: Mapping[str, Tensor], at: Model | None) -> list[Swap]:
     """What is swapped in a call. `at` is the model at that call."""
     swaps: dict[str, Swap] = {}
+    found = []
     wanted = {
         name: weight
         for name, weight in weights.items()
@@ -73,13 +74,14 @@ def swaps_of(model: nn.Module, weights: Mapping[str, Tensor], at: Model | None) 
         if name in swaps and swaps[name].weight is weight:  # by another name of the same matrix
             continue
         swap = _swap_of(model, name, weight, matrix, weights)
+        found.append(swap)
         for one in swap.names:
             first = swaps.setdefault(one, swap).weight
             if first is not weight:
                 other = next(known for known, one in weights.items() if one is first)
                 raise _given_twice(model, other, name)
-    _lengthen_beside(swaps)
-    return list({id(swap): swap for swap in swaps.values()}.values())
+    found += _lengthened_beside(swaps)
+    return [swap for swap in found if any(swaps[name] is swap for name in swap.names)]
 
 
 def _swap_of(
@@ -87,7 +89,7 @@ def _swap_of(
 ) -> Swap:
     """The swap of a matrix; raises ValueError for a stale patch, or a weight of another shape."""
     source = weight.source if is_patch(weight) else None
-    if source is not None and source.rows.by_example:
+    if source is not None and source.rows.by_example():
         check_batch_first(model)
     names = [one for one, _ in matrix.slots]
     ways = [way_to(model, one) for one in names]
@@ -172,7 +174,7 @@ def sizes_of(swaps: Iterable[Swap]) -> dict[int, int]:
 
 
 def _grown(sources: Iterable[Source]) -> dict[int, int]:
-    return {len(source.base): source.height for source in sources if source.new_tokens}
+    return {len(source.base): source.height() for source in sources if source.new_tokens()}
 
 
 def _fits(weight: Tensor, held: Tensor, weights: Mapping[str, Tensor]) -> bool:
@@ -184,12 +186,13 @@ def _fits(weight: Tensor, held: Tensor, weights: Mapping[str, Tensor]) -> bool:
     return tuple(weight.shape) == longer and held.numel() == held.shape[-1]
 
 
-def _lengthen_beside(swaps: dict[str, Swap]) -> None:
-    """Where a matrix has new tokens, give what has a number for each token zeros for these."""
+def _lengthened_beside(swaps: dict[str, Swap]) -> list[Swap]:
+    """Where a matrix has new tokens: what has a number for each token, with zeros for these."""
+    found = []
     made: dict[int, Tensor] = {}  # a tied one goes by several names
     for name, swap in [(name, swap) for name, swap in swaps.items() if is_patch(swap.weight)]:
         source = swap.weight.source  # type: ignore[attr-defined]
-        if not source.new_tokens:
+        if not source.new_tokens():
             continue
         way = next(
             way for way, (one, _) in zip(swap.ways, swap.matrix.slots, strict=True) if one == name
@@ -201,7 +204,7 @@ def _lengthen_beside(swaps: dict[str, Swap]) -> None:
                 continue
             place = _place_beside(one)
             if id(one.tensor) not in made:
-                made[id(one.tensor)] = longer(tensor, one.dimension, source.new_tokens, place)
+                made[id(one.tensor)] = longer(tensor, one.dimension, source.new_tokens(), place)
             weight = made[id(one.tensor)]
             swaps[one.name] = Swap(
                 [one.name],
@@ -212,6 +215,8 @@ def _lengthen_beside(swaps: dict[str, Swap]) -> None:
                 [one.tensor],
                 () if place is None else [(place, weight)],
             )
+            found.append(swaps[one.name])
+    return found
 
 
 def _place_beside(one: Beside) -> Place | None:

@@ -127,7 +127,6 @@ class IdTensor(NamedTuple):
     size: int
     table: IdTable | None
 
-    @property
     def used(self) -> Tensor:
         """Which rows are used."""
         return self.ids >= 0

@@ -54,7 +54,7 @@ def owned(weight: PatchedWeight, place: Place, reads: Reads) -> PatchedWeight:
     rows, base = source.rows, source.base
     if isinstance(rows.ids, TokenIndices):
         ids, values = rows.ids.on(base.device).ids, cast_like(rows.values, base)
-        nan = nan_placeholder(Unreadable, values, base, ids, source.new_tokens, reads)
+        nan = nan_placeholder(Unreadable, values, base, ids, source.new_tokens(), reads)
     else:
         nan = rows.placeholder(base, reads)
 
@@ -124,14 +124,14 @@ def _not_gathered(place: Place) -> RuntimeError:
 
 
 def _over_ranks(source: Source) -> Rows:
-    if not source.rows.fixed:
+    if not source.rows.fixed():
         raise RuntimeError(
             "a mixed patch on a matrix that is split over ranks (tensor parallelism). Call the "
             "model separately for each adapter's examples."
         )
-    if source.new_tokens:
+    if source.new_tokens():
         raise RuntimeError(
-            f"{source.new_tokens} new tokens for a matrix that is split over ranks (tensor "
+            f"{source.new_tokens()} new tokens for a matrix that is split over ranks (tensor "
             "parallelism), whose logits are split too. Resize the model before it is split: "
             "model.resize_token_embeddings(...)."
         )
