@@ -294,10 +294,9 @@ def fsdp_gathered() -> dict[tuple[int, str], Tensor]:
 
 def _fsdp_groups(state: object) -> Iterable[Any]:
     """The groups of parameters of a module that FSDP2 manages; before torch 2.12 it had one."""
-    if hasattr(state, "_fsdp_param_groups"):
-        return state._fsdp_param_groups
-    group = getattr(state, "_fsdp_param_group", None)
-    return () if group is None else (group,)
+    one = getattr(state, "_fsdp_param_group", None)
+    groups: Iterable[Any] = getattr(state, "_fsdp_param_groups", () if one is None else (one,))
+    return groups
 
 
 def share_engine_state(module: nn.Module, copy: nn.Module) -> None:
