@@ -12,7 +12,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
 )
 
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 TESTED = "2.13"  # of torch
 
 # The base of torch.Tensor, whose attributes are the methods written in C++.
@@ -235,6 +238,18 @@ def keeps_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return forward
+
+
+def traced_by_dynamo(call: _Call) -> _Call:
+    """A function that dynamo traces, of torch 2.13 and later; an older one leaves the graph for it.
+
+    With `fullgraph=True`, and in a strict export, the older one raises instead.
+    """
+    if TORCH >= (2, 13):
+        return call
+    reason = "ttfunc.functional_call is compiled from torch 2.13 on. Before, compile a call of "
+    reason += "torch.func.functional_call(model, patch(params), ...), and export with strict=False."
+    return torch.compiler.disable(call, reason=reason)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from ttfunc.call.stale import tied_since
 from ttfunc.call.swaps import Swap, sizes_of, swaps_of
 from ttfunc.call.unread import check_logits, check_read
 from ttfunc.model.given import is_token_module, refuse_token_module
-from ttfunc.torch_private import transforms_active
+from ttfunc.torch_private import traced_by_dynamo, transforms_active
 
 # Results that read the weights after the call.
 _READS_LATER = (Iterator, Awaitable, AsyncIterator, FunctionType, MethodType)
@@ -84,6 +84,7 @@ def functional_call(
         raise
 
 
+@traced_by_dynamo
 def call_copy(
     model: nn.Module,
     weights: Mapping[str, Tensor],

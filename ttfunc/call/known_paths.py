@@ -5,7 +5,6 @@ A model is looked at anew in each call: what has changed since is found again.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -126,17 +125,13 @@ def _path_when_compiled(
     held = {id(tensor) for tensor in tensors}
     names = [name for name, one in model.named_parameters() if id(one) in held]
     names += [name for name, one in model.named_buffers() if id(one) in held]
-    modules, leading, uncopyable = _parts_by_names(id(model), tuple(names))
+    modules, leading, uncopyable = _parts_by_names(model, tuple(names))
     return Path((), (), (), uncopyable), steps_of(modules, leading), False
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _parts_by_names(model_id: int, names: tuple[str, ...]) -> Any:
-    """The parts of a path. Dynamo does not trace the search, and takes plain tuples from it.
-
-    Before torch 2.12 it gives no module to such a function, so the model comes by its `id`.
-    """
-    model = ctypes.cast(model_id, ctypes.py_object).value  # the caller holds it
+def _parts_by_names(model: nn.Module, names: tuple[str, ...]) -> Any:
+    """The parts of a path. Dynamo does not trace the search, and takes plain tuples from it."""
     held = (held_under(model, name) for name in names)
     path = find_path(model, [one for one in held if one is not None])
     return path.modules, path.leading, path.uncopyable

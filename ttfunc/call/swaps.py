@@ -63,7 +63,6 @@ class Swap(NamedTuple):
 def swaps_of(model: nn.Module, weights: Mapping[str, Tensor], at: Model | None) -> list[Swap]:
     """What is swapped in a call. `at` is the model at that call."""
     swaps: dict[str, Swap] = {}
-    found = []
     wanted = {
         name: weight
         for name, weight in weights.items()
@@ -74,14 +73,13 @@ def swaps_of(model: nn.Module, weights: Mapping[str, Tensor], at: Model | None) 
         if name in swaps and swaps[name].weight is weight:  # by another name of the same matrix
             continue
         swap = _swap_of(model, name, weight, matrix, weights)
-        found.append(swap)
         for one in swap.names:
             first = swaps.setdefault(one, swap).weight
             if first is not weight:
                 other = next(known for known, one in weights.items() if one is first)
                 raise _given_twice(model, other, name)
-    found += _lengthened_beside(swaps)
-    return [swap for swap in found if any(swaps[name] is swap for name in swap.names)]
+    _lengthen_beside(swaps)
+    return list({id(swap): swap for swap in swaps.values()}.values())
 
 
 def _swap_of(
@@ -186,9 +184,8 @@ def _fits(weight: Tensor, held: Tensor, weights: Mapping[str, Tensor]) -> bool:
     return tuple(weight.shape) == longer and held.numel() == held.shape[-1]
 
 
-def _lengthened_beside(swaps: dict[str, Swap]) -> list[Swap]:
-    """Where a matrix has new tokens: what has a number for each token, with zeros for these."""
-    found = []
+def _lengthen_beside(swaps: dict[str, Swap]) -> None:
+    """Where a matrix has new tokens, give what has a number for each token zeros for these."""
     made: dict[int, Tensor] = {}  # a tied one goes by several names
     for name, swap in [(name, swap) for name, swap in swaps.items() if is_patch(swap.weight)]:
         source = swap.weight.source  # type: ignore[attr-defined]
@@ -215,8 +212,6 @@ def _lengthened_beside(swaps: dict[str, Swap]) -> list[Swap]:
                 [one.tensor],
                 () if place is None else [(place, weight)],
             )
-            found.append(swaps[one.name])
-    return found
 
 
 def _place_beside(one: Beside) -> Place | None:
