@@ -2,7 +2,8 @@
 
 Nothing else in the library reads an attribute of theirs that begins with an underscore (except the
 dictionaries that every `nn.Module` has). Each meaning has its test in tests/test_torch_private.py:
-a torch that changes one fails that test, before it gives a user a wrong gradient.
+a torch that changes one fails that test, before it gives a user a wrong gradient. Each name of
+torch's core is read as the library is imported, and a torch that lacks one is refused then.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -31,7 +31,6 @@ from torch.utils._python_dispatch import (
 _Call = TypeVar("_Call", bound=Callable[..., Any])
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-TESTED = "2.13"  # of torch
 
 # The base of torch.Tensor, whose attributes are the methods written in C++.
 TensorBase = torch._C.TensorBase
@@ -91,8 +90,25 @@ GRAD, VMAP = functorch.TransformType.Grad, functorch.TransformType.Vmap
 JVP, FUNCTIONALIZE = functorch.TransformType.Jvp, functorch.TransformType.Functionalize
 
 
+# How many modes with a `__torch_dispatch__` are at work, and which one there is of a kind.
+_count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_mode_of: Callable[[Any], object] = torch._C._get_dispatch_mode
+
 # What fake tensors, a graph that is written down, and functionalisation by torch.export each use.
 _TRACING = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+
+# The transforms at work in this thread, the outermost first; and what such a wrapper is around.
+_stack: Callable[[], list[Any] | None] = functorch.get_interpreter_stack
+_unwrapped: Callable[[Tensor], Tensor] = functorch.get_unwrapped
+
+# The number of the backward that is at work in this thread, -1 for none.
+_task: Callable[[], int] = torch._C._current_graph_task_id
+
+# Makes a tensor of a class, of a size and strides, and without memory.
+_make_wrapper: Callable[..., Any] = Tensor._make_wrapper_subclass
+
+# An overload of an operation, such as `aten.add.Tensor`, with its schema.
+_Overload = torch._ops.OpOverload
 
 
 def is_traced() -> bool:
@@ -101,9 +117,9 @@ def is_traced() -> bool:
     By FakeTensorMode, make_fx or torch.export: what dynamo itself traces (torch.compile,
     `strict=True`) does not count.
     """
-    if torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_dynamo_compiling() or not _count_modes():
         return False
-    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
+    return any(_mode_of(key) is not None for key in _TRACING)
 
 
 def is_exported() -> bool:
@@ -126,7 +142,7 @@ def is_fake(tensor: Tensor) -> bool:
 
 def wrapper_of(tensor: Tensor, kind: type[Tensor]) -> Any:
     """A tensor of a class, of the size and strides of another and without memory or gradient."""
-    return Tensor._make_wrapper_subclass(
+    return _make_wrapper(
         kind,
         tensor.shape,
         strides=tensor.stride(),
@@ -140,7 +156,7 @@ def at_work(*kinds: Any) -> bool:
     """Whether a transform of one of these kinds is on functorch's stack."""
     if not transforms_active():
         return False
-    return any(layer.key() in kinds for layer in functorch.get_interpreter_stack() or [])
+    return any(layer.key() in kinds for layer in _stack() or [])
 
 
 def first_order(*tensors: Tensor) -> bool:
@@ -152,7 +168,7 @@ def first_order(*tensors: Tensor) -> bool:
         return False
     if not transforms_active():
         return True
-    layers = [layer.key() for layer in functorch.get_interpreter_stack() or []]
+    layers = [layer.key() for layer in _stack() or []]
     if set(layers) - {GRAD, VMAP} or layers.count(GRAD) > 1:
         return False
     return GRAD not in layers or not any(_innermost(one).requires_grad for one in tensors)
@@ -160,24 +176,25 @@ def first_order(*tensors: Tensor) -> bool:
 
 def transform_depth() -> int:
     """How many transforms are at work, one within the other."""
-    return len(functorch.get_interpreter_stack() or []) if transforms_active() else 0
+    return len(_stack() or []) if transforms_active() else 0
 
 
 def _innermost(tensor: Tensor) -> Tensor:
     """What the wrappers of transforms are around."""
     while is_wrapped(tensor):
-        tensor = functorch.get_unwrapped(tensor)
+        tensor = _unwrapped(tensor)
     return tensor
 
 
 # The innermost mode of this thread that has a `__torch_function__`; None where there is none.
 current_mode: Callable[[], TorchFunctionMode | None] = overrides._get_current_function_mode
+_pop_mode: Callable[[], object] = overrides._pop_mode
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
     """Leave a mode if it is the innermost one of this thread."""
     if current_mode() is mode:
-        overrides._pop_mode()
+        _pop_mode()
 
 
 def in_dual_level() -> bool:
@@ -187,7 +204,7 @@ def in_dual_level() -> bool:
 
 def in_backward() -> bool:
     """Whether autograd is at work on a backward in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    return _task() != -1
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -217,14 +234,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def is_of_a_graph(func: Callable[..., Any]) -> bool:
     """Whether it is an ATen operation itself, as compiled code calls them and models do not."""
-    return isinstance(func, torch._ops.OpOverload) and func.namespace == "aten"
+    return isinstance(func, _Overload) and func.namespace == "aten"
 
 
 def writes_of(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Any] | None:
     """The arguments that an ATen operation writes to, by its schema; None for anything else."""
-    if not isinstance(func, torch._ops.OpOverload):
+    if not isinstance(func, _Overload):
         return None
     arguments = func._schema.arguments
     named = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
@@ -320,20 +337,3 @@ def share_engine_state(module: nn.Module, copy: nn.Module) -> None:
         from torch.distributed import _composable_state as composable
 
         composable._module_state_mapping[copy] = composable._module_state_mapping[module]
-
-
-_told: set[str] = set()
-
-
-def warn_of_untested() -> None:
-    """Warn once if the library was not tested with this torch."""
-    version = torch.__version__
-    if version.startswith(f"{TESTED}.") or version in _told:
-        return
-    _told.add(version)
-    warnings.warn(
-        f"ttfunc was tested with torch {TESTED}, and this is torch {version}. ttfunc relies on "
-        "internals of torch: run its test suite (tests/test_torch_private.py first), or install "
-        f"torch {TESTED}.",
-        stacklevel=3,
-    )
