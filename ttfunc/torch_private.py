@@ -1,23 +1,23 @@
 """Every private name of torch and optree that the library uses, with the meaning it relies on.
 
-Nothing else in the library reads an attribute of theirs that begins with an underscore (except the
-dictionaries that every `nn.Module` has). Each meaning has its test in tests/test_torch_private.py:
-a torch that changes one fails that test, before it gives a user a wrong gradient. Each name of
-torch's core is read as the library is imported, and a torch that lacks one is refused then.
+The ones of torch.distributed are in torch_distributed_private.py. Nothing else in the library reads
+an attribute of theirs that begins with an underscore (except the dictionaries of an `nn.Module`).
+Each meaning has its test in tests/test_torch_private.py: a torch that changes one fails that test,
+before it gives a user a wrong gradient. Each name is read as the library is imported, and a torch
+that lacks one is refused then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from optree.registry import __GLOBAL_NAMESPACE
-from torch import Tensor, nn, overrides
+from torch import Tensor, overrides
 from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -42,9 +42,6 @@ LINEAR = torch._C._nn.linear
 LINEAR_CROSS_ENTROPY: tuple[Callable[..., Any], ...] = tuple(
     getattr(F, name) for name in ("linear_cross_entropy",) if hasattr(F, name)
 )
-
-# How the attributes of a module begin in which FSDP2 keeps its state, and all modules in that.
-ENGINE_STATE = "__composable_api"
 
 # Where optree registers a class that needs no namespace to be named.
 OPTREE_GLOBAL = __GLOBAL_NAMESPACE
@@ -232,6 +229,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if on else None
 
 
+def mark_as_parameter(tensor: Tensor) -> None:
+    """Make it an `nn.Parameter` for `isinstance`, as torch does for tensors of other classes."""
+    tensor._is_param = True
+
+
 def is_of_a_graph(func: Callable[..., Any]) -> bool:
     """Whether it is an ATen operation itself, as compiled code calls them and models do not."""
     return isinstance(func, _Overload) and func.namespace == "aten"
@@ -278,62 +280,3 @@ def outside_of_modes() -> Iterator[None]:
     # Fake tensors are made by a dispatch mode.
     with torch.inference_mode(False), outside_of_transforms(), outside_of_dispatch():
         yield
-
-
-def _is_one(value: object, module: str, name: str) -> bool:
-    """Whether it is of a class in a module, which is slow to import, and is not imported here."""
-    return isinstance(value, getattr(sys.modules.get(module), name, ()))
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Whether this rank may have a part of it alone."""
-    return _is_one(tensor, "torch.distributed.tensor", "DTensor")
-
-
-def offset_of_shard(matrix: Any) -> tuple[int, ...]:
-    """Where this rank's part of a DTensor begins, in each dimension."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local
-
-    return local(matrix.shape, matrix.device_mesh, matrix.placements)[1]
-
-
-def is_fsdp1(module: nn.Module) -> bool:
-    """Whether it keeps its weights in flat parameters, as FSDP2 does not."""
-    return _is_one(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
-
-
-def fsdp_manages(module: nn.Module) -> bool:
-    """Whether FSDP has parameters of this very module in its charge; none that it ignores."""
-    return bool(module.__dict__.get("_is_fsdp_managed_module", False))
-
-
-def fsdp_gathered() -> dict[tuple[int, str], Tensor]:
-    """The shards that FSDP2 keeps of each parameter that a module has gathered, by the place."""
-    from torch.distributed import _composable_state as composable
-
-    found = {}
-    for reference in list(composable._module_state_mapping.values()):
-        for group in _fsdp_groups(reference()):
-            for one in group.fsdp_params:
-                # Before its first call FSDP2 does not know yet what was loaded into the module.
-                if one.sharded_state.name != "SHARDED":
-                    info = one._module_info
-                    found[id(info.module), info.param_name] = one.sharded_param
-                    for place in zip(info.shared_modules, info.shared_param_names, strict=True):
-                        found[id(place[0]), place[1]] = one.sharded_param
-    return found
-
-
-def _fsdp_groups(state: object) -> Iterable[Any]:
-    """The groups of parameters of a module that FSDP2 manages; before torch 2.12 it had one."""
-    one = getattr(state, "_fsdp_param_group", None)
-    groups: Iterable[Any] = getattr(state, "_fsdp_param_groups", () if one is None else (one,))
-    return groups
-
-
-def share_engine_state(module: nn.Module, copy: nn.Module) -> None:
-    """Let FSDP2 find for a copy the state that it has of the module (`model.unshard()`)."""
-    if _is_one(module, "torch.distributed.fsdp", "FSDPModule"):
-        from torch.distributed import _composable_state as composable
-
-        composable._module_state_mapping[copy] = composable._module_state_mapping[module]

@@ -15,7 +15,8 @@ from ttfunc.engines.ownership import is_sharded, is_split_twice, shape_of
 from ttfunc.engines.shards import rows_at
 from ttfunc.model.matrix import Matrix, count_places
 from ttfunc.rows.token_ids import TokenIndices
-from ttfunc.torch_private import fsdp_manages, outside_of_transforms, transforms_active
+from ttfunc.torch_distributed_private import fsdp_manages
+from ttfunc.torch_private import outside_of_transforms, transforms_active
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place
 from ttfunc.weight.source import Source

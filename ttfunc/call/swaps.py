@@ -23,7 +23,7 @@ from ttfunc.model.matrix import (
     is_stand_in,
     way_to,
 )
-from ttfunc.torch_private import fsdp_manages, is_dtensor
+from ttfunc.torch_distributed_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place, longer, owned
 from ttfunc.weight.reads import Reads

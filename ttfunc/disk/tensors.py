@@ -19,7 +19,8 @@ from ttfunc.model.matrix import Matrix
 from ttfunc.model.origin import Origin, is_other
 from ttfunc.rows.deltas import RowSpec
 from ttfunc.rows.shapes import GATHER
-from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
+from ttfunc.torch_distributed_private import is_dtensor
+from ttfunc.torch_private import is_wrapped, outside_of_modes
 
 
 def path_of(given: object, order: str) -> Path:

@@ -17,7 +17,8 @@ from ttfunc.merging.state_dict import Group, biases_of, called, groups_of, of_he
 from ttfunc.rows.deltas import RowSpec, TokenDeltas, combine
 from ttfunc.rows.new_tokens import shape_in_weights
 from ttfunc.rows.token_ids import TokenIndices, with_rows
-from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
+from ttfunc.torch_distributed_private import is_dtensor
+from ttfunc.torch_private import is_wrapped, outside_of_modes
 from ttfunc.weight.dtensor_rows import like, part
 
 

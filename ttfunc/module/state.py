@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ttfunc.rows.deltas import RowSpec
 from ttfunc.rows.keys import key
+from ttfunc.torch_private import mark_as_parameter
 
 
 def as_parameter(delta: Tensor, name: str) -> nn.Parameter:
@@ -21,7 +22,7 @@ def as_parameter(delta: Tensor, name: str) -> nn.Parameter:
             "optree.tree_map(lambda t: t.detach().clone(), params)."
         )
     if not isinstance(delta, nn.Parameter):
-        delta.__class__ = nn.Parameter  # as torch does when it fills a lazy parameter
+        mark_as_parameter(delta)
     return delta.requires_grad_()  # type: ignore[return-value]
 
 

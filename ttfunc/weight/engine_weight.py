@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ttfunc.engines.ownership import Kept, is_owned, is_zero3, shape_of
 from ttfunc.model.beside import lengthened
 from ttfunc.rows.token_ids import TokenIndices
-from ttfunc.torch_private import fsdp_manages, is_dtensor
+from ttfunc.torch_distributed_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.lazy import Lazy, lazy
 from ttfunc.weight.placeholder import nan_placeholder

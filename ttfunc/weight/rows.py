@@ -23,12 +23,12 @@ from ttfunc.rows.token_ids import (
     id_tensor,
     with_rows,
 )
+from ttfunc.torch_distributed_private import is_dtensor
 from ttfunc.torch_private import (
     FUNCTIONALIZE,
     at_work,
     in_dual_level,
     in_strict_export,
-    is_dtensor,
     is_exported,
     is_traced,
     outside_of_transforms,
