@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import (
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
 
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 # The base of torch.Tensor, whose attributes are the methods written in C++.
 TensorBase = torch._C.TensorBase
@@ -259,13 +259,13 @@ def keeps_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def traced_by_dynamo(call: _Call) -> _Call:
-    """A function that dynamo traces, of torch 2.13 and later; an older one leaves the graph for it.
+def is_compiled_in_vain() -> bool:
+    """Whether a dynamo of before torch 2.13 is at work, which cannot trace a functional call."""
+    return torch.compiler.is_dynamo_compiling() and _TORCH < (2, 13)
 
-    With `fullgraph=True`, and in a strict export, the older one raises instead.
-    """
-    if TORCH >= (2, 13):
-        return call
+
+def outside_of_graphs(call: _Call) -> _Call:
+    """The function, for which dynamo leaves the graph; with `fullgraph=True` it raises instead."""
     reason = "ttfunc.functional_call is compiled from torch 2.13 on. Before, compile a call of "
     reason += "torch.func.functional_call(model, patch(params), ...), and export with strict=False."
     return torch.compiler.disable(call, reason=reason)  # type: ignore[no-any-return]
