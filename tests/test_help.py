@@ -67,7 +67,7 @@ def test_instances_list_all_that_they_have():
 def test_to_list_a_patched_weight_reads_nothing_of_it():
     weight = patch(init_deltas(model(), [3]))["weight"]
     assert {"source", "deferred", "shape", "mT", "requires_grad"} <= {*dir(weight)}
-    assert weight.source.uses == set()
+    assert weight.source.uses() == set()
 
 
 def test_the_classes_are_classes_as_before():

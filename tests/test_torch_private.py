@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
+import sys
 import threading
-import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import ttfunc
 from tests.helpers.mesh import mesh_of_one
 from ttfunc import TokenDeltas, torch_private
+from ttfunc.torch_distributed_private import (
+    fsdp_gathered,
+    fsdp_manages,
+    is_dtensor,
+    is_fsdp1,
+    offset_of_shard,
+)
 from ttfunc.torch_private import (
     COMPARISONS,
     FUNCTIONALIZE,
@@ -37,16 +45,12 @@ from ttfunc.torch_private import (
     current_mode,
     first_order,
     forbid_writes,
-    fsdp_gathered,
-    fsdp_manages,
     has_storage,
     in_backward,
     in_dual_level,
     in_strict_export,
-    is_dtensor,
     is_exported,
     is_fake,
-    is_fsdp1,
     is_of_a_graph,
     is_traceable_wrapper_subclass,
     is_traced,
@@ -54,7 +58,6 @@ from ttfunc.torch_private import (
     keeps_signature,
     leave_mode,
     no_torch_function,
-    offset_of_shard,
     outside_of_dispatch,
     outside_of_modes,
     outside_of_transforms,
@@ -64,7 +67,6 @@ from ttfunc.torch_private import (
     tree_leaves,
     tree_map,
     version_of,
-    warn_of_untested,
     wrapper_of,
     writes_of,
 )
@@ -350,23 +352,22 @@ def test_torchs_pytree_takes_containers_and_deltas_apart():
     assert tree_leaves({"b": 1, "a": (2, None)})[:2] == [1, 2]
 
 
-def test_an_untested_torch_is_told_of_once(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.99.0")
-    model = torch.nn.Embedding(5, 2)
-    with pytest.warns(UserWarning, match=r"tested with torch 2\.13, and this is torch 2\.99\.0"):
-        ttfunc.init_deltas(model, [1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ttfunc.init_deltas(model, [1])
-        monkeypatch.undo()
-        warn_of_untested()
+@pytest.mark.parametrize(
+    "name", ["_C._are_functorch_transforms_active", "_C._functorch", "overrides._pop_mode"]
+)
+def test_a_torch_that_lacks_one_is_refused_at_import(name: str):
+    script = f"import torch; del torch.{name}; import ttfunc"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)  # noqa: S603
+    assert done.returncode
+    message = f"ImportError: ttfunc relies on an internal of torch.*{name.rpartition('.')[2]}"
+    assert re.search(message + ".*tested with torch 2.10 to 2.15", done.stderr), done.stderr
 
 
 def test_no_other_module_uses_a_private_name():
     package = Path(ttfunc.__file__).parent
     allowed = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
     for path in package.rglob("*.py"):
-        if path.name == "torch_private.py":
+        if path.name in {"torch_private.py", "torch_distributed_private.py"}:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -12,7 +12,7 @@ import ttfunc
 PACKAGE = Path(ttfunc.__file__).parent
 # From the ground up. A room imports of itself and of the floors below its own.
 FLOORS = [
-    {"torch_private", "own_names"},
+    {"torch_private", "torch_distributed_private", "own_names"},
     {"engines"},
     {"model"},
     {"rows"},

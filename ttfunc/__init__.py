@@ -50,6 +50,14 @@ See what is trained
 import sys
 from typing import NoReturn
 
+try:
+    from ttfunc import torch_private as torch_private
+except (AttributeError, ImportError) as error:
+    raise ImportError(
+        f"ttfunc relies on an internal of torch or optree that is missing here: {error}. It was "
+        "tested with torch 2.10 to 2.15: install one of these, or a newer ttfunc."
+    ) from error
+
 from ttfunc.call.functional_call import functional_call
 from ttfunc.call.patch import patch
 from ttfunc.call.patch_mixed import patch_mixed

@@ -1,22 +1,23 @@
 """Every private name of torch and optree that the library uses, with the meaning it relies on.
 
-Nothing else in the library reads an attribute of theirs that begins with an underscore (except the
-dictionaries that every `nn.Module` has). Each meaning has its test in tests/test_torch_private.py:
-a torch that changes one fails that test, before it gives a user a wrong gradient.
+The ones of torch.distributed are in torch_distributed_private.py. Nothing else in the library reads
+an attribute of theirs that begins with an underscore (except the dictionaries of an `nn.Module`).
+Each meaning has its test in tests/test_torch_private.py: a torch that changes one fails that test,
+before it gives a user a wrong gradient. Each name is read as the library is imported, and a torch
+that lacks one is refused then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
-import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from optree.registry import __GLOBAL_NAMESPACE
-from torch import Tensor, nn, overrides
+from torch import Tensor, overrides
 from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -27,7 +28,9 @@ from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
 )
 
-TESTED = "2.13"  # of torch
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 # The base of torch.Tensor, whose attributes are the methods written in C++.
 TensorBase = torch._C.TensorBase
@@ -35,8 +38,10 @@ TensorBase = torch._C.TensorBase
 # `F.linear` as torch has it; DeepSpeed puts a function of its own in that place.
 LINEAR = torch._C._nn.linear
 
-# How the attributes of a module begin in which FSDP2 keeps its state, and all modules in that.
-ENGINE_STATE = "__composable_api"
+# `F.linear_cross_entropy`, which came with torch 2.13: the loss of a head by its weight.
+LINEAR_CROSS_ENTROPY: tuple[Callable[..., Any], ...] = tuple(
+    getattr(F, name) for name in ("linear_cross_entropy",) if hasattr(F, name)
+)
 
 # Where optree registers a class that needs no namespace to be named.
 OPTREE_GLOBAL = __GLOBAL_NAMESPACE
@@ -69,7 +74,7 @@ plain_torch_function = torch._C._disabled_torch_function_impl
 # Makes a tensor raise when a kernel, numpy or a DLPack consumer asks to write to its memory.
 forbid_writes: Callable[[Tensor], None] = torch._C._set_throw_on_mutable_data_ptr
 
-# What forward mode compares a tangent and its primal by: their size and their storage.
+# What forward mode asks of a tangent and its primal: whether they are alike in size and storage.
 COMPARISONS = {
     torch.ops.aten.is_same_size.default,
     torch.ops.aten._has_same_storage_numel.default,
@@ -82,8 +87,25 @@ GRAD, VMAP = functorch.TransformType.Grad, functorch.TransformType.Vmap
 JVP, FUNCTIONALIZE = functorch.TransformType.Jvp, functorch.TransformType.Functionalize
 
 
+# How many modes with a `__torch_dispatch__` are at work, and which one there is of a kind.
+_count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_mode_of: Callable[[Any], object] = torch._C._get_dispatch_mode
+
 # What fake tensors, a graph that is written down, and functionalisation by torch.export each use.
 _TRACING = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+
+# The transforms at work in this thread, the outermost first; and what such a wrapper is around.
+_stack: Callable[[], list[Any] | None] = functorch.get_interpreter_stack
+_unwrapped: Callable[[Tensor], Tensor] = functorch.get_unwrapped
+
+# The number of the backward that is at work in this thread, -1 for none.
+_task: Callable[[], int] = torch._C._current_graph_task_id
+
+# Makes a tensor of a class, of a size and strides, and without memory.
+_make_wrapper: Callable[..., Any] = Tensor._make_wrapper_subclass
+
+# An overload of an operation, such as `aten.add.Tensor`, with its schema.
+_Overload = torch._ops.OpOverload
 
 
 def is_traced() -> bool:
@@ -92,9 +114,9 @@ def is_traced() -> bool:
     By FakeTensorMode, make_fx or torch.export: what dynamo itself traces (torch.compile,
     `strict=True`) does not count.
     """
-    if torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_dynamo_compiling() or not _count_modes():
         return False
-    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
+    return any(_mode_of(key) is not None for key in _TRACING)
 
 
 def is_exported() -> bool:
@@ -110,14 +132,14 @@ def in_strict_export() -> bool:
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor is fake, or torch.export's wrapper of a fake one.
 
-    It has no values, and no alias of it can be of another class.
+    No alias of it can be of another class.
     """
     return isinstance(tensor, (FakeTensor, FunctionalTensor))
 
 
 def wrapper_of(tensor: Tensor, kind: type[Tensor]) -> Any:
     """A tensor of class `kind` like another one, but without memory or a gradient."""
-    return Tensor._make_wrapper_subclass(
+    return _make_wrapper(
         kind,
         tensor.shape,
         strides=tensor.stride(),
@@ -129,9 +151,7 @@ def wrapper_of(tensor: Tensor, kind: type[Tensor]) -> Any:
 
 def _layers() -> list[Any]:
     """The kinds of the transforms that are at work, from the outermost one."""
-    if not transforms_active():
-        return []
-    return [layer.key() for layer in functorch.get_interpreter_stack() or []]
+    return [layer.key() for layer in _stack() or []] if transforms_active() else []
 
 
 def at_work(*kinds: Any) -> bool:
@@ -158,18 +178,19 @@ def first_order(*tensors: Tensor) -> bool:
 def _innermost(tensor: Tensor) -> Tensor:
     """What the wrappers of transforms are around."""
     while is_wrapped(tensor):
-        tensor = functorch.get_unwrapped(tensor)
+        tensor = _unwrapped(tensor)
     return tensor
 
 
 # The innermost mode of this thread that has a `__torch_function__`; None where there is none.
 current_mode: Callable[[], TorchFunctionMode | None] = overrides._get_current_function_mode
+_pop_mode: Callable[[], object] = overrides._pop_mode
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
     """Leave a mode if it is the innermost one of this thread."""
     if current_mode() is mode:
-        overrides._pop_mode()
+        _pop_mode()
 
 
 def in_dual_level() -> bool:
@@ -179,7 +200,7 @@ def in_dual_level() -> bool:
 
 def in_backward() -> bool:
     """Whether autograd is at work on a backward in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    return _task() != -1
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -195,16 +216,33 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() or is_wrapped(tensor) else tensor._version
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # for torch 2.10
+def _has_autocast(device_type: str) -> bool:
+    """Whether autocast knows a kind of device, as it does not know meta."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast casts to on a device; None where it is off."""
+    on = _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def mark_as_parameter(tensor: Tensor) -> None:
+    """Make it an `nn.Parameter` for `isinstance`, as torch does for tensors of other classes."""
+    tensor._is_param = True
+
+
 def is_of_a_graph(func: Callable[..., Any]) -> bool:
     """Whether it is an ATen operation itself, as compiled code calls them and models do not."""
-    return isinstance(func, torch._ops.OpOverload) and func.namespace == "aten"
+    return isinstance(func, _Overload) and func.namespace == "aten"
 
 
 def writes_of(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Any] | None:
     """The arguments that an ATen operation writes to, by its schema; None for anything else."""
-    if not isinstance(func, torch._ops.OpOverload):
+    if not isinstance(func, _Overload):
         return None
     arguments = func._schema.arguments
     named = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
@@ -220,6 +258,18 @@ def keeps_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def is_compiled_in_vain() -> bool:
+    """Whether a dynamo of before torch 2.13 is at work, which cannot trace a functional call."""
+    return torch.compiler.is_dynamo_compiling() and _TORCH < (2, 13)
+
+
+def outside_of_graphs(call: _Call) -> _Call:
+    """The function, for which dynamo leaves the graph; with `fullgraph=True` it raises instead."""
+    reason = "ttfunc.functional_call is compiled from torch 2.13 on. Before, compile a call of "
+    reason += "torch.func.functional_call(model, patch(params), ...), and export with strict=False."
+    return torch.compiler.disable(call, reason=reason)  # type: ignore[no-any-return]
+
+
 @contextlib.contextmanager
 def outside_of_modes() -> Iterator[None]:
     """Make tensors outside of any active mode or transform, because they outlive it."""
@@ -229,72 +279,3 @@ def outside_of_modes() -> Iterator[None]:
     # Fake tensors are made by a dispatch mode.
     with torch.inference_mode(False), outside_of_transforms(), outside_of_dispatch():
         yield
-
-
-def _is_one(value: object, module: str, name: str) -> bool:
-    """Whether it is of a class in a module, which is slow to import, and is not imported here."""
-    return isinstance(value, getattr(sys.modules.get(module), name, ()))
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Whether this rank may have a part of it alone."""
-    return _is_one(tensor, "torch.distributed.tensor", "DTensor")
-
-
-def offset_of_shard(matrix: Any) -> tuple[int, ...]:
-    """Where this rank's part of a DTensor begins, in each dimension."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local
-
-    return local(matrix.shape, matrix.device_mesh, matrix.placements)[1]
-
-
-def is_fsdp1(module: nn.Module) -> bool:
-    """Whether it keeps its weights in flat parameters, as FSDP2 does not."""
-    return _is_one(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
-
-
-def fsdp_manages(module: nn.Module) -> bool:
-    """Whether FSDP manages parameters of this very module; none of a module that it ignores."""
-    return bool(module.__dict__.get("_is_fsdp_managed_module", False))
-
-
-def fsdp_gathered() -> dict[tuple[int, str], Tensor]:
-    """The shard of each parameter that FSDP2 has gathered now, by module and attribute."""
-    from torch.distributed import _composable_state as composable
-
-    found = {}
-    for reference in list(composable._module_state_mapping.values()):
-        for group in getattr(reference(), "_fsdp_param_groups", ()):
-            for one in group.fsdp_params:
-                # Before its first call FSDP2 does not know yet what was loaded into the module.
-                if one.sharded_state.name != "SHARDED":
-                    info = one._module_info
-                    found[id(info.module), info.param_name] = one.sharded_param
-                    for place in zip(info.shared_modules, info.shared_param_names, strict=True):
-                        found[id(place[0]), place[1]] = one.sharded_param
-    return found
-
-
-def share_engine_state(module: nn.Module, copy: nn.Module) -> None:
-    """Let FSDP2 find its state of the module for a copy too, as `model.unshard()` needs."""
-    if _is_one(module, "torch.distributed.fsdp", "FSDPModule"):
-        from torch.distributed import _composable_state as composable
-
-        composable._module_state_mapping[copy] = composable._module_state_mapping[module]
-
-
-_told: set[str] = set()
-
-
-def warn_of_untested() -> None:
-    """Warn once if the library was not tested with this torch."""
-    version = torch.__version__
-    if version.startswith(f"{TESTED}.") or version in _told:
-        return
-    _told.add(version)
-    warnings.warn(
-        f"ttfunc was tested with torch {TESTED}, and this is torch {version}. ttfunc relies on "
-        "internals of torch: run its test suite (tests/test_torch_private.py first), or install "
-        f"torch {TESTED}.",
-        stacklevel=3,
-    )

@@ -112,7 +112,7 @@ def test_ids_that_are_a_tensor_have_a_column_each_and_are_found(ids: list[int], 
     first = first_of_each(torch.tensor([ids] if example else ids), size)
     tensor = id_tensor(first, size)
     used = [0 <= token < size and token not in ids[:row] for row, token in enumerate(ids)]
-    assert tensor.used.flatten().tolist() == used
+    assert tensor.used().flatten().tolist() == used
     columns = tensor.columns.flatten().tolist()
     assert len({*columns}) == len(ids)
     assert {*columns} <= {*range(size)}

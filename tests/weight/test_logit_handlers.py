@@ -176,5 +176,5 @@ def test_linear_cross_entropy():
         torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True
     ):
         torch.testing.assert_close(one, other)
-    assert weight.source.uses == {"product"}
+    assert weight.source.uses() == {"product"}
     assert max(sizes.found) < 12 * V

@@ -269,7 +269,7 @@ def test_nothing_of_its_size_is_made_for_what_asks_it(transform: str):
     def head(rows: Tensor) -> Tensor:
         w = weight(rows)
         loss = (F.linear(HIDDEN[0, 0], w).cos() + HIDDEN[0, 0] @ w.T).sum()
-        used.update(w.source.uses)
+        used.update(w.source.uses())
         return loss
 
     with Sizes() as sizes:

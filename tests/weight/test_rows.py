@@ -100,7 +100,7 @@ def test_each_read_and_its_gradient_is_the_one_of_the_matrix(case: dict[str, Any
             lambda one, i: F.linear(hidden[i], one, whole),
         )
     )
-    if not rows.by_example:  # of any shape
+    if not rows.by_example():  # of any shape
         tokens, looked_up = tokens[0], looked_up[0]
     assert rows.height(base) == height
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_each_read_and_its_gradient_is_the_one_of_the_matrix(case: dict[str, Any
     with torch.no_grad():
         again = rows.product(hidden, base, bias)
     check(again, logits.detach(), leaves)
-    if rows.by_example:
+    if rows.by_example():
         for read in (rows.materialise, lambda one: rows.piece(one, 2, 7)):
             with pytest.raises(RuntimeError, match="cannot be mixed"):
                 read(base)

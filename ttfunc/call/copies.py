@@ -24,7 +24,7 @@ from ttfunc.call.swaps import Swap, hiding
 from ttfunc.engines.live_parameters import LiveParameters
 from ttfunc.engines.ownership import counts_on_module
 from ttfunc.model.sizes import Resized
-from ttfunc.torch_private import fsdp_manages, share_engine_state
+from ttfunc.torch_distributed_private import fsdp_manages, share_engine_state
 
 _NONE: Mapping[str, Any] = {}
 

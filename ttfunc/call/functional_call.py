@@ -20,7 +20,7 @@ from ttfunc.call.stale import tied_since
 from ttfunc.call.swaps import Swap, sizes_of, swaps_of
 from ttfunc.call.unread import check_logits, check_read
 from ttfunc.model.given import is_token_module, refuse_token_module
-from ttfunc.torch_private import transforms_active
+from ttfunc.torch_private import is_compiled_in_vain, outside_of_graphs, transforms_active
 
 # Results that read the weights after the call.
 _READS_LATER = (Iterator, Awaitable, AsyncIterator, FunctionType, MethodType)
@@ -98,6 +98,8 @@ def call_copy(
     With `at`, a module of the model, its method is called, which need not read the weights; it may
     also be a function of that module.
     """
+    if is_compiled_in_vain():
+        return _in_eager(model, weights, args, kwargs, method, modes, at)
     modes, at_call = modes or {}, model_at_call(model)
     swaps = swaps_of(model, weights, at_call)
     if not (swaps or modes):  # no weight but its own
@@ -129,6 +131,9 @@ def call_copy(
         if sizes:
             check_logits(model, swaps, sizes, out, method)
     return out
+
+
+_in_eager = outside_of_graphs(call_copy)
 
 
 def _method(model: nn.Module, method: Any) -> Any:

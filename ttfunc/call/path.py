@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ttfunc.call.references import FOLLOWED, HELD, PLUMBING, global_references, references
 from ttfunc.model.memory import overlaps
 from ttfunc.model.sizes import PLAIN
-from ttfunc.torch_private import ENGINE_STATE, is_exported
+from ttfunc.torch_distributed_private import ENGINE_STATE
+from ttfunc.torch_private import is_exported
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Objects in which no matrix is looked for: they belong to all code.

@@ -20,7 +20,8 @@ from ttfunc.model.matrix import Matrix, count_places, is_stand_in
 from ttfunc.model.memory import memory_of, same_memory
 from ttfunc.rows.deltas import RowSpec
 from ttfunc.rows.token_ids import TokenIndices
-from ttfunc.torch_private import fsdp_manages, outside_of_transforms, transforms_active
+from ttfunc.torch_distributed_private import fsdp_manages
+from ttfunc.torch_private import outside_of_transforms, transforms_active
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place
 from ttfunc.weight.source import Source

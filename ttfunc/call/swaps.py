@@ -17,7 +17,7 @@ from ttfunc.engines.ownership import Kept, engines_at_work, shape_of
 from ttfunc.model.beside import Beside, beside
 from ttfunc.model.held import held_at, held_under, way_to
 from ttfunc.model.matrix import Matrix, is_stand_in
-from ttfunc.torch_private import fsdp_manages, is_dtensor
+from ttfunc.torch_distributed_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place, longer, owned
 from ttfunc.weight.placeholder import Reads
@@ -80,7 +80,7 @@ def _swap_of(
 ) -> Swap:
     """The swap of a matrix; raises ValueError for a stale patch, or a weight of another shape."""
     source = weight.source if is_patch(weight) else None
-    if source is not None and source.rows.by_example:
+    if source is not None and source.rows.by_example():
         check_batch_first(model)
     names = [one for one, _ in matrix.slots]
     ways = [way_to(model, one) for one in names]
@@ -159,7 +159,7 @@ def hiding(swaps: Iterable[Swap]) -> dict[nn.Module, dict[str, Tensor]]:
 def sizes_of(weights: Iterable[Tensor]) -> dict[int, int]:
     """The heights of the matrices that are higher with their new tokens, and what they are then."""
     sources = (weight.source for weight in weights if is_patch(weight))
-    return {len(source.base): source.height for source in sources if source.new_tokens}
+    return {len(source.base): source.height() for source in sources if source.new_tokens()}
 
 
 def _fits(weight: Tensor, held: Tensor, weights: Mapping[str, Tensor]) -> bool:
@@ -177,7 +177,7 @@ def _lengthen_beside(swaps: dict[str, Swap]) -> None:
     made: dict[int, Tensor] = {}  # a tied one goes by several names
     for name, swap in [(name, swap) for name, swap in swaps.items() if is_patch(swap.weight)]:
         source = swap.weight.source  # type: ignore[attr-defined]
-        if not source.new_tokens:
+        if not source.new_tokens():
             continue
         way = next(
             way for way, (one, _) in zip(swap.ways, swap.matrix.slots, strict=True) if one == name
@@ -189,7 +189,7 @@ def _lengthen_beside(swaps: dict[str, Swap]) -> None:
                 continue
             place = _place_beside(one)
             if id(one.tensor) not in made:
-                made[id(one.tensor)] = longer(tensor, one.dimension, source.new_tokens, place)
+                made[id(one.tensor)] = longer(tensor, one.dimension, source.new_tokens(), place)
             weight = made[id(one.tensor)]
             swaps[one.name] = Swap(
                 [one.name],

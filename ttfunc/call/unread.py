@@ -31,7 +31,7 @@ def check_read(model: nn.Module, swaps: Sequence[Swap], kwargs: Mapping[str, Any
     unread: dict[tuple[str, ...], None] = {}
     read = False
     for swap, weight, in_call in _patches(swaps):
-        uses = in_call.source.uses
+        uses = in_call.source.uses()
         for how in uses:
             setattr(weight.source.reads, how, True)
         matrix = weight.source.matrix or swap.matrix
@@ -54,8 +54,8 @@ def check_logits(
     model: nn.Module, swaps: Sequence[Swap], sizes: Mapping[int, int], out: Any, method: Any
 ) -> None:
     """Warn, once for a model, where a call read new tokens and made no logits for them."""
-    grown = [one.source for _, _, one in _patches(swaps) if one.source.new_tokens]
-    uses = set().union(*(source.uses for source in grown))
+    grown = [one.source for _, _, one in _patches(swaps) if one.source.new_tokens()]
+    uses = set().union(*(source.uses() for source in grown))
     if isinstance(out, Tensor):  # hidden states may be as wide as the matrix was high
         widths = sizes.keys() - {source.base.shape[1] for source in grown}
         is_short = out.ndim > 2 and out.is_floating_point() and out.shape[-1] in widths
@@ -64,7 +64,7 @@ def check_logits(
         is_short = isinstance(logits, Tensor) and logits.ndim > 1 and logits.shape[-1] in sizes
     is_silent = is_short or (method == "generate" and uses == {"lookup"})
     # Of a matrix that was not read at all `check_read` has said so.
-    if is_silent and model not in _SILENT and all(source.uses for source in grown):
+    if is_silent and model not in _SILENT and all(source.uses() for source in grown):
         _SILENT.add(model)
         warnings.warn(_silent(model, sizes), stacklevel=_CALLER)
 

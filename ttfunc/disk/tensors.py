@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ttfunc.disk.header import FLOATS
 from ttfunc.rows.shapes import GATHER
-from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
+from ttfunc.torch_distributed_private import is_dtensor
+from ttfunc.torch_private import is_wrapped, outside_of_modes
 
 
 def path_of(given: object, order: str) -> Path:

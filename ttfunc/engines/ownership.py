@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttfunc.torch_private import fsdp_gathered, fsdp_manages, is_dtensor, is_fsdp1
+from ttfunc.torch_distributed_private import fsdp_gathered, fsdp_manages, is_dtensor, is_fsdp1
 
 
 def engines_at_work() -> bool:

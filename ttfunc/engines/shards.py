@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ttfunc.engines.ownership import is_sharded, is_zero3, shape_of
-from ttfunc.torch_private import offset_of_shard
+from ttfunc.torch_distributed_private import offset_of_shard
 
 
 class Shard(Protocol):

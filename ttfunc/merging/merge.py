@@ -15,7 +15,8 @@ from ttfunc.engines.shards import rows_at
 from ttfunc.merging.state_dict import Group, called, groups_of, resized_beside
 from ttfunc.rows.deltas import RowSpec, TokenDeltas, combine
 from ttfunc.rows.token_ids import TokenIndices, with_rows
-from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
+from ttfunc.torch_distributed_private import is_dtensor
+from ttfunc.torch_private import is_wrapped, outside_of_modes
 from ttfunc.weight.dtensor_rows import like, part
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.keys import key
+from ttfunc.torch_private import mark_as_parameter
 
 
 def as_parameter(delta: Tensor, name: str) -> nn.Parameter:
@@ -24,8 +25,12 @@ def as_parameter(delta: Tensor, name: str) -> nn.Parameter:
     if not isinstance(delta, nn.Parameter):
         # nn.Parameter(delta) would be another tensor, with a gradient that the caller's own
         # optimizer never sees. So the class changes, as when torch fills a lazy parameter. (The
-        # flag `_is_param` satisfies nn.Module too, but tools make new parameters by type(p)(...).)
-        delta.__class__ = nn.Parameter
+        # flag that torch gives to other classes satisfies nn.Module too, but tools make new
+        # parameters by type(p)(...).)
+        if type(delta) is Tensor:
+            delta.__class__ = nn.Parameter
+        else:
+            mark_as_parameter(delta)
     return delta.requires_grad_()  # type: ignore[return-value]
 
 

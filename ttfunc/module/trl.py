@@ -87,7 +87,7 @@ def can_fuse(weight: object) -> TypeGuard[PatchedWeight]:
     if not weight.deferred:
         return False
     rows = weight.source.rows
-    return rows.fixed and rows.values.requires_grad and torch.is_grad_enabled()
+    return rows.fixed() and rows.values.requires_grad and torch.is_grad_enabled()
 
 
 def longer_states(hidden: Tensor, weight: PatchedWeight) -> Tensor:

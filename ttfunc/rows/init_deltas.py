@@ -23,7 +23,6 @@ from ttfunc.rows.given import check_dtype, token_indices
 from ttfunc.rows.new_tokens import check_after, check_ends, next_token
 from ttfunc.rows.starts import Init, delta_dtype, start_of_each, start_rows
 from ttfunc.rows.token_ids import TokenIndices
-from ttfunc.torch_private import warn_of_untested
 
 
 def init_deltas(
@@ -86,7 +85,6 @@ def init_deltas(
             is a matrix of its own (once for a model); or an id is the `padding_idx`, whose row gets
             no gradient from a lookup.
     """
-    warn_of_untested()
     refuse_token_module(model, "init_deltas(module.base, ...)")
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ttfunc.rows.deltas import TokenDeltas
-from ttfunc.torch_private import is_dtensor
+from ttfunc.torch_distributed_private import is_dtensor
 
 # For rows that an engine has sharded, as those of a TokenModule in fully_shard.
 GATHER = (

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.torch_private import is_exported, is_traced, outside_of_modes
+from ttfunc.torch_private import autocast_dtype, is_exported, is_traced, outside_of_modes
 
 # The id of a row that is not used. No token has it, not even one that is wrong.
 _NO_TOKEN = torch.iinfo(torch.int64).min
@@ -127,7 +127,6 @@ class IdTensor(NamedTuple):
     size: int
     table: IdTable | None
 
-    @property
     def used(self) -> Tensor:
         """Which rows are used."""
         return self.ids >= 0
@@ -241,9 +240,8 @@ def with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, grown: int = 0) -> Tens
 @contextlib.contextmanager
 def outside_of_autocast(device: torch.device) -> Iterator[None]:
     """Turn autocast off for a copy: it refuses the half-precision dtype that is not its own."""
-    known = torch.amp.is_autocast_available(device.type)  # not on meta
-    if known and torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device) is None:
+        yield
+    else:
         with torch.autocast(device.type, enabled=False):
             yield
-    else:
-        yield

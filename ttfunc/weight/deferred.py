@@ -33,7 +33,7 @@ READS = _HANDLERS.keys()
 class PatchedWeight(Lazy):
     """A `(V, D)` weight with k rows replaced, or the `(D, V)` transpose of one; `patch` makes it.
 
-    `source.uses` is the set of the ways in which it was read: `"lookup"`, `"product"`, `"dense"`.
+    `source.uses()` is the set of the ways in which it was read: `"lookup"`, `"product"`, `"dense"`.
     """
 
     source: Source
@@ -52,10 +52,10 @@ class PatchedWeight(Lazy):
     @property
     def sized(self) -> Tensor:
         """A tensor of its size, with no values."""
-        if not self.source.new_tokens:
+        if not self.source.new_tokens():
             return self.frozen
         base = self.source.base
-        whole = base.new_empty(self.source.height, base.shape[1], device=torch.device("meta"))
+        whole = base.new_empty(self.source.height(), base.shape[1], device=torch.device("meta"))
         return whole.mT if self.transposed else whole
 
     def with_source(self, source: Source) -> PatchedWeight:
@@ -89,7 +89,7 @@ class PatchedWeight(Lazy):
         stale = wants_grad and not source.placeholder.requires_grad
         # Under a transform the placeholder notes reads in the object that it was made with.
         if self.deferred and (stale or transforms_active()):
-            if not (stale or self.source.uses):
+            if not (stale or self.source.uses()):
                 return self
             source = source.over(source.base, source.rows)
         return _wrap(source, self.transposed)

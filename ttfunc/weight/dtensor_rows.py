@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttfunc.rows.token_ids import TokenIndices, with_rows
-from ttfunc.torch_private import is_dtensor, offset_of_shard
+from ttfunc.torch_distributed_private import is_dtensor, offset_of_shard
 from ttfunc.weight.product import cast_like
 from ttfunc.weight.product import product as product_here
 

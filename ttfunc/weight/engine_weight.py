@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ttfunc.engines.ownership import Kept, is_owned, is_zero3, shape_of
 from ttfunc.model.beside import lengthened
-from ttfunc.torch_private import fsdp_manages, is_dtensor
+from ttfunc.torch_distributed_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.lazy import Lazy, lazy
 from ttfunc.weight.matrix_placeholder import matrix_placeholder
@@ -116,14 +116,14 @@ def _not_gathered(place: Place) -> RuntimeError:
 
 
 def _over_ranks(source: Source) -> Rows:
-    if not source.rows.fixed:
+    if not source.rows.fixed():
         raise RuntimeError(
             "a mixed patch on a matrix that is split over ranks (tensor parallelism). Call the "
             "model separately for each adapter's examples."
         )
-    if source.new_tokens:
+    if source.new_tokens():
         raise RuntimeError(
-            f"{source.new_tokens} new tokens for a matrix that is split over ranks (tensor "
+            f"{source.new_tokens()} new tokens for a matrix that is split over ranks (tensor "
             "parallelism), whose logits are split too. Resize the model before it is split: "
             "model.resize_token_embeddings(...)."
         )

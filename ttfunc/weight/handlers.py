@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.torch_private import IS_VIEW, LINEAR, tree_map
+from ttfunc.torch_private import IS_VIEW, LINEAR, LINEAR_CROSS_ENTROPY, tree_map
 from ttfunc.weight.deferred import PatchedWeight, frozen, implements, is_deferred
 from ttfunc.weight.logits import can_defer, defer
 from ttfunc.weight.overrides import einsum_as_product, transposes
@@ -90,7 +90,7 @@ def _is_product(input: Any, weight: Any, bias: Any) -> bool:
     """Whether these are a product's operands; new tokens may be without a bias."""
     if not (is_deferred(weight) and _is_plain(input)):
         return False
-    heights = ((len(weight.source.base),), (weight.source.height,))
+    heights = ((len(weight.source.base),), (weight.source.height(),))
     return bias is None or (_is_plain(bias) and bias.shape in heights)
 
 
@@ -108,7 +108,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return source.rows.product(input, source.base, bias)
 
 
-@implements(F.linear_cross_entropy)
+@implements(*LINEAR_CROSS_ENTROPY)
 def _linear_cross_entropy(
     input: Any,
     linear_weight: Any,
@@ -178,7 +178,7 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     if around is None:
         return NotImplemented
     hidden_term, _, turned_term = around[0].partition("->")
-    if weight.source.rows.by_example and turned_term[0] != hidden_term[0]:
+    if weight.source.rows.by_example() and turned_term[0] != hidden_term[0]:
         return NotImplemented  # the batch would not come first
     weight = weight.transposed_view() if weight.transposed else weight
     return torch.einsum(around[1], _linear(torch.einsum(around[0], hidden), weight))

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.torch_private import GRAD, at_work, is_wrapped, no_torch_function, storage_key
+from ttfunc.torch_private import (
+    GRAD,
+    at_work,
+    autocast_dtype,
+    is_wrapped,
+    no_torch_function,
+    storage_key,
+)
 from ttfunc.weight.logits import DeferredLogits, can_defer, implements
 from ttfunc.weight.loss import cross_entropies
 
@@ -188,8 +195,8 @@ def _cross_entropy(
         losses = losses.reshape(target.shape)
     else:
         losses = losses.sum() / (each.sum() if reduction == "mean" else 1)
-    autocast = torch.is_autocast_enabled(hidden.device.type)  # which has it in float32
-    return losses if autocast else losses.to(input.dtype)
+    # autocast has the loss in float32
+    return losses if autocast_dtype(hidden.device) else losses.to(input.dtype)
 
 
 def _has_labels(input: Any, target: Any) -> bool:

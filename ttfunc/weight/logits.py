@@ -246,7 +246,7 @@ def _kept(values: Tensor, base: Tensor) -> Tensor:
 def can_defer(hidden: Tensor, rows: Rows, bias: Tensor | None) -> bool:
     """Whether a loss of the product can be had without it, as far as one can see beforehand."""
     traced = torch.compiler.is_dynamo_compiling() or is_traced()
-    if traced or hidden.is_meta or not rows.fixed:
+    if traced or hidden.is_meta or not rows.fixed():
         return False
     # The gradient of a bias sums over all positions.
     return not (bias is not None and bias.requires_grad) and first_order(hidden, rows.values)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ttfunc.rows.token_ids import with_rows
+from ttfunc.torch_distributed_private import is_dtensor
 from ttfunc.torch_private import (
     FUNCTIONALIZE,
     at_work,
     in_dual_level,
     in_strict_export,
-    is_dtensor,
     is_traced,
     outside_of_transforms,
     transforms_active,
@@ -28,7 +28,7 @@ def matrix_placeholder(rows: Rows, base: Tensor, reads: Reads, *, whole: bool = 
     Where each example has its own rows, the gradient is refused. A read of the matrix itself is
     noted in `reads`, and refused where no rank has the matrix (not `whole`, or a DTensor).
     """
-    if rows.by_example:
+    if rows.by_example():
         return _mixed(rows, base, reads)
     on_ranks = not whole or is_dtensor(base)
     if not on_ranks and in_strict_export():

@@ -18,6 +18,7 @@ from ttfunc.torch_private import (
     FUNCTIONALIZE,
     JVP,
     at_work,
+    autocast_dtype,
     in_dual_level,
     is_exported,
     keeps_signature,
@@ -184,9 +185,5 @@ def cast_like(values: Tensor, base: Tensor) -> Tensor:
 
 def autocast(operand: Tensor) -> Tensor:
     """Cast as autocast does for `F.linear`, before the Function, so that its backward agrees."""
-    device = operand.device.type
-    if not torch.amp.is_autocast_available(device):  # meta
-        return operand
-    if not torch.is_autocast_enabled(device) or operand.dtype == torch.float64:
-        return operand
-    return operand.to(torch.get_autocast_dtype(device))
+    dtype = autocast_dtype(operand.device)
+    return operand if dtype is None or operand.dtype == torch.float64 else operand.to(dtype)

@@ -23,7 +23,8 @@ from ttfunc.rows.token_ids import (
     id_tensor,
     with_rows,
 )
-from ttfunc.torch_private import is_dtensor, is_exported, transforms_active
+from ttfunc.torch_distributed_private import is_dtensor
+from ttfunc.torch_private import is_exported, transforms_active
 from ttfunc.weight import dtensor_rows
 from ttfunc.weight.product import autocast, base_product, cast_like, lengthened, product
 
@@ -40,15 +41,13 @@ class Rows(NamedTuple):
     values: Tensor
     ids: TokenIndices | IdTensor
 
-    @property
     def by_example(self) -> bool:
         """Whether each example of a batch has its own rows; the first dimension is the batch."""
         return self.values.ndim == 3
 
-    @property
     def fixed(self) -> bool:
         """Whether the ids are known before a call, and all examples share the rows."""
-        return isinstance(self.ids, TokenIndices) and not self.by_example
+        return isinstance(self.ids, TokenIndices) and not self.by_example()
 
     def height(self, base: Tensor) -> int:
         """How many rows the matrix has: the base's, and those of new tokens."""
@@ -70,17 +69,17 @@ class Rows(NamedTuple):
                 [0., 0.]])
         """
         if is_dtensor(base):
-            return dtensor_rows.lookup(self.values, self._fixed_ids, tokens, base, padding_idx)
-        if self.by_example:
+            return dtensor_rows.lookup(self.values, self._fixed_ids(), tokens, base, padding_idx)
+        if self.by_example():
             _check_examples(self.values.shape[0], tokens, least=2)
         hit, row = self.ids.find(tokens, base.device)
         rows, padding_row = cast_like(self.values, base), None
-        if padding_idx is not None and self.fixed:
-            padding_row = self._fixed_ids.row_of(padding_idx % len(base))
+        if padding_idx is not None and self.fixed():
+            padding_row = self._fixed_ids().row_of(padding_idx % len(base))
         elif padding_idx is not None:
             is_padding = self.places(base)[1] == padding_idx % len(base)
             rows = torch.where(is_padding.unsqueeze(-1), rows.detach(), rows)
-        if self.by_example:
+        if self.by_example():
             count, k, _ = rows.shape
             first = k * torch.arange(count, device=row.device)
             row, rows = row + beside(first, row.ndim), rows.flatten(0, 1)
@@ -95,13 +94,13 @@ class Rows(NamedTuple):
         `Y = H Wᵀ`, then `Y[:, S] = H Rᵀ`. Differentiable with respect to all but `base`.
         """
         if is_dtensor(base):
-            return dtensor_rows.product(self.values, self._fixed_ids, hidden, base, bias)
-        if self.fixed:
-            return product(hidden, base, self.values, bias, self._fixed_ids)
+            return dtensor_rows.product(self.values, self._fixed_ids(), hidden, base, bias)
+        if self.fixed():
+            return product(hidden, base, self.values, bias, self._fixed_ids())
         height, rows = self.height(base), autocast(cast_like(self.values, base))
         hidden, base = autocast(hidden), autocast(base)
         used, columns = self.places(base)
-        if self.by_example:
+        if self.by_example():
             _check_examples(self.values.shape[0], hidden, least=3)
             replaced = hidden.flatten(1, -2) @ rows.mT
             replaced = replaced.view(*hidden.shape[:-1], rows.shape[1])
@@ -120,7 +119,7 @@ class Rows(NamedTuple):
     def materialise(self, base: Tensor) -> Tensor:
         """The matrix itself. Raises RuntimeError where each example has its own."""
         if is_dtensor(base):
-            return dtensor_rows.materialise(self.values, self._fixed_ids, base)
+            return dtensor_rows.materialise(self.values, self._fixed_ids(), base)
         rows, columns = self.written(base)
         return with_rows(base, columns, rows, self.new_tokens(base))
 
@@ -131,11 +130,11 @@ class Rows(NamedTuple):
         """
         if is_dtensor(base):
             raise _on_some_ranks(start, stop)
-        if self.by_example:
+        if self.by_example():
             raise not_mixed()
-        if not self.fixed:
+        if not self.fixed():
             return self.lookup(torch.arange(start, stop, device=base.device), base)
-        here, ids = self._fixed_ids.within(start, stop)
+        here, ids = self._fixed_ids().within(start, stop)
         return Rows(self.values[here], ids).materialise(base[start:stop])
 
     def map(self, func: Callable[[Tensor], Tensor]) -> Rows:
@@ -144,16 +143,15 @@ class Rows(NamedTuple):
 
     def part(self, base: Tensor) -> Rows:
         """The rows in this rank's part of a matrix that is split over ranks."""
-        return Rows(*dtensor_rows.part(self.values, self._fixed_ids, base))
+        return Rows(*dtensor_rows.part(self.values, self._fixed_ids(), base))
 
-    @property
     def _fixed_ids(self) -> TokenIndices:
         return cast(TokenIndices, self.ids)
 
     def places(self, base: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows are used, and the column of the logits for each; no two are alike."""
         if not isinstance(self.ids, TokenIndices):
-            return self.ids.used, self.ids.columns
+            return self.ids.used(), self.ids.columns
         ids = self.ids.on(base.device).ids.expand(self.values.shape[:-1])
         return torch.ones_like(ids, dtype=torch.bool), ids
 
@@ -162,11 +160,11 @@ class Rows(NamedTuple):
 
         In the place of an unused row that is what the base has there.
         """
-        if self.by_example:
+        if self.by_example():
             raise not_mixed()
         rows = cast_like(self.values, base)
-        if self.fixed:
-            return rows, self._fixed_ids.on(base.device).ids
+        if self.fixed():
+            return rows, self._fixed_ids().on(base.device).ids
         used, columns = self.places(base)
         there = base[torch.where(used, 0, columns)]
         return torch.where(used.unsqueeze(-1), rows, there), columns
@@ -180,7 +178,7 @@ def rows_at(values: Tensor, ids: Tensor, height: int) -> Rows:
     could be NaN.
     """
     tensor = id_tensor(first_of_each(ids, height), height)
-    return Rows(torch.where(tensor.used.unsqueeze(-1), values, 0), tensor)
+    return Rows(torch.where(tensor.used().unsqueeze(-1), values, 0), tensor)
 
 
 def _check_examples(count: int, given: Tensor, least: int) -> None:

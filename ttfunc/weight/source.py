@@ -30,7 +30,6 @@ class Copied(NamedTuple):
     versions: tuple[int | None, ...]
     values: tuple[Tensor, ...]
 
-    @property
     def written(self) -> bool:
         """Whether one was written to since, as far as its version or its values tell.
 
@@ -70,17 +69,14 @@ class Source(NamedTuple):
         placeholder = matrix_placeholder(rows, base, self.reads)
         return self._replace(base=base, rows=rows, placeholder=placeholder)
 
-    @property
     def height(self) -> int:
         """How many rows the matrix has, with new tokens."""
         return self.rows.height(self.base)
 
-    @property
     def new_tokens(self) -> int:
         """How many rows it has more than its base."""
         return self.rows.new_tokens(self.base)
 
-    @property
     def uses(self) -> set[str]:
         """The ways in which it was read: `"lookup"`, `"product"`, `"dense"`."""
         return {how for how, read in vars(self.reads).items() if read is True}
@@ -92,7 +88,7 @@ class Source(NamedTuple):
         by the backward of a call (of an autograd.Function, of a checkpoint) if the rows have been.
         """
         if not torch.compiler.is_dynamo_compiling():  # Dynamo does not trace versions
-            if any(one.written for one in self.made_from):
+            if any(one.written() for one in self.made_from):
                 raise _stale()
             since = self.reads.version
             if since is not None and version_of(self.rows.values) != since and in_backward():
