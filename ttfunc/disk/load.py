@@ -19,8 +19,7 @@ from ttfunc.model.given import check_model
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.names import advice, matrix_named, names_of
 from ttfunc.model.origin import origin_of
-from ttfunc.rows.deltas import RowSpec, TokenDeltas
-from ttfunc.rows.ends import warn_of_half
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, warn_of_half
 from ttfunc.rows.given import token_indices
 from ttfunc.rows.new_tokens import check_after, check_ends, next_token, numbered_on
 from ttfunc.rows.renaming import renamed
@@ -77,7 +76,7 @@ def load(
     own = of_trainer(path, model, names)
     params = _called(read(path), model, names, path) if own is None else own
     if own is not None:
-        warn_of_half(model, own.specs.values())
+        warn_of_half(model, own)
     deltas, specs = {}, {}
     told, grown = [], []
     for name, spec in params.specs.items():

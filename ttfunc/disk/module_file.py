@@ -18,7 +18,7 @@ from ttfunc.engines.shards import rows_or_zeros
 from ttfunc.model.names import check_names, matrix_named
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.given import token_indices
-from ttfunc.rows.keys import key, name_in
+from ttfunc.rows.renaming import key, name_in
 
 KEY = "ttfunc"  # of the metadata in files of ttfunc's own
 FILE = "model.safetensors"  # in the folder of a checkpoint

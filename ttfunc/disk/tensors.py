@@ -17,8 +17,7 @@ from ttfunc.disk.header import FLOATS
 from ttfunc.engines.shards import rows_at
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.origin import Origin, is_other
-from ttfunc.rows.deltas import RowSpec
-from ttfunc.rows.shapes import GATHER
+from ttfunc.rows.deltas import GATHER, RowSpec
 from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
 
 

@@ -17,8 +17,7 @@ from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import count_places, matrices_of
 from ttfunc.model.targets import Targets, find_targets
 from ttfunc.own_names import OwnNames
-from ttfunc.rows.deltas import TokenDeltas, check_type
-from ttfunc.rows.shapes import check_shapes
+from ttfunc.rows.deltas import TokenDeltas, check_shapes, check_type
 from ttfunc.weight.deferred import patched
 from ttfunc.weight.rows import rows_at
 

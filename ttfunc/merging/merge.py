@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ttfunc.engines.shards import rows_at
 from ttfunc.merging.state_dict import Group, biases_of, called, groups_of, of_height
-from ttfunc.rows.deltas import RowSpec, TokenDeltas, combine
+from ttfunc.rows.deltas import RowSpec, TokenDeltas
 from ttfunc.rows.new_tokens import shape_in_weights
+from ttfunc.rows.several import combine
 from ttfunc.rows.token_ids import TokenIndices, with_rows
 from ttfunc.torch_private import is_dtensor, is_wrapped, outside_of_modes
 from ttfunc.weight.dtensor_rows import like, part

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ttfunc.rows.deltas import RowSpec
-from ttfunc.rows.keys import key
+from ttfunc.rows.renaming import key
 
 
 def as_parameter(delta: Tensor, name: str) -> nn.Parameter:

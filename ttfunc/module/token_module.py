@@ -21,7 +21,7 @@ from ttfunc.module.sizes import Sizes, own
 from ttfunc.module.state import as_parameter, check_trained, faults, modes_after, trainable
 from ttfunc.own_names import OwnNames
 from ttfunc.rows.deltas import TokenDeltas
-from ttfunc.rows.keys import key
+from ttfunc.rows.renaming import key
 
 # What is set on a TokenModule stays there, but for what the model's own code reads on the model.
 _READ_BY_BASE = frozenset({"config", "generation_config", "loss_function"})

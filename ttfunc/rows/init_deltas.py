@@ -16,8 +16,7 @@ from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix, matrix_of
 from ttfunc.model.origin import origin_of
 from ttfunc.model.targets import Targets, both_ends, check_ties_kept, find_targets
-from ttfunc.rows.deltas import RowSpec, TokenDeltas
-from ttfunc.rows.ends import warn_of_half
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, warn_of_half
 from ttfunc.rows.given import check_dtype, token_indices
 from ttfunc.rows.new_tokens import check_after, check_ends, next_token
 from ttfunc.rows.starts import Init, delta_dtype, start_of_each, start_rows
@@ -112,7 +111,7 @@ def init_deltas(
         specs[name] = RowSpec(matrix.names, matrix.shape, indices, originals, matrix, origin)
     params = TokenDeltas(deltas, specs)
     if targets is None and not isinstance(idx, Mapping):
-        warn_of_half(model, specs.values())
+        warn_of_half(model, params)
     return params
 
 
