@@ -70,10 +70,10 @@ from ttfunc.module.token_module import TokenModule
 from ttfunc.peft.as_lora import save_as_lora
 from ttfunc.peft.load_peft import load_peft
 from ttfunc.peft.save_peft import save_peft
-from ttfunc.rows.deltas import TokenDeltas, combine
+from ttfunc.rows.deltas import TokenDeltas
 from ttfunc.rows.init_deltas import init_deltas
 from ttfunc.rows.mean_of_pieces import mean_of_pieces
-from ttfunc.rows.stack import stack
+from ttfunc.rows.several import combine, stack
 from ttfunc.rows.summary import Summary, summary
 from ttfunc.weight.deferred import PatchedWeight
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers.models import loss_of, make, tokens
-from ttfunc import functional_call, init_deltas, patch, patch_mixed, stack
-from ttfunc.rows.given import check_apart, token_indices
+from ttfunc import combine, functional_call, init_deltas, patch, patch_mixed, stack
+from ttfunc.rows.given import token_indices
 from ttfunc.rows.token_ids import TokenIndices, first_of_each, found_among, id_tensor, union
 
 CPU = torch.device("cpu")
@@ -143,14 +144,17 @@ def test_indices_compare_by_content(a: list[int], b: list[int]):
 
 @given(a=distinct, b=distinct)
 def test_an_id_in_both_is_refused_and_new_ids_are_told_to_follow_on(a: list[int], b: list[int]):
-    one, other = TokenIndices(tuple(a)), TokenIndices(tuple(b))
-    both = sorted(set(a) & set(b))
-    if not both:
-        check_apart(one, other, "w", 0)
+    model = nn.Embedding(100, 1)
+    one, other = init_deltas(model, a), init_deltas(model, b)
+    if {*a}.isdisjoint(b):
+        assert combine(one, other).token_indices["weight"].tolist() == a + b
         return
-    for height, way in ((both[0], "after=first"), (both[0] + 1, "drop the overlap")):
-        with pytest.raises(ValueError, match=f"are in more than one of .* for 'w': .*{way}"):
-            check_apart(one, other, "w", height)
+    match = "are in more than one of .* for 'weight': .*drop the overlap"
+    with pytest.raises(ValueError, match=match):
+        combine(one, other)
+    new = init_deltas(model, [100], grow=True)
+    with pytest.raises(ValueError, match="are in more than one of .* for 'weight': .*after=first"):
+        combine(new, new)
 
 
 def test_a_table_made_in_another_mode_serves_every_call():

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ttfunc.call.stale import matrix_of_rows
 from ttfunc.engines.ownership import is_sharded, unreadable
-from ttfunc.rows.deltas import TokenDeltas, check_type, combine
+from ttfunc.rows.deltas import TokenDeltas, check_shapes, check_type
 from ttfunc.rows.new_tokens import check_complete
-from ttfunc.rows.shapes import check_shapes
+from ttfunc.rows.several import combine
 from ttfunc.weight.deferred import patched
 from ttfunc.weight.rows import Rows
 

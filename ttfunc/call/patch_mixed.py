@@ -14,7 +14,7 @@ from ttfunc.call.stale import matrix_of_rows
 from ttfunc.engines.ownership import unreadable
 from ttfunc.rows.deltas import TokenDeltas
 from ttfunc.rows.new_tokens import check_complete
-from ttfunc.rows.stack import aligned, no_adapters
+from ttfunc.rows.several import aligned, no_adapters
 from ttfunc.rows.token_ids import id_tensor, outside_of_autocast
 from ttfunc.weight.deferred import patched
 from ttfunc.weight.product import cast_like

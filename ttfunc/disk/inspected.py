@@ -14,7 +14,7 @@ from ttfunc.disk.rows_file import is_of_module
 from ttfunc.disk.tensors import differing, opened, tensor_of
 from ttfunc.model.names import through_wrappers
 from ttfunc.rows.inspecting import Base, Inspected
-from ttfunc.rows.keys import key, name_in
+from ttfunc.rows.renaming import key, name_in
 
 _MOST = 10_000  # rows that differ; a model that was trained whole has more
 

@@ -16,11 +16,9 @@ from ttfunc.disk.tensors import opened, path_of, prefix_errors, tensor_of
 from ttfunc.model.given import check_model
 from ttfunc.model.held import names_of
 from ttfunc.model.names import advice, check_names, matrix_named
-from ttfunc.rows.deltas import RowSpec, TokenDeltas
-from ttfunc.rows.ends import warn_of_half
-from ttfunc.rows.keys import key, name_in
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, warn_of_half
 from ttfunc.rows.new_tokens import check_after
-from ttfunc.rows.renaming import renamed
+from ttfunc.rows.renaming import key, name_in, renamed
 
 
 def load(
@@ -74,7 +72,7 @@ def load(
     if params is None:
         params = _called(read(path), model, names, path)
     else:
-        warn_of_half(model, params.specs.values())
+        warn_of_half(model, params)
     return put_on(model, params, path, after=after, requires_grad=requires_grad)
 
 

@@ -33,7 +33,7 @@ from ttfunc.disk.tensors import (
 from ttfunc.model.origin import Origin, Sample
 from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type
 from ttfunc.rows.given import token_indices
-from ttfunc.rows.keys import name_in
+from ttfunc.rows.renaming import name_in
 
 KEY = "ttfunc"  # of the metadata
 FILE = "model.safetensors"  # in the folder of a checkpoint that a trainer wrote

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ttfunc.disk.header import FLOATS
-from ttfunc.rows.shapes import GATHER
+from ttfunc.rows.deltas import GATHER
 from ttfunc.torch_distributed_private import is_dtensor
 from ttfunc.torch_private import is_wrapped, outside_of_modes
 

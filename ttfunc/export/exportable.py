@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from ttfunc.call.functional_call import functional_call
 from ttfunc.call.patch_mixed import adapter_numbers
-from ttfunc.export.checks import check_assignment, check_rows_and_ids
+from ttfunc.export.checks import check_assignment, check_rows
 from ttfunc.model.given import refuse_token_module
-from ttfunc.model.matrix import count_places, matrices_of
+from ttfunc.model.matrix import Matrix, count_places, matrices_of
 from ttfunc.model.targets import Targets, find_targets
 from ttfunc.own_names import OwnNames
-from ttfunc.rows.deltas import TokenDeltas, check_type
-from ttfunc.rows.shapes import check_shapes
+from ttfunc.rows.deltas import TokenDeltas, check_shapes, check_type
 from ttfunc.weight.deferred import patched
 from ttfunc.weight.rows import rows_at
 
@@ -105,12 +104,12 @@ class Exportable(nn.Module, metaclass=OwnNames):
 
     def forward(self, rows: Each, ids: Each, *args: Any, **kwargs: Any) -> Any:
         """Call the model with these rows, `args` and `kwargs`; wrong inputs raise as in `check`."""
-        own, args = args[: self.assignment], args[self.assignment :]
+        assignment, args = args[: self.assignment], args[self.assignment :]
+        self.check(rows, ids, *assignment)
         weights: dict[str, Tensor] = {}
-        for name, values, tokens in self._checked(rows, ids, *own):
+        for matrix, values, tokens in self._each(rows, ids):
             if self.assignment:
-                values, tokens = _of_each_example(values, tokens, *own)
-            matrix = self.matrices[name]
+                values, tokens = _of_each_example(values, tokens, *assignment)
             base = matrix.current.detach()
             patch = rows_at(values.to(base.device), tokens.to(base.device), len(base))
             weight = patched(base, patch, matrix, dense=False)
@@ -148,24 +147,25 @@ class Exportable(nn.Module, metaclass=OwnNames):
         mixed = assignment is not None
         if mixed is not self.assignment or (adapters is not None and not mixed):
             raise TypeError(_OF_MIXED if self.assignment else _OF_ONE)
-        several = mixed and not isinstance(params, TokenDeltas)
-        given: list[Any] = list(params) if several else [params]
+        given: list[Any] = [params]
+        if mixed and not isinstance(params, TokenDeltas):
+            given = list(params)
         count = len(given) if adapters is None else adapters
         if not 0 < len(given) <= count:
             raise ValueError(f"give 1 to {count} adapters (adapters={count}), got {len(given)}.")
         for one in given:
             self._check_params(one, rows)
         values, ids = {}, {}
-        for name in self.matrices:
-            each = zip(*(self._filled(one, name, rows) for one in given), strict=True)
-            some, tokens = (torch.stack(one) for one in each)
+        for name, matrix in self.matrices.items():
+            each = zip(*(_padded(one, matrix, rows) for one in given), strict=True)
+            some, tokens = map(torch.stack, each)
             values[name] = F.pad(some, (0, 0, 0, 0, 0, count - len(given)))
             ids[name] = F.pad(tokens, (0, 0, 0, count - len(given)), value=-1)
         if assignment is None:
-            return tuple(self._in_one({n: one[0] for n, one in x.items()}) for x in (values, ids))
+            return tuple(_alone({n: one[0] for n, one in x.items()}) for x in (values, ids))
         numbers = adapter_numbers(assignment, len(given))
         plain = [-1 if number == len(given) else number for number in numbers]
-        return self._in_one(values), self._in_one(ids), tokens.new_tensor(plain)
+        return _alone(values), _alone(ids), tokens.new_tensor(plain)
 
     def check(self, rows: Each, ids: Each, assignment: object = None) -> None:
         """Raise unless a program takes these inputs. An exported program itself checks nothing.
@@ -181,21 +181,17 @@ class Exportable(nn.Module, metaclass=OwnNames):
             ValueError: another shape; a repeated id.
             IndexError: an id that is no token; an adapter that is not there.
         """
-        self._checked(rows, ids, assignment)
-
-    def _checked(
-        self, rows: Each, ids: Each, assignment: object = None
-    ) -> list[tuple[str, Tensor, Tensor]]:
-        """Each matrix with its rows and its ids."""
-        each = list(zip(self.matrices, self._in_order(rows), self._in_order(ids), strict=True))
-        for name, values, tokens in each:
-            shape = self.matrices[name].tensor.shape
-            check_rows_and_ids(name, shape, values, tokens, self.assignment)
+        each = list(self._each(rows, ids))
+        for matrix, values, tokens in each:
+            check_rows(matrix, values, tokens, self.assignment)
         if self.assignment:
-            check_assignment(assignment, {name: tokens.shape[0] for name, _, tokens in each})
+            check_assignment(assignment, {m.names[0]: one.shape[0] for m, _, one in each})
         elif assignment is not None:
             raise TypeError(_OF_ONE)
-        return each
+
+    def _each(self, rows: Each, ids: Each) -> Iterable[tuple[Matrix, Tensor, Tensor]]:
+        """Each matrix with its rows and its ids."""
+        return zip(self.matrices.values(), self._in_order(rows), self._in_order(ids), strict=True)
 
     def _in_order(self, given: Each) -> list[Tensor]:
         if len(self.matrices) == 1 and isinstance(given, Tensor):
@@ -207,20 +203,6 @@ class Exportable(nn.Module, metaclass=OwnNames):
                 "tensor for each of these names, or one tensor where there is one name."
             )
         return [given[name] for name in self.matrices]
-
-    def _in_one(self, each: dict[str, Tensor]) -> Any:
-        return each if len(each) > 1 else each.popitem()[1]
-
-    def _filled(self, params: TokenDeltas, name: str, count: int) -> tuple[Tensor, Tensor]:
-        """`(count, D)` rows of a matrix and their `(count,)` ids, those that are missing unused."""
-        base = self.matrices[name].tensor
-        key = next((key for key in params.specs if key in self.matrices[name].names), None)
-        if key is None:
-            rows, ids = base.new_zeros(0, base.shape[1]), torch.empty(0, dtype=torch.int64)
-        else:
-            rows, ids = params.deltas[key].detach(), params.token_indices[key]
-        more = count - len(ids)
-        return F.pad(rows, (0, 0, 0, more)), F.pad(ids.to(rows.device), (0, more), value=-1)
 
     def __dir__(self) -> list[str]:
         names = {*super().__dir__(), *object.__dir__(self)}  # type: ignore[no-untyped-call]
@@ -238,16 +220,15 @@ class Exportable(nn.Module, metaclass=OwnNames):
         check_type(params)
         check_shapes(params)
         for name, matrix in self.matrices.items():
-            held = [tensor for _, tensor in matrix.slots]
-            if count_places(self.model, held) != len(held):
+            tensors = [tensor for _, tensor in matrix.slots]
+            if count_places(self.model, tensors) != len(tensors):
                 raise ValueError(
                     f"{name!r} was tied or replaced since the program was made. Make "
                     f"{type(self).__name__}(model) anew."
                 )
-        known = {name: matrix for matrix in self.matrices.values() for name in matrix.names}
+        shapes = {name: one.shape for one in self.matrices.values() for name in one.names}
         for key, spec in params.specs.items():
-            if key not in known or tuple(known[key].tensor.shape) != spec.shape:
-                shapes = {name: tuple(m.tensor.shape) for name, m in self.matrices.items()}
+            if shapes.get(key) != spec.shape:
                 raise ValueError(
                     f"params have rows of {key!r} {spec.shape}, and the program has {shapes}. Make "
                     "the program with these targets, of the model that the rows belong to."
@@ -263,6 +244,20 @@ class Exportable(nn.Module, metaclass=OwnNames):
                     f"params have {len(spec.indices)} of the {spec.shape[0]} rows of {key!r}, and "
                     f"rows={count}. Make the program for as many as any adapter has."
                 )
+
+
+def _alone(each: dict[str, Tensor]) -> Any:
+    """The tensor of a model with one matrix; a dict of several."""
+    return each if len(each) > 1 else each.popitem()[1]
+
+
+def _padded(params: TokenDeltas, matrix: Matrix, count: int) -> tuple[Tensor, Tensor]:
+    """`(count, D)` rows of a matrix and their `(count,)` ids; -1 for the rows that are missing."""
+    rows, ids = matrix.tensor.new_zeros(0, matrix.shape[1]), torch.empty(0, dtype=torch.int64)
+    for key in params.deltas.keys() & set(matrix.names):
+        rows, ids = params.deltas[key].detach(), params.token_indices[key]
+    more = count - len(ids)
+    return F.pad(rows, (0, 0, 0, more)), F.pad(ids.to(rows.device), (0, more), value=-1)
 
 
 def _of_each_example(rows: Tensor, ids: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:

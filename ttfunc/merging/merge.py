@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ttfunc.engines.shards import rows_at
 from ttfunc.merging.state_dict import Group, called, groups_of, resized_beside
-from ttfunc.rows.deltas import RowSpec, TokenDeltas, combine
+from ttfunc.rows.deltas import RowSpec, TokenDeltas
+from ttfunc.rows.several import combine
 from ttfunc.rows.token_ids import TokenIndices, with_rows
 from ttfunc.torch_distributed_private import is_dtensor
 from ttfunc.torch_private import is_wrapped, outside_of_modes

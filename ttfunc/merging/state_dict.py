@@ -12,10 +12,9 @@ from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import holds_floats
 from ttfunc.model.memory import same_memory
 from ttfunc.model.names import advice, through_wrappers
-from ttfunc.rows.deltas import RowSpec, TokenDeltas
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_shapes
 from ttfunc.rows.new_tokens import shape_in_weights
 from ttfunc.rows.renaming import apart_among, renamed
-from ttfunc.rows.shapes import check_shapes
 
 
 class Group(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
-from ttfunc.rows.keys import key
+from ttfunc.rows.renaming import key
 from ttfunc.torch_private import mark_as_parameter
 
 

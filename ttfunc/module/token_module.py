@@ -30,7 +30,7 @@ from ttfunc.module.state import (
 from ttfunc.module.trl import fused_call
 from ttfunc.own_names import OwnNames
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
-from ttfunc.rows.keys import key
+from ttfunc.rows.renaming import key
 
 # What is set on a TokenModule stays there, but for what the model's own code reads on the model.
 _READ_BY_BASE = frozenset({"config", "generation_config", "loss_function"})

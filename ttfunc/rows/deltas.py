@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+import warnings
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, cast
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ttfunc.model.both_ends import head_apart
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_bits
 from ttfunc.model.origin import Origin
-from ttfunc.rows.ends import told_half
-from ttfunc.rows.given import check_apart
-from ttfunc.rows.token_ids import TokenIndices, union
+from ttfunc.rows.token_ids import TokenIndices
+from ttfunc.torch_distributed_private import is_dtensor
 from ttfunc.torch_private import OPTREE_GLOBAL, outside_of_modes, torch_pytree
 
 
@@ -78,7 +79,7 @@ class RowSpec:
         )
 
     def same_originals(self, a: Tensor, b: Tensor) -> bool:
-        """Whether two `(k, D)` have the same bits, but for new tokens."""
+        """Whether two `(k, D)` originals have the same bits, but for new tokens."""
         with outside_of_modes():
             return same_bits(a, b) or same_bits(self.known(a)[1], self.known(b)[1])
 
@@ -156,35 +157,34 @@ class TokenDeltas:
         raise AttributeError(f"TokenDeltas has no attribute {name!r}.{hint}")
 
     def __repr__(self) -> str:
-        each = self.specs.values()
-        parts = [f"{' = '.join(s.names)}: {s.counted} rows{told_half(s, each)}" for s in each]
+        parts = [
+            f"{' = '.join(spec.names)}: {spec.counted} rows{self.half_in_words(spec)}"
+            for spec in self.specs.values()
+        ]
         return f"TokenDeltas({'; '.join(parts)})"
+
+    def half(self, spec: RowSpec) -> tuple[str, str, str | None] | None:
+        """The input embedding, the head and its target, where a spec is of the former alone.
+
+        None where the head has rows too, where the two ends are tied, and where the model names no
+        head or is gone.
+        """
+        model = None if spec.matrix is None else spec.matrix.model()
+        found = None if model is None else head_apart(model, spec.names, max(spec.indices.ids))
+        names = [name for one in self.specs.values() for name in one.names]
+        has_head = found and any(name.startswith(f"{found[1]}.") for name in names)
+        return None if has_head else found
+
+    def half_in_words(self, spec: RowSpec) -> str:
+        """What to add about a spec of the input embedding alone; nothing for another."""
+        if not (found := self.half(spec)):
+            return ""
+        embedding, head, target = found
+        both = f"; targets={[embedding, target]} trains both" if target else ""
+        return f" (of the input alone, not of the head {head}{both})"
 
 
 _ORDER = "patch(params), merge(state_dict, params), summary(model, params)"
-
-
-def combine(*params: TokenDeltas) -> TokenDeltas:
-    """Put the rows of several TokenDeltas of one model into one, in their order.
-
-    Deltas over the same matrix are concatenated to `(k1 + k2 + …, D)`.
-
-    Args:
-        params: at least one TokenDeltas. None of them is changed.
-
-    Returns:
-        A new TokenDeltas.
-
-    Raises:
-        ValueError: none given; a token in more than one of them; one name for matrices of different
-            models.
-        TypeError: anything but a TokenDeltas.
-    """
-    if not params:
-        raise ValueError("combine() got no parameters: give at least one TokenDeltas.")
-    for given in params:
-        check_type(given)
-    return functools.reduce(_union, params)
 
 
 def check_type(params: object, order: str = _ORDER) -> None:
@@ -197,55 +197,52 @@ def check_type(params: object, order: str = _ORDER) -> None:
         )
 
 
-def _union(a: TokenDeltas, b: TokenDeltas) -> TokenDeltas:
-    deltas, specs = {**a.deltas, **b.deltas}, {**a.specs, **b.specs}
-    check_one_model([a, b])
-    for name in [name for name in a.specs if name in b.specs]:
-        specs[name] = _joined_rows(a.specs[name], b.specs[name])
-        deltas[name] = _joined(a.deltas[name], b.deltas[name], name)
-    return TokenDeltas(deltas, specs)
+# For rows that an engine has sharded, as those of a TokenModule in fully_shard.
+GATHER = (
+    "Gather the rows first, on all ranks: "
+    "optree.tree_map(lambda row: row.detach().full_tensor(), params)."
+)
 
 
-def check_one_model(params: Sequence[TokenDeltas]) -> None:
-    """Raise ValueError where a name stands for matrices of different models."""
-    first: dict[str, RowSpec] = {}
-    for spec in (spec for given in params for spec in given.specs.values()):
-        for name in spec.names:
-            other = first.setdefault(name, spec)
-            same = (spec.names, spec.shape) == (other.names, other.shape)
-            if not same or _other_model(spec.matrix, other.matrix):
-                raise ValueError(
-                    f"{name!r} belongs to the matrix {other.names} of shape {other.shape} in one "
-                    f"of the parameters, and to {spec.names} of shape {spec.shape} in another: "
-                    "they were made from different models, or the model was tied in between. Make "
-                    "all with init_deltas on the same model."
-                )
+def check_shapes(params: TokenDeltas) -> None:
+    """Raise where a delta is not one `(k, D)` float tensor: ValueError, or TypeError."""
+    for name, delta in params.deltas.items():
+        spec = params.specs[name]
+        expected = (len(spec.indices), spec.shape[1])
+        if not isinstance(delta, Tensor) or not delta.is_floating_point():
+            what = delta.dtype if isinstance(delta, Tensor) else type(delta).__name__
+            raise TypeError(f"the delta of {name!r} is {what}: a floating-point tensor is needed.")
+        if is_dtensor(delta):
+            raise TypeError(f"the delta of {name!r} is in parts on several ranks. {GATHER}")
+        if tuple(delta.shape) != expected:
+            raise ValueError(
+                f"the delta of {name!r} has shape {tuple(delta.shape)}, and {expected} is needed: "
+                "a row for each token index. For a leading axis of adapters use torch.vmap."
+            )
 
 
-def _joined(a: Tensor, b: Tensor, name: str) -> Tensor:
-    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
-        raise ValueError(
-            f"the deltas for {name!r} have shapes {tuple(a.shape)} and {tuple(b.shape)}: only "
-            "their numbers of rows may differ. Stack both, or neither."
-        )
-    return torch.cat([a, b], dim=-2)
+# Models that were warned of a head whose rows are not trained.
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _joined_rows(a: RowSpec, b: RowSpec) -> RowSpec:
-    check_apart(a.indices, b.indices, a.names[0], a.shape[0])
-    with outside_of_modes():
-        originals = torch.cat([a.originals, b.originals.to(a.originals.device)])
-    return replace(
-        a,
-        indices=union((a.indices, b.indices)),
-        originals=originals,
-        matrix=a.matrix or b.matrix,
-        origin=a.origin.joined(b.origin),
+def warn_of_half(model: nn.Module, params: TokenDeltas) -> None:
+    """Warn, once for a model, where its head is not trained with the input embedding."""
+    found = next(filter(None, map(params.half, params.specs.values())), None)
+    if found is None or model in _warned:
+        return
+    _warned.add(model)
+    embedding, head, target = found
+    way = (
+        f"For both give targets={[embedding, target]}"
+        if target
+        else "The head has no rows that can be trained"
     )
-
-
-def _other_model(a: Matrix | None, b: Matrix | None) -> bool:
-    return a is not None and b is not None and a.tensor is not b.tensor
+    warnings.warn(
+        f"rows of {embedding!r} alone are trained: the head {head!r} of {type(model).__name__} is "
+        f"not tied to it, so the model learns to read these tokens and not to say them. {way}; "
+        f"where the input alone is meant, targets={embedding!r} says so.",
+        stacklevel=3,
+    )
 
 
 def _flatten(params: TokenDeltas) -> tuple[list[Tensor], Any]:
@@ -261,19 +258,13 @@ def _unflatten(context: Any, leaves: Iterable[Any]) -> TokenDeltas:
 
 def _flatten_with_keys(params: TokenDeltas) -> tuple[list[tuple[Any, Tensor]], Any]:
     leaves, context = _flatten(params)
-    keys: list[Any] = [torch_pytree.MappingKey(name) for name in context[0]]
-    return list(zip(keys, leaves, strict=True)), context
-
-
-def _optree_flatten(params: Any) -> tuple[list[Tensor], Any, tuple[str, ...]]:
-    leaves, context = _flatten(params)
-    return leaves, context, context[0]
+    return list(zip(map(torch_pytree.MappingKey, context[0]), leaves, strict=True)), context
 
 
 # optree's annotations ask for a Collection; its code takes any class.
 optree.register_pytree_node(
     cast("Any", TokenDeltas),
-    _optree_flatten,
+    cast("Any", lambda params: (*(flat := _flatten(params)), flat[1][0])),
     cast("Any", _unflatten),
     namespace=OPTREE_GLOBAL,
 )

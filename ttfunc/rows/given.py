@@ -23,21 +23,6 @@ def check_dtype(dtype: object) -> None:
         )
 
 
-def check_apart(a: TokenIndices, b: TokenIndices, name: str, height: int) -> None:
-    """Raise ValueError where an id is in both, for a matrix of so many rows."""
-    if both := sorted({*a.ids} & {*b.ids}):
-        way = "Train or merge the adapters one at a time, or drop the overlap."
-        if both[0] >= height:
-            way = (
-                "If these are other new tokens, number them on from those of the first: "
-                "load(path, model, after=first), or init_deltas(model, idx, after=first)."
-            )
-        raise ValueError(
-            f"token indices {shortened(both)} are in more than one of the parameters for {name!r}: "
-            f"each token has one row. {way}"
-        )
-
-
 def token_indices(
     idx: Iterable[Any], vocabulary: int, name: str, first_new: int | None = None
 ) -> TokenIndices:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from reprlib import repr as shown
+from reprlib import repr as brief
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,8 +18,7 @@ from ttfunc.model.given import refuse_token_module
 from ttfunc.model.matrix import Matrix, matrix_of
 from ttfunc.model.origin import origin_of
 from ttfunc.model.targets import Targets, find_targets
-from ttfunc.rows.deltas import RowSpec, TokenDeltas
-from ttfunc.rows.ends import warn_of_half
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, warn_of_half
 from ttfunc.rows.given import check_dtype, token_indices
 from ttfunc.rows.new_tokens import check_after, check_ends, next_token
 from ttfunc.rows.starts import Init, delta_dtype, start_of_each, start_rows
@@ -88,21 +88,24 @@ def init_deltas(
     refuse_token_module(model, "init_deltas(module.base, ...)")
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}: {shown(model)}. The "
+            f"model must be a torch.nn.Module, got {type(model).__name__}: {brief(model)}. The "
             "order is init_deltas(model, idx)."
         )
+    if not isinstance(grow, bool):
+        way = "after=first" if isinstance(grow, TokenDeltas) else "True"
+        raise TypeError(f"grow is a {type(grow).__name__}: give {way} for new tokens.")
     check_engine(model)
-    _check_growth(model, grow, after)
+    check_after(model, after)
     check_dtype(dtype)
     deltas, specs = {}, {}
-    requests = _requests(model, idx, targets, grow, after)
+    requests = _requests(model, idx, targets, _Growth(grow, after))
     starts = start_of_each(model, init, [matrix for matrix, _ in requests])
     for matrix, indices in requests:
         weight, name = matrix.tensor, matrix.names[0]
         ids = indices.on(weight.device).ids
         originals = rows_or_zeros(weight, ids)
-        start = start_rows(starts[name], weight, indices, originals, name, generator)
-        if max(indices.ids) >= matrix.shape[0]:
+        start = start_rows(starts[name], matrix, indices, originals, generator)
+        if indices.end > matrix.shape[0]:
             new = (ids >= matrix.shape[0]).unsqueeze(-1)
             originals = torch.where(new, start.to(originals), originals)
         delta = start.to(weight.device, dtype or delta_dtype(weight.dtype), copy=True)
@@ -111,36 +114,37 @@ def init_deltas(
         specs[name] = RowSpec(matrix.names, matrix.shape, indices, originals, matrix, origin)
     params = TokenDeltas(deltas, specs)
     if targets is None and not isinstance(idx, Mapping):
-        warn_of_half(model, specs.values())
+        warn_of_half(model, params)
     return params
 
 
-def _check_growth(model: nn.Module, grow: object, after: object) -> None:
-    if isinstance(grow, TokenDeltas):
-        raise TypeError(
-            "grow is a TokenDeltas: give after=first for new tokens that follow on those of first. "
-            "It implies grow=True."
-        )
-    if not isinstance(grow, bool):
-        raise TypeError(f"grow is a {type(grow).__name__}: give True for new tokens.")
-    check_after(model, after)
+class _Growth(NamedTuple):
+    """Whether ids past the end are allowed, and the parameters whose new tokens they follow on."""
+
+    grow: bool
+    after: TokenDeltas | None
+
+    def indices(self, ids: Iterable[int], matrix: Matrix, target: str) -> TokenIndices:
+        """The ids for a matrix, checked."""
+        height = matrix.shape[0]
+        first_new = height if self.grow else None
+        if self.after is not None:
+            first_new = next_token(self.after, matrix)
+        return token_indices(ids, height, target, first_new)
 
 
 def _requests(
     model: nn.Module,
     idx: Iterable[int] | Mapping[str, Iterable[int]],
     targets: Targets | None,
-    grow: bool,
-    after: TokenDeltas | None,
+    growth: _Growth,
 ) -> list[tuple[Matrix, TokenIndices]]:
     """Each distinct matrix that is asked for, with its indices."""
-    wanted = _wanted(model, idx, targets, grow, after)
     requests: dict[str, tuple[str, Matrix, TokenIndices]] = {}
-    for target, module, ids in _each_module(wanted):
-        weight = module.get_parameter("weight")
+    for target, module, ids in _modules(model, idx, targets, growth):
         check_ties_kept(model, target, module)
-        matrix = matrix_of(model, weight)
-        indices = token_indices(ids, matrix.shape[0], target, _first_new(grow, after, matrix))
+        matrix = matrix_of(model, module.get_parameter("weight"))
+        indices = growth.indices(ids, matrix, target)
         first, _, other = requests.setdefault(matrix.names[0], (target, matrix, indices))
         if other != indices:
             raise ValueError(
@@ -148,30 +152,38 @@ def _requests(
                 f"given different token indices, {other.ids} and {indices.ids}. Give them the same "
                 "ones in the same order, or name only one of the two."
             )
-        _warn_of_padding(target, module, indices)
+        padding = getattr(module, "padding_idx", None)
+        if padding is not None and indices.row_of(padding) is not None:
+            warnings.warn(
+                f"token {padding} is the padding_idx of {target!r}: its row gets no gradient from "
+                "the input side, so it trains only through a tied head, if there is one.",
+                stacklevel=3,
+            )
     found = [(matrix, indices) for _, matrix, indices in requests.values()]
-    if longer := [matrix for matrix, indices in found if max(indices.ids) >= matrix.shape[0]]:
+    if longer := [matrix for matrix, indices in found if indices.end > matrix.shape[0]]:
         check_ends(model, found)
         for matrix in longer:
             check_beside(model, matrix)
     return found
 
 
-def _wanted(
+def _modules(
     model: nn.Module,
     idx: Iterable[int] | Mapping[str, Iterable[int]],
     targets: Targets | None,
-    grow: bool,
-    after: TokenDeltas | None,
-) -> list[tuple[dict[str, nn.Module], Iterable[int]]]:
-    """Groups of modules, each with its ids."""
+    growth: _Growth,
+) -> Iterator[tuple[str, nn.Module, Iterable[int]]]:
+    """Each module that is asked for, by name, with its ids."""
     if not isinstance(idx, Mapping):
-        idx = list(idx) if isinstance(idx, Iterator) else idx  # it may be read twice
+        idx = list(idx) if isinstance(idx, Iterator) else idx  # each module reads it
         named = find_targets(model, targets)
-        grows = grow or after is not None
-        if grows and targets is None and _has_new(model, named, idx, grow, after):
-            named = both_ends(model, likely=True)
-        return [(named, idx)]
+        if targets is None and (growth.grow or growth.after is not None):
+            ((name, module),) = named.items()
+            matrix = matrix_of(model, module.get_parameter("weight"))
+            if growth.indices(idx, matrix, name).end > matrix.shape[0]:
+                named = both_ends(model, likely=True)
+        yield from ((name, module, idx) for name, module in named.items())
+        return
     if targets is not None:
         raise ValueError(
             f"idx is a mapping with targets of its own, {list(idx)}, and targets={targets!r} "
@@ -179,45 +191,6 @@ def _wanted(
         )
     if not idx:
         raise ValueError("no token indices: idx is an empty mapping. Name a target in it.")
-    return [(find_targets(model, [key]), ids) for key, ids in idx.items()]
-
-
-def _has_new(
-    model: nn.Module,
-    named: Mapping[str, nn.Module],
-    idx: Iterable[int],
-    grow: bool,
-    after: TokenDeltas | None,
-) -> bool:
-    """Whether one of the ids is past the end of the one matrix."""
-    ((name, module),) = named.items()
-    matrix = matrix_of(model, module.get_parameter("weight"))
-    indices = token_indices(idx, matrix.shape[0], name, _first_new(grow, after, matrix))
-    return max(indices.ids) >= matrix.shape[0]
-
-
-def _first_new(grow: bool, after: TokenDeltas | None, matrix: Matrix) -> int | None:
-    """The first id that a new token of the matrix may have, if it may have one."""
-    if after is not None:
-        return next_token(after, matrix)
-    return matrix.shape[0] if grow else None
-
-
-def _each_module(
-    wanted: list[tuple[dict[str, nn.Module], Iterable[int]]],
-) -> Iterator[tuple[str, nn.Module, Iterable[int]]]:
-    for modules, ids in wanted:
-        # The ids may come from an iterator, and each module reads them.
+    for key, ids in idx.items():
         ids = list(ids) if isinstance(ids, Iterator) else ids
-        for name, module in modules.items():
-            yield name, module, ids
-
-
-def _warn_of_padding(target: str, module: nn.Module, indices: TokenIndices) -> None:
-    padding = getattr(module, "padding_idx", None)
-    if padding is not None and indices.row_of(padding) is not None:
-        warnings.warn(
-            f"token {padding} is the padding_idx of {target!r}: its row gets no gradient from the "
-            "input side, so it trains only through a tied head, if there is one.",
-            stacklevel=4,
-        )
+        yield from ((name, module, ids) for name, module in find_targets(model, [key]).items())

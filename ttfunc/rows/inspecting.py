@@ -15,8 +15,8 @@ from ttfunc.model.memory import same_bits
 
 _BLOCK = 4096  # rows of a matrix that are read at a time
 _NEAREST = 3
-_SHOWN = Repr()
-_SHOWN.maxstring = 18
+_BRIEF = Repr()
+_BRIEF.maxstring = 18
 
 UNKNOWN = "(no token)"  # the text of an id that a tokenizer lacks
 LEGEND = (
@@ -66,7 +66,7 @@ def text_with(tokenizer: Any) -> Callable[[int], str]:
         if piece is None or (piece == unknown and token != tokenizer.unk_token_id):
             return UNKNOWN
         spelled = piece.replace("▁", " ") if "▁" in piece else tokenizer.decode([token])
-        return _SHOWN.repr(piece if "\N{REPLACEMENT CHARACTER}" in spelled else spelled)
+        return _BRIEF.repr(piece if "\N{REPLACEMENT CHARACTER}" in spelled else spelled)
 
     return text
 
@@ -89,27 +89,21 @@ def table(
     columns["moved"] = list(map(_moved, rows, starts))
     columns["norm"] = list(map(_number, norms.tolist()))
     if base is not None:
-        before, after = _Nearest(ids, starts), _Nearest(ids, rows)
-        lengths = []
-        for tokens, block in ((tokens, block.float()) for tokens, block in base.blocks()):
-            lengths.append(block.norm(dim=1))
-            before.look(tokens, block)
-            after.look(tokens, block)
-        median = torch.cat(lengths).median().item()
+        median, (before, after) = _beside_others(ids, (starts, rows), base)
         columns["of median"] = [_number(norm / median) for norm in norms.tolist()]
-        columns["nearest before"] = before.told(text or str)
-        columns["nearest after"] = after.told(text or str)
+        columns["nearest before"] = before.in_words(text or str)
+        columns["nearest after"] = after.in_words(text or str)
     return _aligned(columns)
 
 
 def _known_from(base: Base, ids: Sequence[int], starts: Tensor) -> Tensor:
     """The starts, with the row of the matrix where one is not known."""
     starts = starts.clone()
-    for place, token in enumerate(ids):
-        if token < base.height and not starts[place].float().any():
-            row = base.rows[token : token + 1].detach().cpu()
-            starts = starts.to(torch.promote_types(starts.dtype, row.dtype))
-            starts[place] = row[0]
+    for row, token in enumerate(ids):
+        if token < base.height and not starts[row].float().any():
+            known = base.rows[token : token + 1].detach().cpu()
+            starts = starts.to(torch.promote_types(starts.dtype, known.dtype))
+            starts[row] = known[0]
     return starts
 
 
@@ -122,43 +116,56 @@ def _moved(row: Tensor, start: Tensor) -> str:
     return _number(((row - start).norm() / start.norm()).item())
 
 
-class _Nearest:
-    """For each of some rows the nearest others of a matrix that has these rows in it."""
+class _Nearest(NamedTuple):
+    """For each of k rows of length 1 (or 0) the nearest among the rows seen so far."""
 
-    def __init__(self, ids: Sequence[int], rows: Tensor) -> None:
-        self.ids = torch.tensor(ids)
-        self.unit = F.normalize(rows.float(), dim=1)
-        self.cosines = torch.empty(len(ids), 0)
-        self.tokens = torch.empty(len(ids), 0, dtype=torch.int64)
-        for part in torch.arange(len(ids)).split(_BLOCK):
-            self._add(self.ids[part], self.unit[part])
+    unit: Tensor
+    cosines: Tensor
+    tokens: Tensor
 
-    def look(self, tokens: Tensor, rows: Tensor) -> None:
-        """Take further rows of the matrix into account, which are other tokens'."""
-        others = ~torch.isin(tokens, self.ids)
-        self._add(tokens[others], F.normalize(rows[others], dim=1))
-
-    def _add(self, tokens: Tensor, unit: Tensor) -> None:
-        cosines = self.unit @ unit.T
-        usable = (self.ids[:, None] != tokens) & unit.any(1)  # not itself, and no row of zeros
-        cosines = cosines.nan_to_num(-torch.inf).masked_fill(~usable, -torch.inf)
+    def among(self, ids: Tensor, tokens: Tensor, rows: Tensor) -> _Nearest:
+        """The nearest with further rows, which are those of `tokens`; the k rows are at `ids`."""
+        others = F.normalize(rows, dim=1)
+        usable = (ids[:, None] != tokens) & others.any(1)  # not itself, and no row of zeros
+        cosines = (self.unit @ others.T).nan_to_num(-torch.inf).masked_fill(~usable, -torch.inf)
         cosines = torch.cat([self.cosines, cosines], 1)
-        tokens = torch.cat([self.tokens, tokens.expand(len(self.ids), -1)], 1)
-        self.cosines, places = cosines.topk(min(_NEAREST, cosines.shape[1]))
-        self.tokens = tokens.gather(1, places)
+        tokens = torch.cat([self.tokens, tokens.expand(len(ids), -1)], 1)
+        cosines, columns = cosines.topk(min(_NEAREST, cosines.shape[1]))
+        return _Nearest(self.unit, cosines, tokens.gather(1, columns))
 
-    def told(self, text: Callable[[int], str]) -> list[str]:
-        """The nearest of each row, for a person; nothing for a row of zeros."""
-        found = zip(self.tokens.tolist(), self.cosines.tolist(), self.unit.any(1), strict=True)
+    def in_words(self, text: Callable[[int], str]) -> list[str]:
+        """The nearest of each row, for a person; a question mark for a row of zeros."""
         return [
             ", ".join(
-                f"{text(token)} {cosine:.2f}"
+                f"{text(int(token))} {cosine:.2f}"
                 for token, cosine in zip(tokens, cosines, strict=True)
-                if known and cosine > -torch.inf
+                if row.any() and cosine > -torch.inf
             )
             or "?"
-            for tokens, cosines, known in found
+            for row, cosines, tokens in zip(*self, strict=True)
         ]
+
+
+def _beside_others(
+    ids: Sequence[int], each: Sequence[Tensor], base: Base
+) -> tuple[float, list[_Nearest]]:
+    """The median norm of a matrix's rows; and what is nearest to its rows at `ids`.
+
+    The latter for each `(k, D)` of values that these rows had. The matrix is read once.
+    """
+    ours, lengths, found = torch.tensor(ids), [], []
+    for rows in each:
+        empty = torch.empty(len(ids), 0)
+        nearest = _Nearest(F.normalize(rows.float(), dim=1), empty, empty.long())
+        for some in torch.arange(len(ids)).split(_BLOCK):
+            nearest = nearest.among(ours, ours[some], rows[some].float())
+        found.append(nearest)
+    for tokens, block in base.blocks():
+        block = block.float()
+        lengths.append(block.norm(dim=1))
+        others = ~torch.isin(tokens, ours)
+        found = [one.among(ours, tokens[others], block[others]) for one in found]
+    return torch.cat(lengths).median().item(), found
 
 
 def _number(number: float) -> str:
@@ -167,17 +174,14 @@ def _number(number: float) -> str:
 
 def _aligned(columns: dict[str, list[str]]) -> list[str]:
     """The columns side by side: text from the left, and numbers from the right."""
-    cells = [[name, *column] for name, column in columns.items()]
-    widths = [max(map(_width, column)) for column in cells]
-    lines = []
-    for row in zip(*cells, strict=True):
-        padded = []
-        for name, cell, width in zip(columns, row, widths, strict=True):
-            space = " " * (width - _width(cell))
-            texts = name == "text" or name.startswith("nearest")
-            padded.append(f"{cell}{space}" if texts else f"{space}{cell}")
-        lines.append("  ".join(padded).rstrip())
-    return lines
+    padded = []
+    for name, column in columns.items():
+        cells, left = [name, *column], name == "text" or name.startswith("nearest")
+        width = max(map(_width, cells))
+        spaces = [" " * (width - _width(cell)) for cell in cells]
+        pairs = zip(cells, spaces, strict=True)
+        padded.append([cell + space if left else space + cell for cell, space in pairs])
+    return ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
 
 
 def _width(text: str) -> int:

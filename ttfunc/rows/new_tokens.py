@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -87,19 +87,6 @@ def check_complete(params: TokenDeltas) -> None:
     for spec in params.specs.values():
         if spec.height > spec.shape[0] + spec.grown:
             raise _left_out(spec, spec.shape[0])
-
-
-def check_same_new(params: Sequence[TokenDeltas]) -> None:
-    """Raise ValueError where adapters that are to be side by side have other new tokens."""
-    for name in dict.fromkeys(name for given in params for name in given.specs):
-        held = [given.specs.get(name) for given in params]
-        found = [(spec.follows, spec.grown) if spec else (0, 0) for spec in held]
-        if len(set(found)) > 1:
-            counts = [f"{grown} after {follows}" if follows else grown for follows, grown in found]
-            raise ValueError(
-                f"the adapters have {counts} new tokens for {name!r}: side by side their logits "
-                "must be of one size. Give each the same new ids."
-            )
 
 
 def shape_in_weights(spec: RowSpec, merged: bool) -> tuple[int, int]:

@@ -82,3 +82,17 @@ def apart_among(spec: RowSpec, held: Iterable[str]) -> list[str]:
         if known or any(is_end(name, other) > nearest for other in spec.origin.apart):
             found.append(name)
     return found
+
+
+def key(part: str, name: str) -> str:
+    """The name of a parameter, which must have no dot. (The escapes are those of RFC 6901.)"""
+    escaped = name.replace("~", "~0").replace("/", "~1")
+    return f"{part}/{escaped.replace('.', '/')}"
+
+
+def name_in(entry: str, part: str) -> str | None:
+    """The name that `key` has made an entry of; None for an entry of another part."""
+    first, _, rest = entry.partition("/")
+    if first != part or not rest or "." in rest:
+        return None
+    return rest.replace("/", ".").replace("~1", "/").replace("~0", "~")

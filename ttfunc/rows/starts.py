@@ -37,8 +37,8 @@ def start_of_each(model: nn.Module, init: Init, matrices: Sequence[Matrix]) -> d
         return dict.fromkeys(names, init)
     starts: dict[str, Start] = {}
     for target, start in init.items():
-        held = [f"{name}.weight".removeprefix(".") for name in find_targets(model, [target])]
-        found = {matrix.names[0] for matrix in matrices if set(held) & set(matrix.names)}
+        weights = {f"{name}.weight".removeprefix(".") for name in find_targets(model, [target])}
+        found = {matrix.names[0] for matrix in matrices if weights & set(matrix.names)}
         if not found or found & starts.keys():
             what = "no rows are asked for" if not found else "it has an entry already"
             raise ValueError(
@@ -56,13 +56,13 @@ def start_of_each(model: nn.Module, init: Init, matrices: Sequence[Matrix]) -> d
 
 def start_rows(
     init: Start,
-    weight: Tensor,
+    matrix: Matrix,
     indices: TokenIndices,
     originals: Tensor,
-    name: str,
     generator: torch.Generator | None,
 ) -> Tensor:
     """The `(k, D)` rows that the indices of a matrix start with."""
+    weight, name = matrix.tensor, matrix.names[0]
     if isinstance(init, str):
         if init not in _STARTS:
             raise ValueError(f"init={init!r} is unknown. {_INITS}")
@@ -83,7 +83,7 @@ def start_rows(
 
 def _base(weight: Tensor, indices: TokenIndices, originals: Tensor, _: object) -> Tensor:
     height = shape_of(weight)[0]
-    if max(indices.ids) < height:  # the mean reads the whole matrix
+    if indices.end <= height:  # the mean reads the whole matrix
         return originals
     new = (indices.on(weight.device).ids >= height).unsqueeze(-1)
     mean = _mean(weight, indices)

@@ -15,10 +15,8 @@ from ttfunc.engines.ownership import is_zero3, shape_of
 from ttfunc.engines.shards import whole_of
 from ttfunc.model.given import is_token_module
 from ttfunc.model.memory import memory_of
-from ttfunc.rows.deltas import TokenDeltas, check_type
-from ttfunc.rows.ends import told_half
+from ttfunc.rows.deltas import TokenDeltas, check_shapes, check_type
 from ttfunc.rows.inspecting import Base, Inspected, table, text_with
-from ttfunc.rows.shapes import check_shapes
 from ttfunc.torch_private import is_traceable_wrapper_subclass
 
 
@@ -142,7 +140,7 @@ def _matrices(model: nn.Module, params: TokenDeltas) -> dict[str, str]:
                 "parameters were made for. Give the model that they were made from."
             )
         tied = f", tied with {', '.join(spec.names[1:])}" if len(spec.names) > 1 else ""
-        told = told_half(spec, params.specs.values())
+        told = params.half_in_words(spec)
         delta = params.deltas[name]
         matrices[name] = (
             f"{spec.counted} rows × {spec.shape[1]:,}, "

@@ -1,25 +1,103 @@
-"""Adapters side by side: a leading axis on each leaf, for `torch.vmap`."""
+"""Several TokenDeltas in one: `combine` for one call, `stack` for adapters side by side."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ttfunc.engines.ownership import is_sharded, unreadable
-from ttfunc.rows.deltas import (
-    RowSpec,
-    TokenDeltas,
-    check_one_model,
-    check_type,
-)
-from ttfunc.rows.new_tokens import check_same_new
-from ttfunc.rows.shapes import check_shapes
+from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_shapes, check_type
+from ttfunc.rows.given import shortened
 from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast, union, with_rows
 from ttfunc.torch_private import outside_of_modes
+
+
+def combine(*params: TokenDeltas) -> TokenDeltas:
+    """Put the rows of several TokenDeltas of one model into one, in their order.
+
+    Deltas over the same matrix are concatenated to `(k1 + k2 + …, D)`.
+
+    Args:
+        params: at least one TokenDeltas. None of them is changed.
+
+    Returns:
+        A new TokenDeltas.
+
+    Raises:
+        ValueError: none given; a token in more than one of them; one name for matrices of different
+            models.
+        TypeError: anything but a TokenDeltas.
+    """
+    if not params:
+        raise ValueError("combine() got no parameters: give at least one TokenDeltas.")
+    for given in params:
+        check_type(given)
+    return functools.reduce(_union, params)
+
+
+def _union(a: TokenDeltas, b: TokenDeltas) -> TokenDeltas:
+    _check_one_model([a, b])
+    deltas, specs = {**a.deltas, **b.deltas}, {**a.specs, **b.specs}
+    for name in [name for name in a.specs if name in b.specs]:
+        specs[name] = _joined_specs(a.specs[name], b.specs[name])
+        both = [a.deltas[name], b.deltas[name]]
+        first, second = (tuple(delta.shape) for delta in both)
+        if (first[:-2], len(first), first[-1]) != (second[:-2], len(second), second[-1]):
+            raise ValueError(
+                f"the deltas for {name!r} have shapes {first} and {second}: only their numbers of "
+                "rows may differ. Stack both, or neither."
+            )
+        deltas[name] = torch.cat(both, dim=-2)
+    return TokenDeltas(deltas, specs)
+
+
+def _joined_specs(a: RowSpec, b: RowSpec) -> RowSpec:
+    _check_apart(a, b)
+    with outside_of_modes():
+        originals = torch.cat([a.originals, b.originals.to(a.originals.device)])
+    return replace(
+        a,
+        indices=union((a.indices, b.indices)),
+        originals=originals,
+        matrix=a.matrix or b.matrix,
+        origin=a.origin.joined(b.origin),
+    )
+
+
+def _check_apart(a: RowSpec, b: RowSpec) -> None:
+    """Raise ValueError where a token is in both."""
+    if both := sorted({*a.indices.ids} & {*b.indices.ids}):
+        way = "Train or merge the adapters one at a time, or drop the overlap."
+        if both[0] >= a.shape[0]:
+            way = (
+                "If these are other new tokens, number them on from those of the first: "
+                "load(path, model, after=first), or init_deltas(model, idx, after=first)."
+            )
+        raise ValueError(
+            f"token indices {shortened(both)} are in more than one of the parameters for "
+            f"{a.names[0]!r}: each token has one row. {way}"
+        )
+
+
+def _check_one_model(params: Sequence[TokenDeltas]) -> None:
+    """Raise ValueError where a name stands for matrices of different models."""
+    first: dict[str, RowSpec] = {}
+    for spec in (spec for given in params for spec in given.specs.values()):
+        for name in spec.names:
+            other = first.setdefault(name, spec)
+            same = (spec.names, spec.shape) == (other.names, other.shape)
+            tensors = [one.matrix.tensor for one in (spec, other) if one.matrix is not None]
+            if not same or (tensors and tensors[0] is not tensors[-1]):
+                raise ValueError(
+                    f"{name!r} belongs to the matrix {other.names} of shape {other.shape} in one "
+                    f"of the parameters, and to {spec.names} of shape {spec.shape} in another: "
+                    "they were made from different models, or the model was tied in between. Make "
+                    "all with init_deltas on the same model."
+                )
 
 
 def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
@@ -83,9 +161,22 @@ def aligned(
     for adapter in adapters:
         check_type(adapter, order)
         check_shapes(adapter)
-    check_one_model(adapters)
-    check_same_new(adapters)
+    _check_one_model(adapters)
+    _check_same_new(adapters)
     return adapters
+
+
+def _check_same_new(params: Sequence[TokenDeltas]) -> None:
+    """Raise ValueError where adapters that are to be side by side have other new tokens."""
+    for name in dict.fromkeys(name for given in params for name in given.specs):
+        held = [given.specs.get(name) for given in params]
+        found = [(spec.follows, spec.grown) if spec else (0, 0) for spec in held]
+        if len(set(found)) > 1:
+            counts = [f"{grown} after {follows}" if follows else grown for follows, grown in found]
+            raise ValueError(
+                f"the adapters have {counts} new tokens for {name!r}: side by side their logits "
+                "must be of one size. Give each the same new ids."
+            )
 
 
 def no_adapters() -> ValueError:
