@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast
 from ttfunc.torch_private import (
     TensorBase,
     first_order,
@@ -75,10 +74,7 @@ class Undone(NamedTuple):
 
     def done(self) -> Tensor:
         """The logits themselves. Raises as `checked`."""
-        then = self.checked()
-        # They were cast as autocast was when the model multiplied.
-        with outside_of_autocast(then.hidden.device):
-            return in_steps(self.steps, then.rows.product(then.hidden, then.base, then.bias))
+        return made_of(*self.checked().operands(), self.steps)
 
 
 class Memory:
@@ -188,20 +184,20 @@ class DeferredLogits(Lazy):
 class _Logits:
     """The logits as a function of hidden states, base, rows and bias."""
 
-    indices: TokenIndices
-    steps: Steps
+    undone: Undone
     dtype: torch.dtype
 
-    def blank(self, hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-        shape = (*hidden.shape[:-1], self.indices.height(len(base)))
+    def blank(self, hidden: Tensor, base: Tensor, *others: Any) -> Tensor:
+        shape = (*hidden.shape[:-1], self.undone.rows.ids.height(len(base)))
         return expanded_nan(hidden, shape, self.dtype)
 
-    def made(self, hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-        return made_of(hidden, base, rows, bias, self.indices, self.steps)
+    def made(self, *operands: Any) -> Tensor:
+        return made_of(*operands, self.undone.rows.ids, self.undone.steps)
 
     def gradient(
         self, grad: Tensor, needs: tuple[bool, ...], *operands: Any
     ) -> tuple[Tensor | None, ...]:
+        self.undone.checked()  # torch checks what a function saves, and the operands are not saved
         hidden, base, rows, bias = operands
         first, second = gradients(
             lambda hidden, rows: self.made(hidden, base, rows, bias), hidden, rows, grad, needs
@@ -262,9 +258,9 @@ def _wrap(
     undone = undone.checked()
     if constant := constant or not torch.is_grad_enabled():
         undone = undone._replace(hidden=undone.hidden.detach(), rows=undone.rows.map(Tensor.detach))
-    *operands, indices = undone.operands()
+    *operands, _ = undone.operands()
     dtype = in_steps(undone.steps, undone.hidden.new_empty(0)).dtype
-    nan = placeholder(_Logits(indices, undone.steps, dtype), *operands)
+    nan = placeholder(_Logits(undone, dtype), *operands)
     if blank is None:
         with outside_of_modes():
             blank = torch.empty(nan.shape, dtype=dtype, device="meta")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast
 from ttfunc.torch_private import keeps_signature
-from ttfunc.weight.product import bias_at, patched_product, product_into
+from ttfunc.weight.product import bias_at, product, product_into
 
 Steps = tuple[Callable[[Tensor], Tensor], ...]
 
@@ -70,9 +70,9 @@ def made_of(
     indices: TokenIndices,
     steps: Steps,
 ) -> Tensor:
-    """The logits, in plain operations; the operands were cast as autocast was at the product."""
+    """The logits. Their operands were cast as autocast was when the model multiplied."""
     with outside_of_autocast(hidden.device):
-        return in_steps(steps, patched_product(hidden, base, rows, bias, indices))
+        return in_steps(steps, product(hidden, base, rows, bias, indices))
 
 
 def gradients(
@@ -240,8 +240,8 @@ def _loss_and_gradient(
     logits: Tensor, target: Tensor, steps: Steps, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
-        product = logits.detach().requires_grad_(bool(steps))
-        seen = in_steps(steps, product)
+        fresh = logits.detach().requires_grad_(bool(steps))
+        seen = in_steps(steps, fresh)
     log_p = torch.log_softmax(seen.detach(), 1, dtype=_wide(seen.dtype))
     losses = -log_p.gather(1, target).squeeze(1)
     if label_smoothing:
@@ -252,7 +252,7 @@ def _loss_and_gradient(
     there = grad.new_full((), label_smoothing - 1).expand_as(target)
     grad.scatter_add_(1, target, there)
     if steps:
-        (grad,) = torch.autograd.grad(seen, product, grad.to(seen.dtype))
+        (grad,) = torch.autograd.grad(seen, fresh, grad.to(seen.dtype))
     return losses, grad
 
 
