@@ -123,15 +123,7 @@ class PatchedWeight(Lazy):
 class _TracedWeight(PatchedWeight):
     """One on fake tensors, which is a wrapper: torch asks its class for `__torch_dispatch__`."""
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return cls._dispatched(func, types, args, kwargs)
+    __torch_dispatch__ = Lazy._dispatched  # type: ignore[assignment]
 
 
 def is_deferred(value: Any, *, transposed: bool = False) -> bool:

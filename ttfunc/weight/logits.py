@@ -74,7 +74,7 @@ class Undone(NamedTuple):
 
     def done(self) -> Tensor:
         """The logits themselves. Raises as `checked`."""
-        return made_of(*self.checked().operands(), self.steps)
+        return made_of(self.steps, *self.checked().operands())
 
 
 class Memory:
@@ -191,8 +191,9 @@ class _Logits:
         shape = (*hidden.shape[:-1], self.undone.rows.ids.height(len(base)))
         return expanded_nan(hidden, shape, self.dtype)
 
-    def made(self, *operands: Any) -> Tensor:
-        return made_of(*operands, self.undone.rows.ids, self.undone.steps)
+    def made(self, hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        _, indices = self.undone.rows
+        return made_of(self.undone.steps, hidden, base, rows, bias, indices)  # type: ignore[arg-type]
 
     def gradient(
         self, grad: Tensor, needs: tuple[bool, ...], *operands: Any

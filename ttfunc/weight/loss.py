@@ -63,12 +63,12 @@ def in_steps(steps: Steps, logits: Tensor) -> Tensor:
 
 
 def made_of(
+    steps: Steps,
     hidden: Tensor,
     base: Tensor,
     rows: Tensor,
     bias: Tensor | None,
     indices: TokenIndices,
-    steps: Steps,
 ) -> Tensor:
     """The logits. Their operands were cast as autocast was when the model multiplied."""
     with outside_of_autocast(hidden.device):
@@ -155,7 +155,7 @@ class _CrossEntropies(torch.autograd.Function):
         if torch.is_grad_enabled() and not once:  # someone will differentiate this gradient
 
             def losses(hidden: Tensor, rows: Tensor) -> Tensor:
-                logits = made_of(hidden, base, rows, bias, ctx.indices, steps)
+                logits = made_of(steps, hidden, base, rows, bias, ctx.indices)
                 options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
                 return F.cross_entropy(logits, target, reduction="none", **options)
 
