@@ -18,9 +18,8 @@ from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import memory_of
 from ttfunc.torch_private import is_fake, transforms_active, version_of
 from ttfunc.weight.lazy import Lazy
-from ttfunc.weight.matrix_placeholder import matrix_placeholder
 from ttfunc.weight.overrides import ANSWERED_BY_PLACEHOLDER, SIZES, registry
-from ttfunc.weight.placeholder import Reads, wrapped
+from ttfunc.weight.placeholder import Reads, matrix_placeholder, wrapped
 from ttfunc.weight.rows import Rows
 from ttfunc.weight.source import Source, copied
 

@@ -12,8 +12,7 @@ from ttfunc.model.beside import lengthened
 from ttfunc.torch_distributed_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.lazy import Lazy, lazy
-from ttfunc.weight.matrix_placeholder import matrix_placeholder
-from ttfunc.weight.placeholder import Reads
+from ttfunc.weight.placeholder import Reads, matrix_placeholder
 from ttfunc.weight.rows import Rows
 from ttfunc.weight.source import Source
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ttfunc.own_names import OwnTensorNames
-from ttfunc.torch_private import no_torch_function, tree_map
+from ttfunc.torch_private import forbid_writes, no_torch_function, tree_map
 from ttfunc.weight.overrides import QUESTIONS, refuse_writes
-from ttfunc.weight.placeholder import expanded_nan
 
 
 class OnTensorsAlone:
@@ -114,6 +113,15 @@ class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
         refuse_writes(func, args, kwargs, _is_lost)
         with torch.no_grad():
             return func(*tree_map(_values, args), **tree_map(_values, kwargs))
+
+
+def expanded_nan(
+    like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None
+) -> Tensor:
+    """One NaN of the device and dtype of another tensor, expanded to a shape."""
+    nan = like.new_full((), torch.nan, dtype=dtype or like.dtype)
+    forbid_writes(nan)
+    return nan.expand(shape)
 
 
 def lazy(

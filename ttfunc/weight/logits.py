@@ -25,10 +25,10 @@ from ttfunc.torch_private import (
     tree_leaves,
     version_of,
 )
-from ttfunc.weight.lazy import Lazy
+from ttfunc.weight.lazy import Lazy, expanded_nan
 from ttfunc.weight.loss import Steps, gradients, in_steps, made_of
 from ttfunc.weight.overrides import registry
-from ttfunc.weight.placeholder import expanded_nan, placeholder, with_values
+from ttfunc.weight.placeholder import placeholder, with_values
 from ttfunc.weight.product import autocast, cast_like, long_bias
 from ttfunc.weight.rows import Rows
 
