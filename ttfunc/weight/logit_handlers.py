@@ -32,9 +32,8 @@ def _reshaped(func: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(logits, DeferredLogits):
             return NotImplemented
 
-        def view(one: Tensor) -> Tensor:
-            result: Tensor = func(one, *args, **kwargs)
-            return result
+        def view(one: Tensor) -> Any:
+            return func(one, *args, **kwargs)
 
         shape = logits.blank_after(view)
         if shape.dtype != logits.dtype or shape.ndim == 0 or shape.shape[-1] != logits.shape[-1]:
@@ -42,13 +41,10 @@ def _reshaped(func: Callable[..., Any]) -> Callable[..., Any]:
         hidden = logits.undone.hidden
         hidden = hidden.reshape(*shape.shape[:-1], hidden.shape[-1])
         undone = logits.undone._replace(hidden=hidden)
-        return logits.view_by(undone, view) if _is_view(shape, logits) else logits.copy_of(undone)
+        is_view = storage_key(shape) == storage_key(logits.blank)
+        return logits.view_by(undone, view) if is_view else logits.copy_of(undone)
 
     return handler
-
-
-def _is_view(blank: Tensor, logits: DeferredLogits) -> bool:
-    return storage_key(blank) == storage_key(logits.blank)
 
 
 for _func in (
@@ -136,9 +132,8 @@ def _stepwise(func: Callable[..., Any]) -> Callable[..., Any]:
         place = next(place for place, one in enumerate(args) if one is logits)
         before, after = args[:place], args[place + 1 :]
 
-        def step(chunk: Tensor) -> Tensor:
-            result: Tensor = func(*before, chunk, *after, **kwargs)
-            return result
+        def step(chunk: Tensor) -> Any:
+            return func(*before, chunk, *after, **kwargs)
 
         probe = logits.undone.hidden.new_empty(0, dtype=logits.dtype)
         seen = step(probe)

@@ -206,7 +206,7 @@ class _Logits:
         return first, None, second, None
 
 
-def defer(hidden: Tensor, rows: Rows, base: Tensor, bias: Tensor | None) -> DeferredLogits:
+def defer(rows: Rows, hidden: Tensor, base: Tensor, bias: Tensor | None) -> DeferredLogits:
     """`rows.product(hidden, base, bias)`, not done yet."""
     hidden, base = autocast(hidden), autocast(base)
     bias = long_bias(bias, base, rows.ids)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ product of some positions with the whole matrix; positions without a label are l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -126,9 +126,13 @@ class _CrossEntropies(torch.autograd.Function):
         to_hidden = torch.zeros_like(hidden)
         of_rows = hidden.new_zeros(len(hidden), len(ids), dtype=_wide(hidden.dtype))
         labelled = _labelled(target, ignore_index, height)
-        most = _positions(base, height)
+        budget = min(max(LEAST, base.nbytes // 4), MOST)
+        most = max(1, budget // (height * base.element_size()))
         buffer = hidden.new_empty(min(most, len(labelled)), height)
-        for chunk in _chunks(labelled, len(target), most):
+        chunks: Iterable[slice | Tensor] = labelled.split(most)
+        if len(labelled) == len(target):  # a slice copies no hidden states
+            chunks = [slice(start, start + most) for start in range(0, len(target), most)]
+        for chunk in chunks:
             some = hidden[chunk]
             logits = buffer[: len(some)]
             product_into(logits, some, base, bias)
@@ -194,12 +198,6 @@ class _CrossEntropies(torch.autograd.Function):
         return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0)
 
 
-def _positions(base: Tensor, height: int) -> int:
-    """How many are in a chunk."""
-    budget = min(max(LEAST, base.nbytes // 4), MOST)
-    return max(1, budget // (height * base.element_size()))
-
-
 def _labelled(target: Tensor, ignore_index: int, height: int) -> Tensor:
     """The positions that have a label. Raises as torch does for one that is out of range."""
     found = target != ignore_index
@@ -207,14 +205,6 @@ def _labelled(target: Tensor, ignore_index: int, height: int) -> Tensor:
     if len(wrong):
         F.cross_entropy(wrong.new_zeros(1, dtype=torch.float32).expand(1, height), wrong[:1])
     return found.nonzero().squeeze(1)
-
-
-def _chunks(positions: Tensor, count: int, most: int) -> Iterator[slice | Tensor]:
-    """Some of `count` positions, so many at a time; slices, if they are all."""
-    if len(positions) == count:
-        yield from (slice(start, start + most) for start in range(0, count, most))
-    else:
-        yield from positions.split(most)
 
 
 def _losses(
