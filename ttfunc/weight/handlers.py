@@ -109,8 +109,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 def _logits(input: Tensor, source: Source, bias: Tensor | None, waits: bool) -> Tensor:
     """The product, or its deferred logits where it `waits` and can wait."""
     source.check_and_note("product")
-    product = defer if waits and can_defer(input, source.rows, bias) else Rows.product
-    return product(source.rows, input, source.base, bias)
+    waits = waits and source.rows.fixed() and can_defer(input, source.rows.values, bias)
+    return (defer if waits else Rows.product)(source.rows, input, source.base, bias)
 
 
 @implements(*LINEAR_CROSS_ENTROPY)

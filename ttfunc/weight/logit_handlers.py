@@ -21,7 +21,7 @@ from ttfunc.torch_private import (
     no_torch_function,
     storage_key,
 )
-from ttfunc.weight.logits import DeferredLogits, can_defer, implements
+from ttfunc.weight.logits import DeferredLogits, can_defer, implements, waiting
 from ttfunc.weight.loss import cross_entropies
 
 
@@ -42,7 +42,7 @@ def _reshaped(func: Callable[..., Any]) -> Callable[..., Any]:
         hidden = hidden.reshape(*shape.shape[:-1], hidden.shape[-1])
         undone = logits.undone._replace(hidden=hidden)
         is_view = storage_key(shape) == storage_key(logits.blank)
-        return logits.view_by(undone, view) if is_view else logits.copy_of(undone)
+        return logits.view_by(undone, view) if is_view else waiting(undone)
 
     return handler
 
@@ -63,7 +63,7 @@ def _getitem(logits: Any, index: Any) -> Any:
         return NotImplemented
     undone = logits.undone._replace(hidden=logits.undone.hidden[index])
     if any(isinstance(one, Tensor) for one in index):
-        return logits.copy_of(undone)
+        return waiting(undone)
     return logits.view_by(undone, lambda one: one[index])
 
 
@@ -98,7 +98,7 @@ def _dimensions(index: Any) -> int:
 def _contiguous(logits: Any, *args: Any, **kwargs: Any) -> Any:
     if args or kwargs:
         return NotImplemented
-    return logits if logits.blank.is_contiguous() else logits.copy_of(logits.undone)
+    return logits if logits.blank.is_contiguous() else waiting(logits.undone)
 
 
 @implements(Tensor.detach)
@@ -142,7 +142,7 @@ def _stepwise(func: Callable[..., Any]) -> Callable[..., Any]:
         if not seen.is_floating_point() or seen.device != probe.device or seen.shape != probe.shape:
             return NotImplemented
         undone = logits.undone._replace(steps=(*logits.undone.steps, step))
-        return logits.copy_of(undone)
+        return waiting(undone)
 
     return handler
 
@@ -174,10 +174,10 @@ def _cross_entropy(
     undone = input.undone.checked()
     if not can_defer(undone.hidden, undone.rows, undone.bias):
         return NotImplemented  # within another transform than the one that they were made in
-    hidden, base, rows, bias, indices = undone.operands()
+    hidden, base, rows, bias, indices, steps, _ = undone
     losses = cross_entropies(
         hidden.reshape(-1, hidden.shape[-1]), base, rows, bias, indices, target.reshape(-1),
-        steps=undone.steps, ignore_index=ignore_index,
+        steps=steps, ignore_index=ignore_index,
         label_smoothing=label_smoothing, once=at_work(GRAD),
     )  # fmt: skip
     labelled = target.reshape(-1) != ignore_index
