@@ -48,15 +48,6 @@ class PatchedWeight(Lazy):
         """Its base, which has the same shape, dtype, device and layout."""
         return self.source.base.mT if self.transposed else self.source.base
 
-    @property
-    def sized(self) -> Tensor:
-        """A tensor of its size, with no values."""
-        if not self.source.new_tokens():
-            return self.frozen
-        base = self.source.base
-        whole = base.new_empty(self.source.height(), base.shape[1], device=torch.device("meta"))
-        return whole.mT if self.transposed else whole
-
     def with_source(self, source: Source) -> PatchedWeight:
         """The same for another source, transposed as this one is."""
         return _wrap(source, self.transposed)
@@ -100,7 +91,12 @@ class PatchedWeight(Lazy):
         if question in ANSWERED_BY_PLACEHOLDER:
             return self
         weight = self._by_now(read=False)
-        return weight.sized if question in SIZES else weight.frozen
+        source = weight.source
+        if question not in SIZES or not source.new_tokens():
+            return weight.frozen
+        shape = source.height(), source.base.shape[1]
+        sized = source.base.new_empty(shape, device=torch.device("meta"))
+        return sized.mT if weight.transposed else sized
 
     def now(self) -> PatchedWeight:
         """The weight over what its engine has gathered, if one owns the matrix."""

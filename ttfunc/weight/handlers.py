@@ -148,9 +148,7 @@ def _matmul(input: Any, other: Any) -> Any:
     return NotImplemented
 
 
-@implements(Tensor.__rmatmul__)
-def _rmatmul(other: Any, input: Any) -> Any:
-    return _matmul(input, other)
+implements(Tensor.__rmatmul__)(lambda other, input: _matmul(input, other))
 
 
 @implements(torch.addmm)

@@ -140,10 +140,6 @@ class Rows(NamedTuple):
         """The rows after `func`, which acts on each row separately."""
         return self._replace(values=func(self.values))
 
-    def part(self, base: Tensor) -> Rows:
-        """The rows in this rank's part of a matrix that is split over ranks."""
-        return Rows(*dtensor_rows.part(self.values, self._fixed_ids(), base))
-
     def _fixed_ids(self) -> TokenIndices:
         return cast(TokenIndices, self.ids)
 
