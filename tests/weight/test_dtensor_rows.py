@@ -12,8 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from tests.helpers.mesh import mesh_of_one
 from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.weight.dtensor_rows import like
-from ttfunc.weight.matrix_placeholder import matrix_placeholder
-from ttfunc.weight.placeholder import Reads
+from ttfunc.weight.placeholder import Reads, matrix_placeholder
 from ttfunc.weight.rows import Rows
 
 V, D, IDS = 11, 4, TokenIndices((7, 2, 10))

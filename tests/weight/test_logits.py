@@ -156,6 +156,22 @@ def test_hidden_states_that_were_written_to_since_are_refused():
             read()
 
 
+def test_a_gradient_past_the_handlers_after_a_write_to_hidden_states_is_refused():
+    model = nn.Sequential(nn.Embedding(V, D), nn.Linear(D, D), nn.Linear(D, V))
+    model.requires_grad_(False)
+    params = random_rows(model, [7, 3], targets="2", requires_grad=True)
+    waits = functional_call(model, patch(params, deferred_logits=True), X)
+    total = torch.jit.script(_squares)(waits)
+    with torch.no_grad():
+        waits.undone.hidden.add_(1)  # of which the layer before it keeps nothing
+    with pytest.raises(RuntimeError, match="were written to. Read them before that"):
+        total.backward()
+
+
+def _squares(logits: Tensor) -> Tensor:
+    return logits.square().sum()
+
+
 def test_nothing_waits_where_nobody_trains():
     model = Head(lambda y: y)
     params = random_rows(model, [7, 3], requires_grad=True)

@@ -15,8 +15,7 @@ from tests.helpers.sizes import Sizes
 from ttfunc import functional_call, init_deltas, patch, patch_mixed
 from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.weight.deferred import PatchedWeight, patched
-from ttfunc.weight.matrix_placeholder import matrix_placeholder
-from ttfunc.weight.placeholder import Reads
+from ttfunc.weight.placeholder import Reads, matrix_placeholder
 from ttfunc.weight.rows import Rows
 
 IDS = [7, 3, 20]

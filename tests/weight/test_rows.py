@@ -14,8 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tests.helpers.sizes import Sizes
 from ttfunc.rows.token_ids import TokenIndices
-from ttfunc.weight.matrix_placeholder import matrix_placeholder
-from ttfunc.weight.placeholder import Reads
+from ttfunc.weight.placeholder import Reads, matrix_placeholder
 from ttfunc.weight.rows import Rows, rows_at
 
 V, D = 17, 5

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 
-class LiveParameters(dict[str, Any]):
+class LiveParameters(MutableMapping[str, Any]):
     """What another dictionary holds now, with some of its values replaced.
 
     An engine gathers into the module itself, and frees there. Writes go to the other dictionary.
     """
 
     def __init__(self, own: dict[str, Any], others: Mapping[str, Any]) -> None:
-        super().__init__()
         self._own, self._others = own, dict(others)
-
-    def _now(self) -> dict[str, Any]:
-        # Not by indexing: ZeRO-3's dictionary gathers what is taken from it.
-        return {name: self._others.get(name, one) for name, one in self._own.items()}
 
     def __getitem__(self, name: str) -> Any:
         return self._others[name] if name in self._others else self._own[name]
@@ -31,30 +26,24 @@ class LiveParameters(dict[str, Any]):
         self._others.pop(name, None)
         del self._own[name]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._own
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._own)
 
     def __len__(self) -> int:
         return len(self._own)
 
+    def copy(self) -> dict[str, Any]:
+        # ZeRO-3's dictionary gathers what is taken from it by name, so nothing here is.
+        return {name: self._others.get(name, one) for name, one in self._own.items()}
+
     def get(self, name: str, default: Any = None) -> Any:
         return self._others[name] if name in self._others else self._own.get(name, default)
 
-    def keys(self) -> Any:
-        return self._own.keys()
+    def __contains__(self, name: object) -> bool:
+        return name in self._own
 
     def values(self) -> Any:
-        return self._now().values()
+        return self.copy().values()
 
     def items(self) -> Any:
-        return self._now().items()
-
-    def pop(self, name: str, *default: Any) -> Any:
-        self._others.pop(name, None)
-        return self._own.pop(name, *default)
-
-    def copy(self) -> dict[str, Any]:
-        return self._now()
+        return self.copy().items()

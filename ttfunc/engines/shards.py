@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from itertools import compress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,37 +19,24 @@ from ttfunc.engines.ownership import is_sharded, is_zero3, shape_of
 from ttfunc.torch_distributed_private import offset_of_shard
 
 
-class Shard(Protocol):
-    """The part of a `(V, D)` matrix that is on this rank."""
+class MeshShard:
+    """The part of a `(V, D)` DTensor that is on this rank.
+
+    device: where its ranks send. groups: of all ranks that have a part, or a copy of one.
+    parts: the groups in which the parts differ.
+    """
+
+    def __init__(self, matrix: Any) -> None:
+        self.matrix, mesh = matrix, matrix.device_mesh
+        self.local: Tensor = matrix.to_local()
+        self.start, self.column = offset_of_shard(matrix)
+        self.device: str | None = mesh.device_type  # the matrix may be offloaded
+        self.groups = mesh.get_all_groups()
+        split = [not one.is_replicate() for one in matrix.placements]
+        self.parts = list(compress(self.groups, split))
 
     def rows(self, ids: Tensor) -> Tensor:
         """`(k, D)`, with 0 where another rank has the number."""
-
-    def sums(self, func: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The `(D,)` sums of a function of the numbers here and of the columns that they are in."""
-
-    def added(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks that have different parts."""
-
-    def first(self) -> bool:
-        """Whether this rank is the first of all that have a part, or a copy of one."""
-
-    def added_over_all(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks that have a part, or a copy of one."""
-
-    def whole(self) -> Tensor:
-        """The matrix, on each rank."""
-
-
-class MeshShard:
-    """Of a DTensor."""
-
-    def __init__(self, matrix: Any) -> None:
-        self.matrix, self.mesh = matrix, matrix.device_mesh
-        self.local: Tensor = matrix.to_local()
-        self.start, self.column = offset_of_shard(matrix)
-
-    def rows(self, ids: Tensor) -> Tensor:
         height, width = self.local.shape
         found = self.local.new_zeros(len(ids), self.matrix.shape[1])
         here = (ids >= self.start) & (ids < self.start + height)
@@ -57,6 +45,7 @@ class MeshShard:
         return found
 
     def sums(self, func: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The `(D,)` sums of a function of the numbers here and of the columns that they are in."""
         width = self.local.shape[1]
         columns = torch.arange(self.column, self.column + width, device=self.local.device)
         some = func(self.local, columns).sum(0)
@@ -64,29 +53,13 @@ class MeshShard:
         total[columns] = some
         return total
 
-    def added(self, tensor: Tensor) -> Tensor:
-        return self._summed(tensor, [not one.is_replicate() for one in self.matrix.placements])
-
-    def first(self) -> bool:
-        return not any(self.mesh.get_coordinate())
-
-    def added_over_all(self, tensor: Tensor) -> Tensor:
-        return self._summed(tensor, [True] * self.mesh.ndim)
-
-    def _summed(self, tensor: Tensor, over: list[bool]) -> Tensor:
-        """The sum over these dimensions of the mesh, on the tensor's own device."""
-        # Not as a DTensor, which knows no transform. The matrix may be offloaded.
-        total = tensor.to(self.mesh.device_type, copy=True)
-        for dimension in (number for number, one in enumerate(over) if one):
-            dist.all_reduce(total, group=self.mesh.get_group(dimension))
-        return total.to(tensor.device)
-
     def whole(self) -> Tensor:
+        """The matrix, on each rank."""
         return self.matrix.full_tensor()  # type: ignore[no-any-return]
 
 
 class ZeroShard:
-    """Of a parameter of ZeRO-3: a stretch of the matrix as one row of numbers."""
+    """The same of a parameter of ZeRO-3: a stretch of the matrix as one row of numbers."""
 
     def __init__(self, matrix: Any) -> None:
         part = matrix.ds_tensor
@@ -96,8 +69,10 @@ class ZeroShard:
                 "parameters before deepspeed.initialize, or gather it: "
                 "deepspeed.zero.GatheredParameters."
             )
-        self.group, self.shape = matrix.ds_process_group, matrix.ds_shape
-        self.start = dist.get_rank(self.group) * part.ds_numel
+        group, self.shape = matrix.ds_process_group, matrix.ds_shape
+        self.groups = self.parts = [group]
+        self.device = None  # wherever the numbers are
+        self.start = dist.get_rank(group) * part.ds_numel
         # The last part is filled up to the size of the others.
         size = max(0, min(part.ds_numel, math.prod(self.shape) - self.start))
         self.part = part
@@ -116,25 +91,25 @@ class ZeroShard:
         some = func(self.local, columns)
         return some.new_zeros(self.shape[1]).index_add(0, columns, some)
 
-    def added(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, group=self.group)
-        return tensor
-
-    def first(self) -> bool:
-        return dist.get_rank(self.group) == 0
-
-    def added_over_all(self, tensor: Tensor) -> Tensor:
-        return self.added(tensor)
-
     def whole(self) -> Tensor:
-        parts = [torch.empty_like(self.part.data) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, self.part.data, group=self.group)
+        (group,) = self.groups
+        parts = [torch.empty_like(self.part.data) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, self.part.data, group=group)
         flat = torch.cat(parts).flatten()[: math.prod(self.shape)]
         return flat.view(*self.shape)
 
 
-def _shard(matrix: Tensor) -> Shard:
+def _shard(matrix: Tensor) -> MeshShard | ZeroShard:
     return ZeroShard(matrix) if is_zero3(matrix) else MeshShard(matrix)
+
+
+def _added(shard: MeshShard | ZeroShard, tensor: Tensor) -> Tensor:
+    """The sum over the ranks that have different parts, on the tensor's own device."""
+    # Not as a DTensor, which knows no transform.
+    total = tensor.to(device=shard.device, copy=True)
+    for group in shard.parts:
+        dist.all_reduce(total, group=group)
+    return total.to(tensor.device)
 
 
 def rows_at(matrix: Tensor, ids: Tensor) -> Tensor:
@@ -144,7 +119,7 @@ def rows_at(matrix: Tensor, ids: Tensor) -> Tensor:
     with torch.no_grad():
         shard = _shard(matrix)
         rows = shard.rows(ids).contiguous()
-        return shard.added(rows.view(torch.uint8)).view(rows.dtype).view(rows.shape)
+        return _added(shard, rows.view(torch.uint8)).view(rows.dtype).view(rows.shape)
 
 
 def rows_or_zeros(matrix: Tensor, ids: Tensor) -> Tensor:
@@ -163,7 +138,7 @@ def mean_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         return matrix.detach().mean(0, dtype=dtype)
     with torch.no_grad():
         shard = _shard(matrix)
-        return shard.added(shard.sums(lambda part, _: part.to(dtype))) / shape_of(matrix)[0]
+        return _added(shard, shard.sums(lambda part, _: part.to(dtype))) / shape_of(matrix)[0]
 
 
 def spread_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,7 +150,7 @@ def spread_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.no_grad():
         shard, mean = _shard(matrix), mean_of(matrix, dtype)
         squares = shard.sums(lambda part, columns: (part.to(dtype) - mean[columns]).square())
-        return (shard.added(squares) / shape_of(matrix)[0]).sqrt()
+        return (_added(shard, squares) / shape_of(matrix)[0]).sqrt()
 
 
 def of_first_rank(tensor: Tensor, matrix: Tensor) -> Tensor:
@@ -184,9 +159,10 @@ def of_first_rank(tensor: Tensor, matrix: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         shard = _shard(matrix)
-        held = tensor if shard.first() else torch.zeros_like(tensor)
-        sent = shard.added_over_all(held.contiguous().view(torch.uint8))
-        return sent.view(tensor.dtype).view(tensor.shape)
+        sent = tensor.contiguous().view(torch.uint8).to(device=shard.device, copy=True)
+        for group in shard.groups:  # along each dimension of a mesh, from where it begins
+            dist.broadcast(sent, group=group, group_src=0)
+        return sent.to(tensor.device).view(tensor.dtype).view(tensor.shape)
 
 
 def whole_of(matrix: Tensor) -> Tensor:

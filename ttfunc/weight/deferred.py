@@ -18,9 +18,8 @@ from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import memory_of
 from ttfunc.torch_private import is_fake, transforms_active, version_of
 from ttfunc.weight.lazy import Lazy
-from ttfunc.weight.matrix_placeholder import matrix_placeholder
 from ttfunc.weight.overrides import ANSWERED_BY_PLACEHOLDER, SIZES, registry
-from ttfunc.weight.placeholder import Reads, wrapped
+from ttfunc.weight.placeholder import Reads, matrix_placeholder, wrapped
 from ttfunc.weight.rows import Rows
 from ttfunc.weight.source import Source, copied
 
@@ -48,15 +47,6 @@ class PatchedWeight(Lazy):
     def frozen(self) -> Tensor:
         """Its base, which has the same shape, dtype, device and layout."""
         return self.source.base.mT if self.transposed else self.source.base
-
-    @property
-    def sized(self) -> Tensor:
-        """A tensor of its size, with no values."""
-        if not self.source.new_tokens():
-            return self.frozen
-        base = self.source.base
-        whole = base.new_empty(self.source.height(), base.shape[1], device=torch.device("meta"))
-        return whole.mT if self.transposed else whole
 
     def with_source(self, source: Source) -> PatchedWeight:
         """The same for another source, transposed as this one is."""
@@ -101,7 +91,12 @@ class PatchedWeight(Lazy):
         if question in ANSWERED_BY_PLACEHOLDER:
             return self
         weight = self._by_now(read=False)
-        return weight.sized if question in SIZES else weight.frozen
+        source = weight.source
+        if question not in SIZES or not source.new_tokens():
+            return weight.frozen
+        shape = source.height(), source.base.shape[1]
+        sized = source.base.new_empty(shape, device=torch.device("meta"))
+        return sized.mT if weight.transposed else sized
 
     def now(self) -> PatchedWeight:
         """The weight over what its engine has gathered, if one owns the matrix."""
@@ -123,15 +118,7 @@ class PatchedWeight(Lazy):
 class _TracedWeight(PatchedWeight):
     """One on fake tensors, which is a wrapper: torch asks its class for `__torch_dispatch__`."""
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return cls._dispatched(func, types, args, kwargs)
+    __torch_dispatch__ = Lazy._dispatched  # type: ignore[assignment]
 
 
 def is_deferred(value: Any, *, transposed: bool = False) -> bool:

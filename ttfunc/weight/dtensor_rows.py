@@ -7,7 +7,7 @@ DTensor's own rules bring the rows' gradients together.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,18 +52,18 @@ def product(
     if not is_dtensor(hidden):
         return F.linear(hidden, base, bias)  # torch's own error
     last = hidden.ndim - 1
-    split = [_split(h, b, last) for h, b in zip(hidden.placements, base.placements, strict=True)]
-    states = hidden.redistribute(placements=[one.hidden for one in split])
-    states = states.to_local(grad_placements=[one.of_hidden for one in split])
-    rows, ids = part(values, indices, base, [one.of_rows for one in split])
-    partial = any(one.out.is_partial() for one in split)
+    each = [_split(h, b, last) for h, b in zip(hidden.placements, base.placements, strict=True)]
+    of_states, of_logits, of_states_grad, of_rows_grad = map(list, zip(*each, strict=True))
+    states = hidden.redistribute(placements=of_states).to_local(grad_placements=of_states_grad)
+    rows, ids = part(values, indices, base, of_rows_grad)
+    partial = any(one.is_partial() for one in of_logits)
     bias_here = None if bias is None or partial else _bias_here(bias, base)
     logits = product_here(states, base.to_local(), rows, bias_here, ids)
     shape = torch.Size((*hidden.shape[:-1], len(base)))
     found: Tensor = DTensor.from_local(
         logits,
         base.device_mesh,
-        [one.out for one in split],
+        of_logits,
         run_check=False,
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
@@ -98,25 +98,20 @@ def part(
     return local[here], ids
 
 
-class _Split(NamedTuple):
-    """In one dimension of a mesh: how a product's parts are split, and their gradients."""
+def _split(hidden: Any, base: Any, last: int) -> tuple[Any, Any, Any, Any]:
+    """In one dimension of a mesh: how the states and the logits of a product are split.
 
-    hidden: Any
-    out: Any
-    of_hidden: Any
-    of_rows: Any
-
-
-def _split(hidden: Any, base: Any, last: int) -> _Split:
+    And how the gradients of the states and of the rows are.
+    """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     if _by_token(base):  # each rank has some tokens
-        return _Split(Replicate(), Shard(last), Partial(), Partial())
+        return (Replicate(), Shard(last), Partial(), Partial())
     if not base.is_replicate():  # each rank has some features
-        return _Split(Shard(last), Partial(), Shard(last), Shard(1))
+        return (Shard(last), Partial(), Shard(last), Shard(1))
     if hidden.is_shard() and hidden.dim != last:  # each rank has some positions
-        return _Split(hidden, hidden, hidden, Partial())
-    return _Split(Replicate(), Replicate(), Replicate(), Replicate())
+        return (hidden, hidden, hidden, Partial())
+    return (Replicate(), Replicate(), Replicate(), Replicate())
 
 
 def _bias_here(bias: Any, base: Any) -> Tensor:

@@ -11,9 +11,9 @@ from ttfunc.engines.ownership import Kept, is_owned, is_zero3, shape_of
 from ttfunc.model.beside import lengthened
 from ttfunc.torch_distributed_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
+from ttfunc.weight.dtensor_rows import part
 from ttfunc.weight.lazy import Lazy, lazy
-from ttfunc.weight.matrix_placeholder import matrix_placeholder
-from ttfunc.weight.placeholder import Reads
+from ttfunc.weight.placeholder import Reads, matrix_placeholder
 from ttfunc.weight.rows import Rows
 from ttfunc.weight.source import Source
 
@@ -89,7 +89,8 @@ def _by_now(source: Source, place: Place, *, read: bool) -> Source:
     elif there:
         rows = source.rows
     elif _is_part(held, place):
-        rows = _over_ranks(source).part(place.kept)
+        values, ids = _over_ranks(source)
+        rows = Rows(*part(values, ids, place.kept))
     else:
         raise _not_gathered(place)
     return source._replace(base=held.detach(), rows=rows)
@@ -115,7 +116,7 @@ def _not_gathered(place: Place) -> RuntimeError:
     )
 
 
-def _over_ranks(source: Source) -> Rows:
+def _over_ranks(source: Source) -> Any:
     if not source.rows.fixed():
         raise RuntimeError(
             "a mixed patch on a matrix that is split over ranks (tensor parallelism). Call the "

@@ -19,6 +19,8 @@ from ttfunc.weight.deferred import PatchedWeight, frozen, implements, is_deferre
 from ttfunc.weight.logits import can_defer, defer
 from ttfunc.weight.overrides import einsum_as_product, transposes
 from ttfunc.weight.product import cast_like
+from ttfunc.weight.rows import Rows
+from ttfunc.weight.source import Source
 
 
 def _positional(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,14 +100,17 @@ def _is_product(input: Any, weight: Any, bias: Any) -> bool:
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not _is_product(input, weight, bias):
         return NotImplemented
-    source = weight.source
-    source.check_and_note("product")
     # Outside of a step of training someone reads the logits.
-    trained = input.requires_grad or source.rows.values.requires_grad
-    in_training = source.defers and trained and torch.is_grad_enabled()
-    if in_training and can_defer(input, source.rows, bias):
-        return defer(input, source.rows, source.base, bias)
-    return source.rows.product(input, source.base, bias)
+    trained = input.requires_grad or weight.source.rows.values.requires_grad
+    waits = weight.source.defers and trained and torch.is_grad_enabled()
+    return _logits(input, weight.source, bias, waits)
+
+
+def _logits(input: Tensor, source: Source, bias: Tensor | None, waits: bool) -> Tensor:
+    """The product, or its deferred logits where it `waits` and can wait."""
+    source.check_and_note("product")
+    waits = waits and source.rows.fixed() and can_defer(input, source.rows.values, bias)
+    return (defer if waits else Rows.product)(source.rows, input, source.base, bias)
 
 
 @implements(*LINEAR_CROSS_ENTROPY)
@@ -121,12 +126,7 @@ def _linear_cross_entropy(
 ) -> Any:
     if not _is_product(input, linear_weight, linear_bias) or input.ndim > 2:
         return NotImplemented
-    source = linear_weight.source
-    source.check_and_note("product")
-    if can_defer(input, source.rows, linear_bias):
-        logits: Any = defer(input, source.rows, source.base, linear_bias)
-    else:
-        logits = source.rows.product(input, source.base, linear_bias)
+    logits = _logits(input, linear_weight.source, linear_bias, waits=True)
     ignore_index = -100 if ignore_index is None else ignore_index
     return F.cross_entropy(logits, target, ignore_index=ignore_index, **others)
 
@@ -137,9 +137,8 @@ def _mm(input: Any, mat2: Any) -> Any:
     return _matmul(input, mat2) if input.ndim == mat2.ndim == 2 else NotImplemented
 
 
-@implements(
-    torch.matmul, Tensor.matmul, Tensor.__matmul__, operator.matmul
-)  # dynamo names the last
+# Dynamo names the last.
+@implements(torch.matmul, Tensor.matmul, Tensor.__matmul__, operator.matmul)
 @_positional
 def _matmul(input: Any, other: Any) -> Any:
     if is_deferred(other, transposed=True):
@@ -149,9 +148,7 @@ def _matmul(input: Any, other: Any) -> Any:
     return NotImplemented
 
 
-@implements(Tensor.__rmatmul__)
-def _rmatmul(other: Any, input: Any) -> Any:
-    return _matmul(input, other)
+implements(Tensor.__rmatmul__)(lambda other, input: _matmul(input, other))
 
 
 @implements(torch.addmm)
@@ -187,9 +184,8 @@ def _einsum(equation: Any, *operands: Any) -> Any:
 @implements(Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
 @_positional
 def _transpose(weight: Any) -> Any:
-    if not isinstance(weight, PatchedWeight) or not weight.deferred:
-        return NotImplemented
-    return weight.transposed_view()
+    waits = isinstance(weight, PatchedWeight) and weight.deferred
+    return weight.transposed_view() if waits else NotImplemented
 
 
 @implements(Tensor.transpose, torch.transpose)
@@ -202,8 +198,8 @@ def _swapped(weight: Any, dim0: int, dim1: int) -> Any:
 @_positional
 def _permute(weight: Any, *dims: Any) -> Any:
     order = tuple(dims[0]) if isinstance(dims[0], (tuple, list)) else dims
-    turned = len(order) == 2 and transposes(*order) and order[0] in (1, -1)
-    return _transpose(weight) if turned else NotImplemented
+    turned = len(order) == 2 and order[0] in (1, -1)
+    return _swapped(weight, *order) if turned else NotImplemented
 
 
 def _rowwise(func: Callable[..., Any]) -> Callable[..., Any]:

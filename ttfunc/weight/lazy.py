@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ttfunc.own_names import OwnTensorNames
-from ttfunc.torch_private import no_torch_function, tree_map
+from ttfunc.torch_private import forbid_writes, no_torch_function, tree_map
 from ttfunc.weight.overrides import QUESTIONS, refuse_writes
-from ttfunc.weight.placeholder import expanded_nan
 
 
 class OnTensorsAlone:
@@ -80,23 +79,15 @@ class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
     ) -> Any:
         kwargs = kwargs or {}
         if func in QUESTIONS:
-
-            def answering(one: Any) -> Any:
-                return one.answering(func) if isinstance(one, Lazy) else one
-
             with no_torch_function():
-                return func(*tree_map(answering, args), **tree_map(answering, kwargs))
+                return _called(func, lambda one: one.answering(func), args, kwargs)
         args = tuple(map(_now, args))
         kwargs = {name: _now(value) for name, value in kwargs.items()}
         result = cls.handled(func, args, kwargs)
         if result is not NotImplemented:
             return result
         refuse_writes(func, args, kwargs, _is_lost)
-
-        def made(one: Any) -> Any:
-            return one.made() if isinstance(one, cls) else one
-
-        return func(*tree_map(made, args), **tree_map(made, kwargs))
+        return _called(func, cls.made, args, kwargs, cls)
 
     # Code that bypasses __torch_function__ comes to the dispatcher, below autograd: the gradient
     # goes to the NaN, which passes it on.
@@ -113,7 +104,16 @@ class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
         kwargs = kwargs or {}
         refuse_writes(func, args, kwargs, _is_lost)
         with torch.no_grad():
-            return func(*tree_map(_values, args), **tree_map(_values, kwargs))
+            return _called(func, lambda one: one.values(), args, kwargs)
+
+
+def expanded_nan(
+    like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None
+) -> Tensor:
+    """One NaN of the device and dtype of another tensor, expanded to a shape."""
+    nan = like.new_full((), torch.nan, dtype=dtype or like.dtype)
+    forbid_writes(nan)
+    return nan.expand(shape)
 
 
 def lazy(
@@ -129,6 +129,21 @@ def lazy(
     return made
 
 
+def _called(
+    func: Callable[..., Any],
+    read: Callable[[Any], Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kind: type[Lazy] = Lazy,
+) -> Any:
+    """The result of `func`, with what `read` gives for each lazy tensor of a kind."""
+
+    def given(one: Any) -> Any:
+        return read(one) if isinstance(one, kind) else one
+
+    return func(*tree_map(given, args), **tree_map(given, kwargs))
+
+
 def _piece(tensor: Any, index: Any) -> Any:
     """A slice of the first dimension alone."""
     if not isinstance(tensor, Lazy) or not isinstance(index, slice):
@@ -141,10 +156,6 @@ def _piece(tensor: Any, index: Any) -> Any:
 
 def _now(value: Any) -> Any:
     return value.now() if isinstance(value, Lazy) else value
-
-
-def _values(value: Any) -> Any:
-    return value.values() if isinstance(value, Lazy) else value
 
 
 def _is_lost(value: Any) -> bool:

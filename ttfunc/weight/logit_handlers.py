@@ -21,7 +21,7 @@ from ttfunc.torch_private import (
     no_torch_function,
     storage_key,
 )
-from ttfunc.weight.logits import DeferredLogits, can_defer, implements
+from ttfunc.weight.logits import DeferredLogits, can_defer, implements, waiting
 from ttfunc.weight.loss import cross_entropies
 
 
@@ -32,9 +32,8 @@ def _reshaped(func: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(logits, DeferredLogits):
             return NotImplemented
 
-        def view(one: Tensor) -> Tensor:
-            result: Tensor = func(one, *args, **kwargs)
-            return result
+        def view(one: Tensor) -> Any:
+            return func(one, *args, **kwargs)
 
         shape = logits.blank_after(view)
         if shape.dtype != logits.dtype or shape.ndim == 0 or shape.shape[-1] != logits.shape[-1]:
@@ -42,13 +41,10 @@ def _reshaped(func: Callable[..., Any]) -> Callable[..., Any]:
         hidden = logits.undone.hidden
         hidden = hidden.reshape(*shape.shape[:-1], hidden.shape[-1])
         undone = logits.undone._replace(hidden=hidden)
-        return logits.view_by(undone, view) if _is_view(shape, logits) else logits.copy_of(undone)
+        is_view = storage_key(shape) == storage_key(logits.blank)
+        return logits.view_by(undone, view) if is_view else waiting(undone)
 
     return handler
-
-
-def _is_view(blank: Tensor, logits: DeferredLogits) -> bool:
-    return storage_key(blank) == storage_key(logits.blank)
 
 
 for _func in (
@@ -67,7 +63,7 @@ def _getitem(logits: Any, index: Any) -> Any:
         return NotImplemented
     undone = logits.undone._replace(hidden=logits.undone.hidden[index])
     if any(isinstance(one, Tensor) for one in index):
-        return logits.copy_of(undone)
+        return waiting(undone)
     return logits.view_by(undone, lambda one: one[index])
 
 
@@ -102,7 +98,7 @@ def _dimensions(index: Any) -> int:
 def _contiguous(logits: Any, *args: Any, **kwargs: Any) -> Any:
     if args or kwargs:
         return NotImplemented
-    return logits if logits.blank.is_contiguous() else logits.copy_of(logits.undone)
+    return logits if logits.blank.is_contiguous() else waiting(logits.undone)
 
 
 @implements(Tensor.detach)
@@ -136,9 +132,8 @@ def _stepwise(func: Callable[..., Any]) -> Callable[..., Any]:
         place = next(place for place, one in enumerate(args) if one is logits)
         before, after = args[:place], args[place + 1 :]
 
-        def step(chunk: Tensor) -> Tensor:
-            result: Tensor = func(*before, chunk, *after, **kwargs)
-            return result
+        def step(chunk: Tensor) -> Any:
+            return func(*before, chunk, *after, **kwargs)
 
         probe = logits.undone.hidden.new_empty(0, dtype=logits.dtype)
         seen = step(probe)
@@ -147,7 +142,7 @@ def _stepwise(func: Callable[..., Any]) -> Callable[..., Any]:
         if not seen.is_floating_point() or seen.device != probe.device or seen.shape != probe.shape:
             return NotImplemented
         undone = logits.undone._replace(steps=(*logits.undone.steps, step))
-        return logits.copy_of(undone)
+        return waiting(undone)
 
     return handler
 
@@ -179,10 +174,10 @@ def _cross_entropy(
     undone = input.undone.checked()
     if not can_defer(undone.hidden, undone.rows, undone.bias):
         return NotImplemented  # within another transform than the one that they were made in
-    hidden, base, rows, bias, indices = undone.operands()
+    hidden, base, rows, bias, indices, steps, _ = undone
     losses = cross_entropies(
         hidden.reshape(-1, hidden.shape[-1]), base, rows, bias, indices, target.reshape(-1),
-        steps=undone.steps, ignore_index=ignore_index,
+        steps=steps, ignore_index=ignore_index,
         label_smoothing=label_smoothing, once=at_work(GRAD),
     )  # fmt: skip
     labelled = target.reshape(-1) != ignore_index

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast
+from ttfunc.rows.token_ids import TokenIndices
 from ttfunc.torch_private import (
     TensorBase,
     first_order,
@@ -26,10 +26,10 @@ from ttfunc.torch_private import (
     tree_leaves,
     version_of,
 )
-from ttfunc.weight.lazy import Lazy
+from ttfunc.weight.lazy import Lazy, expanded_nan
 from ttfunc.weight.loss import Steps, gradients, in_steps, made_of
 from ttfunc.weight.overrides import registry
-from ttfunc.weight.placeholder import expanded_nan, placeholder, with_values
+from ttfunc.weight.placeholder import placeholder, with_values
 from ttfunc.weight.product import autocast, cast_like, long_bias
 from ttfunc.weight.rows import Rows
 
@@ -45,16 +45,17 @@ _IDENTITY = {Tensor.untyped_storage, vars(TensorBase)["grad_fn"].__get__}
 class Undone(NamedTuple):
     """The operands of a product, and what the model does to it.
 
-    hidden: `(..., D)`. rows: with values of their own, so that a step of an optimizer leaves these
-    logits as they are. base, bias: as the product takes them, cast by autocast. steps: from the
-    product to these logits, one position at a time. versions: of the tensors that the product
-    would have read.
+    hidden: `(..., D)`. base, rows, bias: as the product takes them, cast by autocast; the rows have
+    a memory of their own, so that a step of an optimizer leaves these logits as they are. steps:
+    from the product to these logits, one position at a time. versions: of the tensors that the
+    product would have read.
     """
 
     hidden: Tensor
-    rows: Rows
     base: Tensor
+    rows: Tensor
     bias: Tensor | None
+    indices: TokenIndices
     steps: Steps
     versions: tuple[tuple[Tensor, int | None], ...]
 
@@ -68,17 +69,10 @@ class Undone(NamedTuple):
             )
         return self
 
-    def operands(self) -> tuple[Any, ...]:
-        """Hidden states, base, rows, bias and ids, as a product takes them."""
-        rows = cast_like(self.rows.values, self.base)
-        return self.hidden, self.base, rows, self.bias, self.rows.ids
-
     def done(self) -> Tensor:
         """The logits themselves. Raises as `checked`."""
-        then = self.checked()
-        # They were cast as autocast was when the model multiplied.
-        with outside_of_autocast(then.hidden.device):
-            return in_steps(self.steps, then.rows.product(then.hidden, then.base, then.bias))
+        hidden, base, rows, bias, indices, steps, _ = self.checked()
+        return made_of(steps, hidden, base, rows, bias, indices)
 
 
 class Memory:
@@ -107,16 +101,14 @@ class DeferredLogits(Lazy):
     """`(..., V)` logits that are made when something reads them.
 
     undone: what these are made of. memory: where they will lie; `views` lead to them from there.
-    blank: a tensor on meta of their size and strides. constant: that they have no gradient, as they
-    were made under no_grad. node: their `grad_fn`, unless a function of someone else replaces it.
-    known: the logits, once they are made.
+    blank: a tensor on meta of their size and strides. node: their `grad_fn`, unless a function of
+    someone else replaces it. known: the logits, once they are made.
     """
 
     undone: Undone
     memory: Memory
     views: tuple[Callable[[Tensor], Tensor], ...]
     blank: Tensor
-    constant: bool
     node: object
     known: Tensor | None
 
@@ -160,10 +152,10 @@ class DeferredLogits(Lazy):
     def values(self) -> Tensor:
         """The logits, with the graph that they had when they were deferred."""
         made = self.memory.filled()
-        with torch.set_grad_enabled(not self.constant):
+        with torch.enable_grad():
             for view in self.views:
                 made = view(made)
-        return made.detach() if self.constant else made
+        return made
 
     def loses_writes(self) -> bool:
         """Never: they are made once."""
@@ -172,36 +164,32 @@ class DeferredLogits(Lazy):
     def view_by(self, undone: Undone, view: Callable[[Tensor], Tensor]) -> DeferredLogits:
         """These after `view`, which is a view of their memory."""
         blank = self.blank_after(view)
-        return _wrap(undone, self.constant, self.memory, (*self.views, view), blank)
+        return waiting(undone, self.memory, (*self.views, view), blank)
 
     def blank_after(self, view: Callable[[Tensor], Tensor]) -> Tensor:
         """The size and the strides that these have after it."""
         with outside_of_modes():
             return view(self.blank)
 
-    def copy_of(self, undone: Undone) -> DeferredLogits:
-        """Logits in a memory of their own."""
-        return _wrap(undone, self.constant)
-
 
 @dataclass(frozen=True)
 class _Logits:
     """The logits as a function of hidden states, base, rows and bias."""
 
-    indices: TokenIndices
-    steps: Steps
+    undone: Undone
     dtype: torch.dtype
 
-    def blank(self, hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-        shape = (*hidden.shape[:-1], self.indices.height(len(base)))
+    def blank(self, hidden: Tensor, base: Tensor, *others: Any) -> Tensor:
+        shape = (*hidden.shape[:-1], self.undone.indices.height(len(base)))
         return expanded_nan(hidden, shape, self.dtype)
 
     def made(self, hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-        return made_of(hidden, base, rows, bias, self.indices, self.steps)
+        return made_of(self.undone.steps, hidden, base, rows, bias, self.undone.indices)
 
     def gradient(
         self, grad: Tensor, needs: tuple[bool, ...], *operands: Any
     ) -> tuple[Tensor | None, ...]:
+        self.undone.checked()  # torch checks what a function saves, and the operands are not saved
         hidden, base, rows, bias = operands
         first, second = gradients(
             lambda hidden, rows: self.made(hidden, base, rows, bias), hidden, rows, grad, needs
@@ -209,13 +197,14 @@ class _Logits:
         return first, None, second, None
 
 
-def defer(hidden: Tensor, rows: Rows, base: Tensor, bias: Tensor | None) -> DeferredLogits:
+def defer(rows: Rows, hidden: Tensor, base: Tensor, bias: Tensor | None) -> DeferredLogits:
     """`rows.product(hidden, base, bias)`, not done yet."""
     hidden, base = autocast(hidden), autocast(base)
-    bias = long_bias(bias, base, rows.ids)  # type: ignore[arg-type]
+    indices = cast(TokenIndices, rows.ids)
+    bias = long_bias(bias, base, indices)
     versions = tuple((one, version_of(one)) for one in (hidden, base, bias) if one is not None)
-    rows = rows.map(lambda values: _kept(values, base))
-    return _wrap(Undone(hidden, rows, base, bias, (), versions), constant=False)
+    kept = _kept(rows.values, base)
+    return waiting(Undone(hidden, base, kept, bias, indices, (), versions))
 
 
 def _kept(values: Tensor, base: Tensor) -> Tensor:
@@ -243,34 +232,34 @@ def _kept(values: Tensor, base: Tensor) -> Tensor:
     return copy
 
 
-def can_defer(hidden: Tensor, rows: Rows, bias: Tensor | None) -> bool:
+def can_defer(hidden: Tensor, rows: Tensor, bias: Tensor | None) -> bool:
     """Whether a loss of the product can be had without it, as far as one can see beforehand."""
     traced = torch.compiler.is_dynamo_compiling() or is_traced()
-    if traced or hidden.is_meta or not rows.fixed():
+    if traced or hidden.is_meta:
         return False
     # The gradient of a bias sums over all positions.
-    return not (bias is not None and bias.requires_grad) and first_order(hidden, rows.values)
+    return not (bias is not None and bias.requires_grad) and first_order(hidden, rows)
 
 
-def _wrap(
+def waiting(
     undone: Undone,
-    constant: bool,
     memory: Memory | None = None,
     views: tuple[Callable[[Tensor], Tensor], ...] = (),
     blank: Tensor | None = None,
 ) -> DeferredLogits:
+    """Logits that wait, in a memory of their own or as a view; under no_grad without a gradient."""
     undone = undone.checked()
-    if constant := constant or not torch.is_grad_enabled():
-        undone = undone._replace(hidden=undone.hidden.detach(), rows=undone.rows.map(Tensor.detach))
-    *operands, indices = undone.operands()
+    if not torch.is_grad_enabled():
+        undone = undone._replace(hidden=undone.hidden.detach(), rows=undone.rows.detach())
+        views = (*views, Tensor.detach)
     dtype = in_steps(undone.steps, undone.hidden.new_empty(0)).dtype
-    nan = placeholder(_Logits(indices, undone.steps, dtype), *operands)
+    nan = placeholder(_Logits(undone, dtype), undone.hidden, undone.base, undone.rows, undone.bias)
     if blank is None:
         with outside_of_modes():
             blank = torch.empty(nan.shape, dtype=dtype, device="meta")
     logits: DeferredLogits = nan.as_subclass(DeferredLogits)
     logits.undone, logits.memory = undone, memory or Memory(undone)
-    logits.views, logits.blank, logits.constant, logits.known = views, blank, constant, None
+    logits.views, logits.blank, logits.known = views, blank, None
     with no_torch_function():
         logits.node = logits.grad_fn
     return logits

@@ -7,7 +7,7 @@ product of some positions with the whole matrix; positions without a label are l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast
 from ttfunc.torch_private import keeps_signature
-from ttfunc.weight.product import bias_at, patched_product, product_into
+from ttfunc.weight.product import bias_at, product, product_into
 
 Steps = tuple[Callable[[Tensor], Tensor], ...]
 
@@ -63,16 +63,16 @@ def in_steps(steps: Steps, logits: Tensor) -> Tensor:
 
 
 def made_of(
+    steps: Steps,
     hidden: Tensor,
     base: Tensor,
     rows: Tensor,
     bias: Tensor | None,
     indices: TokenIndices,
-    steps: Steps,
 ) -> Tensor:
-    """The logits, in plain operations; the operands were cast as autocast was at the product."""
+    """The logits. Their operands were cast as autocast was when the model multiplied."""
     with outside_of_autocast(hidden.device):
-        return in_steps(steps, patched_product(hidden, base, rows, bias, indices))
+        return in_steps(steps, product(hidden, base, rows, bias, indices))
 
 
 def gradients(
@@ -126,9 +126,13 @@ class _CrossEntropies(torch.autograd.Function):
         to_hidden = torch.zeros_like(hidden)
         of_rows = hidden.new_zeros(len(hidden), len(ids), dtype=_wide(hidden.dtype))
         labelled = _labelled(target, ignore_index, height)
-        most = _positions(base, height)
+        budget = min(max(LEAST, base.nbytes // 4), MOST)
+        most = max(1, budget // (height * base.element_size()))
         buffer = hidden.new_empty(min(most, len(labelled)), height)
-        for chunk in _chunks(labelled, len(target), most):
+        chunks: Iterable[slice | Tensor] = labelled.split(most)
+        if len(labelled) == len(target):  # a slice copies no hidden states
+            chunks = [slice(start, start + most) for start in range(0, len(target), most)]
+        for chunk in chunks:
             some = hidden[chunk]
             logits = buffer[: len(some)]
             product_into(logits, some, base, bias)
@@ -155,7 +159,7 @@ class _CrossEntropies(torch.autograd.Function):
         if torch.is_grad_enabled() and not once:  # someone will differentiate this gradient
 
             def losses(hidden: Tensor, rows: Tensor) -> Tensor:
-                logits = made_of(hidden, base, rows, bias, ctx.indices, steps)
+                logits = made_of(steps, hidden, base, rows, bias, ctx.indices)
                 options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
                 return F.cross_entropy(logits, target, reduction="none", **options)
 
@@ -194,12 +198,6 @@ class _CrossEntropies(torch.autograd.Function):
         return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0)
 
 
-def _positions(base: Tensor, height: int) -> int:
-    """How many are in a chunk."""
-    budget = min(max(LEAST, base.nbytes // 4), MOST)
-    return max(1, budget // (height * base.element_size()))
-
-
 def _labelled(target: Tensor, ignore_index: int, height: int) -> Tensor:
     """The positions that have a label. Raises as torch does for one that is out of range."""
     found = target != ignore_index
@@ -207,14 +205,6 @@ def _labelled(target: Tensor, ignore_index: int, height: int) -> Tensor:
     if len(wrong):
         F.cross_entropy(wrong.new_zeros(1, dtype=torch.float32).expand(1, height), wrong[:1])
     return found.nonzero().squeeze(1)
-
-
-def _chunks(positions: Tensor, count: int, most: int) -> Iterator[slice | Tensor]:
-    """Some of `count` positions, so many at a time; slices, if they are all."""
-    if len(positions) == count:
-        yield from (slice(start, start + most) for start in range(0, count, most))
-    else:
-        yield from positions.split(most)
 
 
 def _losses(
@@ -240,8 +230,8 @@ def _loss_and_gradient(
     logits: Tensor, target: Tensor, steps: Steps, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
-        product = logits.detach().requires_grad_(bool(steps))
-        seen = in_steps(steps, product)
+        fresh = logits.detach().requires_grad_(bool(steps))
+        seen = in_steps(steps, fresh)
     log_p = torch.log_softmax(seen.detach(), 1, dtype=_wide(seen.dtype))
     losses = -log_p.gather(1, target).squeeze(1)
     if label_smoothing:
@@ -252,7 +242,7 @@ def _loss_and_gradient(
     there = grad.new_full((), label_smoothing - 1).expand_as(target)
     grad.scatter_add_(1, target, there)
     if steps:
-        (grad,) = torch.autograd.grad(seen, product, grad.to(seen.dtype))
+        (grad,) = torch.autograd.grad(seen, fresh, grad.to(seen.dtype))
     return losses, grad
 
 

@@ -66,6 +66,7 @@ WRITERS = (
     | {Tensor.register_post_accumulate_grad_hook}
 )
 
+AS_STRIDED = torch.ops.aten.as_strided.default
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -114,7 +115,7 @@ def refuse_writes(
             "is written to it (or read through a pointer to it) would be lost. Write to the model "
             "or to the deltas before the call, or use patch(params, dense=True)."
         )
-    if func is torch.ops.aten.as_strided.default and is_lost(args[0]):
+    if func is AS_STRIDED and is_lost(args[0]):
         raise RuntimeError(
             "as_strided on a patched weight: a patched weight does not lie in memory. Use "
             "patch(params, dense=True)."

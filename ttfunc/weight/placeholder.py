@@ -15,18 +15,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ttfunc.rows.token_ids import with_rows
+from ttfunc.torch_distributed_private import is_dtensor
 from ttfunc.torch_private import (
     COMPARISONS,
-    forbid_writes,
+    FUNCTIONALIZE,
+    at_work,
+    in_dual_level,
+    in_strict_export,
+    is_traced,
     is_wrapped,
     keeps_signature,
     outside_of_dispatch,
     outside_of_transforms,
     plain_torch_function,
-    tree_map,
+    transforms_active,
     wrapper_of,
 )
-from ttfunc.weight.overrides import refuse_writes
+from ttfunc.weight.lazy import Lazy, expanded_nan
+from ttfunc.weight.overrides import AS_STRIDED
+from ttfunc.weight.rows import Rows, not_mixed
 
 
 class Reads:
@@ -113,15 +121,6 @@ class _StandIn(torch.autograd.Function):
         return standing, 0
 
 
-def expanded_nan(
-    like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None
-) -> Tensor:
-    """One NaN of the device and dtype of another tensor, expanded to a shape."""
-    nan = like.new_full((), torch.nan, dtype=dtype or like.dtype)
-    forbid_writes(nan)
-    return nan.expand(shape)
-
-
 @dataclass(frozen=True)
 class _InPlaceOf:
     """Another tensor in the place of the first operand, with the gradient of that one."""
@@ -150,13 +149,8 @@ def wrapped(fake: Tensor, kind: type[Tensor]) -> Any:
         return _StandIn.apply(wrapper, False, fake)  # type: ignore[no-untyped-call]
 
 
-class Placeholder(Tensor):
-    """A NaN that the dispatcher replaces: `made` makes the tensor anew for each operation.
-
-    It is for transforms, which work on it within their wrappers.
-    """
-
-    made: Callable[[], Tensor]
+class Placeholder(Lazy):
+    """A lazy tensor for transforms, which work on it within their wrappers."""
 
     __torch_function__ = plain_torch_function  # type: ignore[assignment]
 
@@ -168,22 +162,21 @@ class Placeholder(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        refuse_writes(func, args, kwargs, _is_placeholder)
-        if func in COMPARISONS or (getattr(func, "is_view", False) and _is_placeholder(args[0])):
+        viewed = getattr(func, "is_view", False) and isinstance(args[0], Placeholder)
+        if func in COMPARISONS or (viewed and func is not AS_STRIDED):
             with outside_of_dispatch():
-                seen = func(*args, **kwargs)
+                seen = func(*args, **(kwargs or {}))
             if func in COMPARISONS:
                 return seen
             if isinstance(seen, Tensor):  # a transform makes views of it before any read
-                made = args[0].made
-                return _replaced(seen, lambda: _viewed(func, made(), *args[1:], **kwargs))
-        return func(*tree_map(_made, args), **tree_map(_made, kwargs))
+                make = args[0].make
+                return _replaced(seen, lambda: _viewed(func, make(), *args[1:], **(kwargs or {})))
+        return cls._dispatched(func, types, args, kwargs)
 
 
-def _replaced(blank: Tensor, made: Callable[[], Any]) -> Placeholder:
+def _replaced(blank: Tensor, make: Callable[[], Any]) -> Placeholder:
     found = blank.as_subclass(Placeholder)
-    found.made = made
+    found.make, found.piece = make, None
     return found
 
 
@@ -193,9 +186,94 @@ def _viewed(func: Any, matrix: Tensor, *args: Any, **kwargs: Any) -> Any:
     return func(matrix, *args, **kwargs)
 
 
-def _is_placeholder(value: Any) -> bool:
-    return isinstance(value, Placeholder)
+def matrix_placeholder(rows: Rows, base: Tensor, reads: Reads, *, whole: bool = True) -> Tensor:
+    """One NaN in the shape of the matrix, whose gradient goes to the rows.
+
+    Where each example has its own rows, the gradient is refused. A read of the matrix itself is
+    noted in `reads`, and refused where no rank has the matrix (not `whole`, or a DTensor).
+    """
+    new_tokens = rows.new_tokens(base)
+    if rows.by_example():
+        if torch.compiler.is_dynamo_compiling():
+            return _constant(rows, base)
+        if _no_placeholder():
+            with outside_of_transforms():  # so that the dispatcher finds the weight itself
+                return _constant(rows, base)
+        recipe = _Matrix(new_tokens, reads, not_mixed, _no_mixed_gradient)
+        return placeholder(recipe, rows.values[0], base, rows.places(base)[1])
+    if whole and not is_dtensor(base):
+        if in_strict_export():
+            return _constant(rows, base)
+        if _no_placeholder():
+            return rows.materialise(base)
+        recipe = _Matrix(new_tokens, reads)
+    else:
+        recipe = _Matrix(new_tokens, reads, _in_parts)
+    values, ids = rows.written(base)
+    return placeholder(recipe, values, base, ids)
 
 
-def _made(value: Any) -> Any:
-    return value.made() if isinstance(value, Placeholder) else value
+@dataclass(frozen=True)
+class _Matrix:
+    """`base.index_copy(0, ids, values)`; a transform may put a batch in front of the values.
+
+    no_matrix, no_gradient: what is raised where there is none.
+    """
+
+    new_tokens: int
+    reads: Reads
+    no_matrix: Callable[[], Exception] | None = None
+    no_gradient: Callable[[], Exception] | None = None
+
+    def blank(self, values: Tensor, base: Tensor, ids: Tensor) -> Tensor:
+        height, width = base.shape[-2:]
+        return expanded_nan(values, (*values.shape[:-2], height + self.new_tokens, width))
+
+    def made(self, values: Tensor, base: Tensor, ids: Tensor) -> Tensor:
+        if self.no_matrix is not None:
+            raise self.no_matrix()
+        self.reads.dense = True
+        base = base.expand(*values.shape[:-2], *base.shape[-2:])
+        return with_rows(base, ids, values, self.new_tokens)
+
+    def gradient(
+        self, grad: Tensor, needs: tuple[bool, ...], values: Tensor, base: Tensor, ids: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if self.no_gradient is not None:
+            raise self.no_gradient()
+        grad = grad.to_dense() if grad.is_sparse else grad  # from an embedding with sparse=True
+        return grad.index_select(-2, ids), None, None
+
+
+def _constant(rows: Rows, base: Tensor) -> Tensor:
+    """One NaN in the shape of the matrix, without a gradient.
+
+    A graph of `torch.export` with `strict=True` keeps what nothing reads, such as a copy. Dynamo
+    takes every read to the handlers.
+    """
+    return base.new_full((), torch.nan).expand(rows.height(base), base.shape[1])
+
+
+def _no_placeholder() -> bool:
+    """Whether the placeholder cannot carry a gradient, and the copy itself takes its place.
+
+    torch.compile drops the copy if nothing reads it, and so does make_fx of a transform;
+    functionalize, and forward mode without a transform (`torch.autograd.forward_ad`), pay for it.
+    """
+    if torch.compiler.is_dynamo_compiling() or at_work(FUNCTIONALIZE):
+        return True
+    return is_traced() if transforms_active() else in_dual_level()
+
+
+def _in_parts() -> RuntimeError:
+    return RuntimeError(
+        "a transform reads the token matrix of a sharded model past its patch. Leave the matrix "
+        "out of the sharding (ignored_params of fully_shard), or use loss.backward()."
+    )
+
+
+def _no_mixed_gradient() -> RuntimeError:
+    return RuntimeError(
+        "the gradient of a mixed patch went through an autograd.Function of the model's own, which "
+        "expects one matrix. Call the model separately for each adapter's examples."
+    )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttfunc.rows.token_ids import TokenIndices
+from ttfunc.rows.token_ids import IdTensor, TokenIndices
 from ttfunc.torch_private import (
     FUNCTIONALIZE,
     JVP,
@@ -43,8 +43,7 @@ def product(
     if _has_no_rule():
         return patched_product(hidden, base, rows, bias, indices)
     indices.on(base.device)  # Dynamo takes no tensor out of a Function that was made in it
-    function = _ProductFunction if torch.compiler.is_dynamo_compiling() else _ProductWithVmap
-    result: Tensor = function.apply(hidden, base, rows, bias, indices)  # type: ignore[no-untyped-call]
+    result: Tensor = _ProductFunction.apply(hidden, base, rows, bias, indices)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -54,9 +53,9 @@ def lengthened(tensor: Tensor, size: int) -> Tensor:
     return F.pad(tensor, (0, more)) if more else tensor
 
 
-def long_bias(bias: Tensor | None, base: Tensor, indices: TokenIndices) -> Tensor | None:
+def long_bias(bias: Tensor | None, base: Tensor, ids: TokenIndices | IdTensor) -> Tensor | None:
     """The bias as the product takes it: cast as its operands, and 0 for new tokens without one."""
-    return None if bias is None else lengthened(autocast(bias), indices.height(len(base)))
+    return None if bias is None else lengthened(autocast(bias), ids.height(len(base)))
 
 
 def bias_at(bias: Tensor | None, ids: Tensor) -> Tensor | None:
@@ -141,10 +140,6 @@ class _ProductFunction(torch.autograd.Function):
         if needs_bias:
             to_bias = _flat(grad).sum(0)
         return to_hidden, None, to_rows, to_bias, None
-
-
-class _ProductWithVmap(_ProductFunction):
-    """The same with the rules for transforms, which torch.compile cannot trace."""
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:

@@ -26,7 +26,7 @@ from ttfunc.rows.token_ids import (
 from ttfunc.torch_distributed_private import is_dtensor
 from ttfunc.torch_private import is_exported, transforms_active
 from ttfunc.weight import dtensor_rows
-from ttfunc.weight.product import autocast, base_product, cast_like, lengthened, product
+from ttfunc.weight.product import autocast, base_product, cast_like, long_bias, product
 
 
 class Rows(NamedTuple):
@@ -98,7 +98,7 @@ class Rows(NamedTuple):
         if self.fixed():
             return product(hidden, base, self.values, bias, self._fixed_ids())
         height, rows = self.height(base), autocast(cast_like(self.values, base))
-        hidden, base = autocast(hidden), autocast(base)
+        hidden, base, bias = autocast(hidden), autocast(base), long_bias(bias, base, self.ids)
         used, columns = self.places(base)
         if self.by_example():
             _check_examples(self.values.shape[0], hidden, least=3)
@@ -108,7 +108,6 @@ class Rows(NamedTuple):
         else:
             replaced = hidden @ rows.mT
         if bias is not None:
-            bias = lengthened(autocast(bias), height)
             replaced = replaced + bias[columns]
         fresh, columns = base_product(hidden, base, bias, height), columns.expand_as(replaced)
         replaced = torch.where(used, replaced, fresh.gather(-1, columns))
@@ -140,10 +139,6 @@ class Rows(NamedTuple):
     def map(self, func: Callable[[Tensor], Tensor]) -> Rows:
         """The rows after `func`, which acts on each row separately."""
         return self._replace(values=func(self.values))
-
-    def part(self, base: Tensor) -> Rows:
-        """The rows in this rank's part of a matrix that is split over ranks."""
-        return Rows(*dtensor_rows.part(self.values, self._fixed_ids(), base))
 
     def _fixed_ids(self) -> TokenIndices:
         return cast(TokenIndices, self.ids)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.memory import same_bits
 from ttfunc.torch_private import in_backward, is_traced, transforms_active, version_of
-from ttfunc.weight.matrix_placeholder import matrix_placeholder
-from ttfunc.weight.placeholder import Reads
+from ttfunc.weight.placeholder import Reads, matrix_placeholder
 from ttfunc.weight.rows import Rows
 
 # So many tensors, and so many bytes of them in all, are compared at each read to what they were.
