@@ -105,13 +105,9 @@ def of_params(params: TokenDeltas) -> Iterator[Entry]:
     """What is said of each matrix of the parameters."""
     for key, spec in params.specs.items():
         delta, originals = params.deltas[key], params.originals[key]
-        lines = [
-            f"  {' = '.join(spec.names)}",
-            f"    rows      {spec.counted} × {spec.shape[1]:,}: {_listed(spec.indices.ids)}",
-            f"    deltas    {_dtype(delta.dtype)}, {size(delta.nbytes)}",
-            f"    originals {_dtype(originals.dtype)}, {size(originals.nbytes)}",
-        ]
-        yield lines, Inspected(spec.names, spec.indices.ids, delta, originals)
+        one = Inspected(spec.names, spec.indices.ids, delta, originals)
+        told = f"    originals {_kind(originals)}"
+        yield [f"  {' = '.join(spec.names)}", *_of_rows(one, spec.counted), told], one
 
 
 def _adapter(path: Path) -> tuple[list[str], list[Entry]]:
@@ -134,11 +130,12 @@ def _adapter(path: Path) -> tuple[list[str], list[Entry]]:
     return lines, entries
 
 
-def _of_rows(given: Inspected) -> list[str]:
+def _of_rows(given: Inspected, counted: str = "") -> list[str]:
     _, ids, rows, _ = given
+    listed = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
     return [
-        f"    rows      {len(ids):,} × {rows.shape[1]:,}: {_listed(ids)}",
-        f"    deltas    {_dtype(rows.dtype)}, {size(rows.nbytes)}",
+        f"    rows      {counted or f'{len(ids):,}'} × {rows.shape[1]:,}: {listed}",
+        f"    deltas    {_kind(rows)}",
     ]
 
 
@@ -161,9 +158,5 @@ def _checkpoint(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
-def _listed(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
-
-
-def _dtype(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}, {size(tensor.nbytes)}"

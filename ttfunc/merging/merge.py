@@ -133,13 +133,30 @@ def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group], delta
         return
     originals = [_holds(matrix, spec, spec.originals) for matrix in held]
     if any(one != originals[0] for one in originals):
-        warnings.warn(_names_differ(groups, [all(one) for one in originals]), stacklevel=3)
+        pairs = list(zip(originals, groups, strict=True))
+        others, these = (
+            [name for one, group in pairs if all(one) == have for name in group.aliases]
+            for have in (False, True)
+        )
+        warnings.warn(
+            f"the rows of tokens {shown(list(spec.indices.ids))} in {others} are not the originals "
+            f"of the parameters, but those in {these} are. These names are one matrix in the "
+            "model, but not in this state dict. The trained rows replace both, and unmerge will "
+            "write the originals to both. Keep this state dict.",
+            stacklevel=3,
+        )
     elif held[0].dtype == spec.originals.dtype and len(set(originals[0])) > 1:  # not by rounding
         ids = spec.known(spec.originals)[0].tolist()
         merged = _holds(held[0], spec, delta) if _is_plain(delta) else originals[0]
         known = map(operator.or_, originals[0], merged)
         if other := [token for token, one in zip(ids, known, strict=True) if not one]:
-            warnings.warn(_tokens_differ(groups[0], other), stacklevel=3)
+            warnings.warn(
+                f"the rows of tokens {shown(other)} in {groups[0].aliases} are not the originals "
+                "of the parameters, though those of its other tokens are: were other rows of these "
+                "tokens merged before, or were they trained since? The new rows replace them, and "
+                "unmerge will write the originals. Keep this state dict.",
+                stacklevel=3,
+            )
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -227,26 +244,3 @@ def _check_finite(matrix: Tensor, spec: RowSpec, name: str) -> None:
             f"the rows of tokens {bad} for {name!r} are not finite in {matrix.dtype}. Train with a "
             "smaller step, or merge into a wider dtype."
         )
-
-
-def _names_differ(groups: list[Group], original: list[bool]) -> str:
-    pairs = list(zip(original, groups, strict=True))
-    others, these = (
-        [name for found, group in pairs if found == have for name in group.aliases]
-        for have in (False, True)
-    )
-    return (
-        f"the rows of tokens {shown(list(groups[0].spec.indices.ids))} in {others} are not "
-        f"the originals of the parameters, but those in {these} are. These names are one "
-        "matrix in the model, but not in this state dict. The trained rows replace both, and "
-        "unmerge will write the originals to both. Keep this state dict."
-    )
-
-
-def _tokens_differ(group: Group, tokens: list[int]) -> str:
-    return (
-        f"the rows of tokens {shown(tokens)} in {group.aliases} are not the originals of "
-        "the parameters, though those of its other tokens are: were other rows of these tokens "
-        "merged before, or were they trained since? The new rows replace them, and unmerge "
-        "will write the originals. Keep this state dict."
-    )

@@ -9,10 +9,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from reprlib import repr as shown
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttfunc.model.held import names_of, way_to
 from ttfunc.model.matrix import Matrix, holds_floats, matrix_of
@@ -170,22 +169,19 @@ def saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     )
     if kind is None or revert is None:
         return {}
+    with outside_of_modes():
+        tensor = torch.empty(0, device="meta")
     found: dict[str, str] = {}
     for name in names:
         way = way_to(model, name)
         depth = next((depth for depth, one in enumerate(way) if isinstance(one, kind)), None)
         if depth is not None:
             own = ".".join(name.split(".")[depth:])
-            found[name] = _saved(revert, way[depth], within(own))
+            try:
+                saved = revert(way[depth], {within(own): tensor})
+            except Exception:  # it refuses some quantised models, which it cannot save either
+                saved = {}
+            # A matrix stored in another form is another tensor, and cannot be written to by rows.
+            others = (other for other, one in saved.items() if one is tensor)
+            found[name] = next(others, within(own))
     return {name: other for name, other in found.items() if other != name}
-
-
-def _saved(revert: Any, model: nn.Module, name: str) -> str:
-    with outside_of_modes():
-        tensor: Tensor = torch.empty(0, device="meta")
-    try:
-        saved = revert(model, {name: tensor})
-    except Exception:  # it refuses some quantised models, which it cannot save either
-        return name
-    # A matrix that is stored in another form is another tensor, and cannot be written to by rows.
-    return next((other for other, one in saved.items() if one is tensor), name)
