@@ -35,7 +35,11 @@ def info(path: Path, tokenizer: Path | None = None, model: Path | None = None) -
 
     Of the model the matrices of these rows are read, some rows at a time, and nothing else.
     """
-    base = None if model is None else _base(model)
+    if model is not None and rows_file.is_of_rows(model):
+        raise ValueError(
+            f"{str(model)!r} is a file of rows. The order is info ROWS --model FOLDER, the model's."
+        )
+    base = None if model is None else open_checkpoint(model)
     if tokenizer is None and model is not None:
         # A merged folder's own tokenizer has the new tokens, which that of the model before lacks.
         tokenizer = next(filter(has_tokenizer, (path, model)), None)
@@ -66,14 +70,6 @@ def info(path: Path, tokenizer: Path | None = None, model: Path | None = None) -
             f"{UNKNOWN}: the tokenizer in {str(tokenizer)!r} lacks it; give the one that the new "
             "tokens were added to, as the merged folder's: --tokenizer FOLDER"
         )
-
-
-def _base(model: Path) -> Checkpoint:
-    if rows_file.is_of_rows(model):
-        raise ValueError(
-            f"{str(model)!r} is a file of rows. The order is info ROWS --model FOLDER, the model's."
-        )
-    return open_checkpoint(model)
 
 
 def _held(path: Path, base: Checkpoint | None) -> tuple[list[str], Sequence[Entry]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ttfunc.engines.shards import rows_at
 from ttfunc.merging.state_dict import Group, called, groups_of, resized_beside
 from ttfunc.rows.deltas import RowSpec, TokenDeltas, combine
+from ttfunc.rows.new_tokens import shape_in_weights
 from ttfunc.rows.token_ids import TokenIndices, with_rows
 from ttfunc.torch_distributed_private import is_dtensor
 from ttfunc.torch_private import is_wrapped, outside_of_modes
@@ -108,7 +109,7 @@ def unmerge(
     groups = groups_of(state_dict, together, merged=True)
     for _, spec, aliases in groups:
         check_originals(aliases[0], state_dict[aliases[0]].dtype, spec.originals.dtype)
-    return _written(_shortened(state_dict, groups), groups, together.originals, original=True)
+    return _written(state_dict, groups, together.originals, original=True)
 
 
 def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> None:
@@ -174,11 +175,6 @@ def _holds(matrix: Tensor, spec: RowSpec, rows: Tensor) -> list[bool]:
         return held
 
 
-def _copied(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # copy.copy keeps the type and the _metadata of what nn.Module.state_dict returns.
-    return copy.copy(state_dict) if isinstance(state_dict, dict) else dict(state_dict)
-
-
 def _written(
     state_dict: Mapping[str, Tensor],
     groups: list[Group],
@@ -186,32 +182,27 @@ def _written(
     *,
     original: bool = False,
 ) -> dict[str, Tensor]:
-    """A copy of the state dict with these rows; the `original` ones are of old tokens alone."""
-    result = _copied(state_dict)
+    """A copy of the state dict with these rows, which is longer by the new tokens.
+
+    original: the rows are of old tokens alone, and the copy is shorter by the new ones.
+    """
+    # copy.copy keeps the type and the _metadata of what nn.Module.state_dict returns.
+    result = copy.copy(state_dict) if isinstance(state_dict, dict) else dict(state_dict)
     for group in groups:
         key, spec, aliases = group
         # Read from the result: another adapter may already have written to one of these names.
         matrix = result[aliases[0]]
         rows = values[key].to(matrix.device, matrix.dtype)
         ids = spec.indices.on(matrix.device).ids
+        # Another matrix that is this tensor here may have made it longer, or shorter, already.
+        by = max(0, spec.height - len(matrix))
         if original:
+            by = min(0, shape_in_weights(spec, merged=False)[0] - len(matrix))
             ids, rows = spec.known(rows)
-        # Another matrix that is this tensor here may have made it longer already.
-        longer = 0 if original else max(0, spec.height - len(matrix))
-        result.update(dict.fromkeys(aliases, _with_rows(matrix, ids, rows, longer)))
-        if longer:
-            result.update(resized_beside(result, group, longer))
-    return result
-
-
-def _shortened(state_dict: Mapping[str, Tensor], groups: list[Group]) -> dict[str, Tensor]:
-    """A copy of the state dict without what was added for new tokens."""
-    result = _copied(state_dict)
-    for group in groups:
-        if by := group.spec.grown:
-            matrix = state_dict[group.aliases[0]][:-by]
-            result.update(dict.fromkeys(group.aliases, matrix))
-            result.update(resized_beside(state_dict, group, -by))
+        written = _with_rows(matrix[:by] if by < 0 else matrix, ids, rows, max(0, by))
+        result.update(dict.fromkeys(aliases, written))
+        if by:
+            result.update(resized_beside(result, group, by))
     return result
 
 

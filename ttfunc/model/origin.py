@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -62,16 +62,15 @@ class Origin:
     def joined(self, other: Origin) -> Origin:
         """What is known from either, for further rows of the same matrix."""
         known = other if self.sizes is None else self
-        return Origin(
-            self.model or other.model,
-            known.kind or other.kind,
-            known.sizes,
-            known.shared,
-            other.biases if self.biases is None else self.biases,
-            {**other.saved_as, **self.saved_as},
-            self.sample or other.sample,
-            self.apart or other.apart,
-            self.beside or other.beside,
+        return replace(
+            known,  # its sizes, and what else has them
+            model=self.model or other.model,
+            kind=known.kind or other.kind,
+            biases=other.biases if self.biases is None else self.biases,
+            saved_as={**other.saved_as, **self.saved_as},
+            sample=self.sample or other.sample,
+            apart=self.apart or other.apart,
+            beside=self.beside or other.beside,
         )
 
 
