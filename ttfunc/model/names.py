@@ -67,13 +67,18 @@ def innermost(model: nn.Module) -> nn.Module:
 def advice(names: Sequence[str], held: Collection[str]) -> str:
     """A hint: what `held` may have for `names`, and how to give it; empty if that is not known."""
     found = through_wrappers(names, held) or _behind_a_prefix(names, held)
-    if not found:
-        return ""
-    who = _who(found)
-    return (
-        f" Did you mean {next(iter(found.values()))!r}{f', with the {who}' if who else ''}? Then "
-        f"give names={found!r}."
-    )
+    return f"{_question(found)} Then give names={found!r}." if found else ""
+
+
+def _question(found: Mapping[str, str]) -> str:
+    """A question for a message: whether a name was meant for another, and what wrapper it has."""
+    parts = [
+        f"'{part}.' of {who}"
+        for part, who in _WRAPPERS.items()
+        if any(f".{a}".count(f".{part}.") != f".{b}".count(f".{part}.") for a, b in found.items())
+    ]
+    wrapped = f" One of the two has the {' and the '.join(parts)}." if parts else ""
+    return f" Did you mean {next(iter(found.values()))!r}?{wrapped}"
 
 
 def is_end(a: str, b: str) -> int:
@@ -118,16 +123,6 @@ def _behind_a_prefix(names: Sequence[str], held: Collection[str]) -> dict[str, s
     return {name: other for name, other in pairs.items() if other in held}
 
 
-def _who(names: Mapping[str, str]) -> str:
-    """The parts that wrappers have put into one name of a pair, and the wrapper of each."""
-    parts = [
-        f"'{part}.' of {who}"
-        for part, who in _WRAPPERS.items()
-        if any(f".{a}".count(f".{part}.") != f".{b}".count(f".{part}.") for a, b in names.items())
-    ]
-    return " and the ".join(parts)
-
-
 def did_you_mean(name: str, held: Collection[str]) -> str:
     """A question for a message: which of `held` are like `name`."""
     close = difflib.get_close_matches(name, held, n=3, cutoff=0.5)
@@ -139,9 +134,8 @@ def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
     held = names_of(model)
     name = next((one for one in (name, peft_twin(name), without_peft(name)) if one in held), name)
     if name not in held:
-        hint = did_you_mean(name, held)
-        if found := through_wrappers([name], held):
-            hint = f" Did you mean {found[name]!r}? One of the two has the {_who(found)}."
+        found = through_wrappers([name], held)
+        hint = _question(found) if found else did_you_mean(name, held)
         raise KeyError(
             f"{type(model).__name__} has no parameter {name!r}, for which {str(source)!r} has "
             f"rows.{hint} Use the model that the rows were trained on, without a wrapper."

@@ -135,10 +135,11 @@ def input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
     """The embedding that the model names, else the only one, else the one named embed_tokens."""
     named = ends_of(model)[0]
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())
+    own = [layer_of(n, m) for n, m in modules if m is named]
     of_name = [layer_of(n, m) for n, m in modules if n.rpartition(".")[2] == "embed_tokens"]
     for choice in (
         # Some models have an embedding class of their own.
-        [one for one in (layer_of(n, m) for n, m in modules if m is named) if has_matrix(one[1])],
+        [(n, m) for n, m in own if has_matrix(m)],
         [(n, m) for n, m in modules if isinstance(m, nn.Embedding)],
         [(n, m) for n, m in of_name if isinstance(m, nn.Embedding) or has_matrix(m)],
     ):

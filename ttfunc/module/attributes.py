@@ -58,8 +58,10 @@ def attribute_of(module: Any, name: str) -> Any:
     value = getattr(holder, name)
     if name == "base_model" and (longer := backbone_for_loss(module, value)):
         return longer
-    declared = inspect.getattr_static(type(holder), name, None)
-    if isinstance(value, Tensor) and isinstance(declared, property):
+    is_computed = isinstance(value, Tensor) and isinstance(
+        inspect.getattr_static(type(holder), name, None), property
+    )
+    if is_computed:
         return module._call((), {}, lambda copy: getattr(copy, name), holder)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
         return _method(module, name, value)
