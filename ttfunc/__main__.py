@@ -81,7 +81,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--name",
             action=_Names,
-            type=_pair,
             default={},
             metavar="MODEL=CHECKPOINT",
             help="the name of a matrix in the model, and its other name in the checkpoint",
@@ -115,20 +114,17 @@ class _Names(argparse.Action):
     """Collects pairs; none is dropped because another has the same name."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        name, other = values
+        name, equals, other = values.partition("=")
+        if not (name and equals and other):
+            raise argparse.ArgumentError(
+                self, f"{values!r} is not MODEL=CHECKPOINT, a name on each side"
+            )
         names = getattr(namespace, self.dest)
         if name in names:
             raise argparse.ArgumentError(
                 self, f"{name!r} is given twice, as {names[name]!r} and {other!r}: give it once"
             )
         setattr(namespace, self.dest, {**names, name: other})
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, other = text.partition("=")
-    if not (name and equals and other):
-        raise argparse.ArgumentTypeError(f"{text!r} is not MODEL=CHECKPOINT, a name on each side")
-    return name, other
 
 
 def _copy(options: argparse.Namespace) -> None:
@@ -170,12 +166,10 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _message(error: BaseException) -> str:
+    # str() of a KeyError gives the repr of its text.
+    text = str(error.args[0]) if error.args else type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename!r}" if error.filename is not None else ""
-        text = f"{error.strerror}{where}"
-    else:
-        # str() of a KeyError gives the repr of its text.
-        text = str(error.args[0]) if error.args else type(error).__name__
+        text = error.strerror + (f": {error.filename!r}" if error.filename is not None else "")
     return " ".join(text.split())
 
 

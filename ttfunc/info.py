@@ -35,7 +35,11 @@ def info(path: Path, tokenizer: Path | None = None, model: Path | None = None) -
 
     Of the model the matrices of these rows are read, some rows at a time, and nothing else.
     """
-    base = None if model is None else _base(model)
+    if model is not None and rows_file.is_of_rows(model):
+        raise ValueError(
+            f"{str(model)!r} is a file of rows. The order is info ROWS --model FOLDER, the model's."
+        )
+    base = None if model is None else open_checkpoint(model)
     if tokenizer is None and model is not None:
         # A merged folder's own tokenizer has the new tokens, which that of the model before lacks.
         tokenizer = next(filter(has_tokenizer, (path, model)), None)
@@ -68,14 +72,6 @@ def info(path: Path, tokenizer: Path | None = None, model: Path | None = None) -
         )
 
 
-def _base(model: Path) -> Checkpoint:
-    if rows_file.is_of_rows(model):
-        raise ValueError(
-            f"{str(model)!r} is a file of rows. The order is info ROWS --model FOLDER, the model's."
-        )
-    return open_checkpoint(model)
-
-
 def _held(path: Path, base: Checkpoint | None) -> tuple[list[str], Sequence[Entry]]:
     """What is said of the whole, and of each matrix of which rows are known to be trained."""
     if rows_file.is_of_rows(path):
@@ -105,13 +101,9 @@ def of_params(params: TokenDeltas) -> Iterator[Entry]:
     """What is said of each matrix of the parameters."""
     for key, spec in params.specs.items():
         delta, originals = params.deltas[key], params.originals[key]
-        lines = [
-            f"  {' = '.join(spec.names)}",
-            f"    rows      {spec.counted} × {spec.shape[1]:,}: {_listed(spec.indices.ids)}",
-            f"    deltas    {_dtype(delta.dtype)}, {size(delta.nbytes)}",
-            f"    originals {_dtype(originals.dtype)}, {size(originals.nbytes)}",
-        ]
-        yield lines, Inspected(spec.names, spec.indices.ids, delta, originals)
+        one = Inspected(spec.names, spec.indices.ids, delta, originals)
+        told = f"    originals {_kind(originals)}"
+        yield [f"  {' = '.join(spec.names)}", *_of_rows(one, spec.counted), told], one
 
 
 def _adapter(path: Path) -> tuple[list[str], list[Entry]]:
@@ -134,11 +126,12 @@ def _adapter(path: Path) -> tuple[list[str], list[Entry]]:
     return lines, entries
 
 
-def _of_rows(given: Inspected) -> list[str]:
+def _of_rows(given: Inspected, counted: str = "") -> list[str]:
     _, ids, rows, _ = given
+    listed = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
     return [
-        f"    rows      {len(ids):,} × {rows.shape[1]:,}: {_listed(ids)}",
-        f"    deltas    {_dtype(rows.dtype)}, {size(rows.nbytes)}",
+        f"    rows      {counted or f'{len(ids):,}'} × {rows.shape[1]:,}: {listed}",
+        f"    deltas    {_kind(rows)}",
     ]
 
 
@@ -161,9 +154,5 @@ def _checkpoint(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
-def _listed(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
-
-
-def _dtype(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}, {size(tensor.nbytes)}"

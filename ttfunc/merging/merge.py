@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ttfunc.engines.shards import rows_at
 from ttfunc.merging.state_dict import Group, called, groups_of, resized_beside
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
+from ttfunc.rows.new_tokens import shape_in_weights
 from ttfunc.rows.several import combine
 from ttfunc.rows.token_ids import TokenIndices, with_rows
 from ttfunc.torch_distributed_private import is_dtensor
@@ -109,7 +110,7 @@ def unmerge(
     groups = groups_of(state_dict, together, merged=True)
     for _, spec, aliases in groups:
         check_originals(aliases[0], state_dict[aliases[0]].dtype, spec.originals.dtype)
-    return _written(_shortened(state_dict, groups), groups, together.originals, original=True)
+    return _written(state_dict, groups, together.originals, original=True)
 
 
 def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> None:
@@ -134,13 +135,30 @@ def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group], delta
         return
     originals = [_holds(matrix, spec, spec.originals) for matrix in held]
     if any(one != originals[0] for one in originals):
-        warnings.warn(_names_differ(groups, [all(one) for one in originals]), stacklevel=3)
+        pairs = list(zip(originals, groups, strict=True))
+        others, these = (
+            [name for one, group in pairs if all(one) == have for name in group.aliases]
+            for have in (False, True)
+        )
+        warnings.warn(
+            f"the rows of tokens {shown(list(spec.indices.ids))} in {others} are not the originals "
+            f"of the parameters, but those in {these} are. These names are one matrix in the "
+            "model, but not in this state dict. The trained rows replace both, and unmerge will "
+            "write the originals to both. Keep this state dict.",
+            stacklevel=3,
+        )
     elif held[0].dtype == spec.originals.dtype and len(set(originals[0])) > 1:  # not by rounding
         ids = spec.known(spec.originals)[0].tolist()
         merged = _holds(held[0], spec, delta) if _is_plain(delta) else originals[0]
         known = map(operator.or_, originals[0], merged)
         if other := [token for token, one in zip(ids, known, strict=True) if not one]:
-            warnings.warn(_tokens_differ(groups[0], other), stacklevel=3)
+            warnings.warn(
+                f"the rows of tokens {shown(other)} in {groups[0].aliases} are not the originals "
+                "of the parameters, though those of its other tokens are: were other rows of these "
+                "tokens merged before, or were they trained since? The new rows replace them, and "
+                "unmerge will write the originals. Keep this state dict.",
+                stacklevel=3,
+            )
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -158,11 +176,6 @@ def _holds(matrix: Tensor, spec: RowSpec, rows: Tensor) -> list[bool]:
         return held
 
 
-def _copied(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # copy.copy keeps the type and the _metadata of what nn.Module.state_dict returns.
-    return copy.copy(state_dict) if isinstance(state_dict, dict) else dict(state_dict)
-
-
 def _written(
     state_dict: Mapping[str, Tensor],
     groups: list[Group],
@@ -170,32 +183,27 @@ def _written(
     *,
     original: bool = False,
 ) -> dict[str, Tensor]:
-    """A copy of the state dict with these rows; the `original` ones are of old tokens alone."""
-    result = _copied(state_dict)
+    """A copy of the state dict with these rows, which is longer by the new tokens.
+
+    original: the rows are of old tokens alone, and the copy is shorter by the new ones.
+    """
+    # copy.copy keeps the type and the _metadata of what nn.Module.state_dict returns.
+    result = copy.copy(state_dict) if isinstance(state_dict, dict) else dict(state_dict)
     for group in groups:
         key, spec, aliases = group
         # Read from the result: another adapter may already have written to one of these names.
         matrix = result[aliases[0]]
         rows = values[key].to(matrix.device, matrix.dtype)
         ids = spec.indices.on(matrix.device).ids
+        # Another matrix that is this tensor here may have made it longer, or shorter, already.
+        by = max(0, spec.height - len(matrix))
         if original:
+            by = min(0, shape_in_weights(spec, merged=False)[0] - len(matrix))
             ids, rows = spec.known(rows)
-        # Another matrix that is this tensor here may have made it longer already.
-        longer = 0 if original else max(0, spec.height - len(matrix))
-        result.update(dict.fromkeys(aliases, _with_rows(matrix, ids, rows, longer)))
-        if longer:
-            result.update(resized_beside(result, group, longer))
-    return result
-
-
-def _shortened(state_dict: Mapping[str, Tensor], groups: list[Group]) -> dict[str, Tensor]:
-    """A copy of the state dict without what was added for new tokens."""
-    result = _copied(state_dict)
-    for group in groups:
-        if by := group.spec.grown:
-            matrix = state_dict[group.aliases[0]][:-by]
-            result.update(dict.fromkeys(group.aliases, matrix))
-            result.update(resized_beside(state_dict, group, -by))
+        written = _with_rows(matrix[:by] if by < 0 else matrix, ids, rows, max(0, by))
+        result.update(dict.fromkeys(aliases, written))
+        if by:
+            result.update(resized_beside(result, group, by))
     return result
 
 
@@ -228,26 +236,3 @@ def _check_finite(matrix: Tensor, spec: RowSpec, name: str) -> None:
             f"the rows of tokens {bad} for {name!r} are not finite in {matrix.dtype}. Train with a "
             "smaller step, or merge into a wider dtype."
         )
-
-
-def _names_differ(groups: list[Group], original: list[bool]) -> str:
-    pairs = list(zip(original, groups, strict=True))
-    others, these = (
-        [name for found, group in pairs if found == have for name in group.aliases]
-        for have in (False, True)
-    )
-    return (
-        f"the rows of tokens {shown(list(groups[0].spec.indices.ids))} in {others} are not "
-        f"the originals of the parameters, but those in {these} are. These names are one "
-        "matrix in the model, but not in this state dict. The trained rows replace both, and "
-        "unmerge will write the originals to both. Keep this state dict."
-    )
-
-
-def _tokens_differ(group: Group, tokens: list[int]) -> str:
-    return (
-        f"the rows of tokens {shown(tokens)} in {group.aliases} are not the originals of "
-        "the parameters, though those of its other tokens are: were other rows of these tokens "
-        "merged before, or were they trained since? The new rows replace them, and unmerge "
-        "will write the originals. Keep this state dict."
-    )

@@ -56,26 +56,18 @@ def groups_of(
             _check_matrix(alias, matrix, spec, merged)
             if not any(alias in group.aliases for group in own):
                 own.append(Group(key, spec, _names_of(state_dict, matrix)))
-        for group in own:
-            _check_apart(group, params)
+        others = {n for one, other in params.specs.items() if one != key for n in other.names}
+        for _, _, aliases in own:
+            # The tensor may be other matrices of the model as well.
+            if apart := apart_among(spec, aliases) or [n for n in aliases if n in others]:
+                raise ValueError(
+                    f"the rows of {key!r} cannot be written to {aliases} of the state dict, which "
+                    f"are one tensor: {apart} was another matrix when the rows were made, and "
+                    "would change with it. Use a state dict with a tensor for each, as the untied "
+                    "model gives it, or make the parameters with init_deltas on the tied model."
+                )
         groups += own
     return groups
-
-
-def _check_apart(group: Group, params: TokenDeltas) -> None:
-    """Raise ValueError where the tensor is other matrices of the model as well."""
-    key, spec, aliases = group
-    others = (name for name, other in params.specs.items() if name != key)
-    apart = apart_among(spec, aliases) or [
-        name for other in others for name in params.specs[other].names if name in aliases
-    ]
-    if apart:
-        raise ValueError(
-            f"the rows of {key!r} cannot be written to {aliases} of the state dict, which are one "
-            f"tensor: {apart} was another matrix when the rows were made, and would change with "
-            "it. Use a state dict with a tensor for each, as the untied model gives it, or make "
-            "the parameters with init_deltas on the tied model."
-        )
 
 
 def _check_found(

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttfunc.engines.ownership import shape_of
-from ttfunc.model.held import tensors_of, way_to
+from ttfunc.model.held import held_in, tensors_of, way_to
 from ttfunc.model.matrix import Matrix
+from ttfunc.model.targets import copied_whole
 
 # The dimension of a LoRA's parts that has the tokens; the others have none.
 _OF_LORA = {"lora_B": 0, "lora_embedding_A": 1, "lora_A": None, "lora_embedding_B": None}
@@ -86,18 +87,15 @@ def bias_names(
 def check_beside(model: nn.Module, matrix: Matrix) -> None:
     """Raise ValueError where an adapter around the matrix has no place for new tokens."""
     if copied := next((name for name in matrix.names if ".original_module." in name), None):
-        raise ValueError(
-            f"PEFT trains a whole copy of {copied.partition('.original_module.')[0]!r}, because it "
-            "is among modules_to_save, and the copy has no rows for new tokens. Leave it out of "
-            "these, and let rows be what is trained."
-        )
+        whole = copied.partition(".original_module.")[0]
+        raise copied_whole(whole, ", and the copy has no rows for new tokens")
     for name, _ in matrix.slots:
         for _ in beside(way_to(model, name), name, matrix.shape[0]):
             pass
 
 
 def lengthened(tensor: Tensor, dimension: int, by: int) -> Tensor:
-    """With `by` zeros at the end of the dimension, or so many numbers less."""
+    """The tensor with `by` zeros at the end of the dimension, or without its last `-by` numbers."""
     return F.pad(tensor, (*(0, 0) * (tensor.ndim - 1 - dimension), 0, by))
 
 
@@ -125,35 +123,23 @@ def _of_adapters(
     layer: Any = way[-1]
     idle = getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False)
     active = () if idle else getattr(layer, "active_adapters", ())
-    for path, inner, tensor in _below(way, []):
-        shape = shape_of(tensor)
+    for one in held_in(layer):
+        path, shape = one.name.split("."), shape_of(one.tensor)
+        if "base_layer" in path:
+            continue  # of the layer within
         dimension = _OF_LORA.get(path[0], -1)
         if dimension is None:
             continue
         full = ".".join((*names, *path))
         if dimension >= 0 and shape[dimension] == height:
-            yield Beside(full, inner, tensor, dimension)
+            yield Beside(full, [*way, *way_to(layer, one.name)[1:]], one.tensor, dimension)
         elif not set(active).isdisjoint(path) and (
             dimension >= 0 or path[0] not in _WITHOUT or (height in shape and not wide)
         ):
-            raise _no_place(full, shape, ".".join((*names, "base_layer")), height)
-
-
-def _below(
-    way: list[nn.Module], path: list[str]
-) -> Iterator[tuple[list[str], list[nn.Module], Tensor]]:
-    """The tensors of a layer, but for those of the layer within."""
-    for attribute, tensor in tensors_of(way[-1]):
-        yield [*path, attribute], way, tensor
-    for part, child in way[-1]._modules.items():
-        if child is not None and part != "base_layer":
-            yield from _below([*way, child], [*path, part])
-
-
-def _no_place(part: str, shape: Sequence[int], layer: str, height: int) -> ValueError:
-    return ValueError(
-        f"{part!r} {tuple(shape)}, of the adapter around {layer!r}, is made for {height} tokens, "
-        "and new ones would have no place in it. Leave this layer out of the adapter's "
-        "target_modules, merge the adapter, or resize the model (model.resize_token_embeddings) "
-        "before the adapter is made, and train rows of tokens that it has."
-    )
+            raise ValueError(
+                f"{full!r} {tuple(shape)}, of the adapter around "
+                f"{'.'.join((*names, 'base_layer'))!r}, is made for {height} tokens, and new ones "
+                "would have no place in it. Leave this layer out of the adapter's target_modules, "
+                "merge the adapter, or resize the model (model.resize_token_embeddings) before "
+                "the adapter is made, and train rows of tokens that it has."
+            )

@@ -40,18 +40,29 @@ def both_ends(model: nn.Module, likely: bool = False) -> dict[str, nn.Module]:
         return found
     name, module = head
     if likely and "modules_to_save" in module._modules:
-        raise _head_copied_whole(name)
+        raise ValueError(
+            f"a new token needs a row at both ends, and PEFT trains a whole copy of the head "
+            f"{name!r} (modules_to_save), which has none for it. Leave the head out of "
+            "modules_to_save, so that rows are what is trained of it too; or resize the model "
+            "(model.resize_token_embeddings) before the adapter is made, and train rows of tokens "
+            "that it has."
+        )
     weight: Any = getattr(module, "weight", None) if has_matrix(module) else None
     high = weight is not None and len(shape_of(weight)) == 2 and shape_of(weight)[0] == height
     if high and likely:
         check_target(model, name, module)
-        return {**found, name: module}
-    if _is_another_vocabulary(model, weight, first):
+    elif _is_another_vocabulary(model, weight, first):
         return found
     if high:
         return {**found, name: module}
     if likely:
-        raise _not_as_high(model, embedding[0], height, name, weight)
+        has = "no weight of its own" if weight is None else f"one of {tuple(shape_of(weight))}"
+        raise ValueError(
+            f"a new token needs a row at both ends, under one id: {embedding[0]!r} of "
+            f"{type(model).__name__} has {height} rows, and the head {name!r} has {has}. Resize "
+            "the model (model.resize_token_embeddings), and train rows of tokens that it has. "
+            f"For tokens that are read and never said, targets={embedding[0]!r} is enough."
+        )
     return found
 
 
@@ -130,25 +141,3 @@ def check_ties_kept(model: nn.Module, name: str, module: nn.Module) -> None:
             "the other. Make the parameters before the model is sharded (they stay right), or "
             "shard both ends in one group (fully_shard on the whole model)."
         )
-
-
-def _head_copied_whole(name: str) -> ValueError:
-    return ValueError(
-        f"a new token needs a row at both ends, and PEFT trains a whole copy of the head "
-        f"{name!r} (modules_to_save), which has none for it. Leave the head out of "
-        "modules_to_save, so that rows are what is trained of it too; or resize the model "
-        "(model.resize_token_embeddings) before the adapter is made, and train rows of tokens "
-        "that it has."
-    )
-
-
-def _not_as_high(
-    model: nn.Module, embedding: str, height: int, head: str, weight: Tensor | None
-) -> ValueError:
-    has = "no weight of its own" if weight is None else f"one of {tuple(shape_of(weight))}"
-    return ValueError(
-        f"a new token needs a row at both ends, under one id: {embedding!r} of "
-        f"{type(model).__name__} has {height} rows, and the head {head!r} has {has}. Resize "
-        "the model (model.resize_token_embeddings), and train rows of tokens that it has. "
-        f"For tokens that are read and never said, targets={embedding!r} is enough."
-    )

@@ -106,16 +106,16 @@ def holds_floats(tensor: Tensor) -> bool:
 
 
 def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
-    """Every place of `model` that holds `tensor`: by identity, or by the same memory and shape.
-
-    Raises ValueError where another place covers a part of the
-    same memory, or all of it in another shape: the two cannot be patched together.
-    """
+    """Every place of `model` that holds `tensor`, as `matrices_of` finds them."""
     return matrices_of(model, [tensor])[0]
 
 
 def matrices_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[Matrix]:
-    """The matrix of each of the tensors, as `matrix_of` finds it: the model is searched once."""
+    """For each of the tensors every place of `model` that holds it, or its memory in its shape.
+
+    Raises ValueError where another place covers a part of that memory, or all of it in another
+    shape: the two cannot be patched together.
+    """
     held = list(held_in(model))
     # Where an engine has gathered each place by itself, the tied places are one tensor in its keep.
     engines = Kept()
@@ -128,7 +128,13 @@ def matrices_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[Matrix]:
         if key in places:
             places[key].append(one._replace(tensor=kept[id(one.tensor)]))
         elif key[0] in storages:
-            _check_apart(one, tensors)
+            for tensor in tensors:
+                if overlaps(one.tensor, tensor):
+                    raise ValueError(
+                        f"{one.name!r} {tuple(one.tensor.shape)} is another view of the matrix "
+                        f"{tuple(tensor.shape)}: the two cannot be patched together. Give it "
+                        "memory of its own, or make it the same parameter."
+                    )
     found = {key: _matrix(model, ones) for key, ones in places.items()}
     return [found[key] for key in keys]
 
@@ -143,16 +149,6 @@ def _matrix(model: nn.Module, places: Sequence[Held]) -> Matrix:
         has_max_norm=any(getattr(one.module, "max_norm", None) is not None for one in places),
         model=weakref.ref(model),
     )
-
-
-def _check_apart(one: Held, tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        if overlaps(one.tensor, tensor):
-            raise ValueError(
-                f"{one.name!r} {tuple(one.tensor.shape)} is another view of the matrix "
-                f"{tuple(tensor.shape)}: the two cannot be patched together. Give it "
-                "memory of its own, or make it the same parameter."
-            )
 
 
 def names_apart(model: nn.Module, matrix: Matrix) -> tuple[str, ...]:

@@ -9,10 +9,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from reprlib import repr as shown
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttfunc.model.held import names_of, way_to
 from ttfunc.model.matrix import Matrix, holds_floats, matrix_of
@@ -68,13 +67,18 @@ def innermost(model: nn.Module) -> nn.Module:
 def advice(names: Sequence[str], held: Collection[str]) -> str:
     """A hint: what `held` may have for `names`, and how to give it; empty if that is not known."""
     found = through_wrappers(names, held) or _behind_a_prefix(names, held)
-    if not found:
-        return ""
-    who = _who(found)
-    return (
-        f" Did you mean {next(iter(found.values()))!r}{f', with the {who}' if who else ''}? Then "
-        f"give names={found!r}."
-    )
+    return f"{_question(found)} Then give names={found!r}." if found else ""
+
+
+def _question(found: Mapping[str, str]) -> str:
+    """A question for a message: whether a name was meant for another, and what wrapper it has."""
+    parts = [
+        f"'{part}.' of {who}"
+        for part, who in _WRAPPERS.items()
+        if any(f".{a}".count(f".{part}.") != f".{b}".count(f".{part}.") for a, b in found.items())
+    ]
+    wrapped = f" One of the two has the {' and the '.join(parts)}." if parts else ""
+    return f" Did you mean {next(iter(found.values()))!r}?{wrapped}"
 
 
 def is_end(a: str, b: str) -> int:
@@ -119,16 +123,6 @@ def _behind_a_prefix(names: Sequence[str], held: Collection[str]) -> dict[str, s
     return {name: other for name, other in pairs.items() if other in held}
 
 
-def _who(names: Mapping[str, str]) -> str:
-    """The parts that wrappers have put into one name of a pair, and the wrapper of each."""
-    parts = [
-        f"'{part}.' of {who}"
-        for part, who in _WRAPPERS.items()
-        if any(f".{a}".count(f".{part}.") != f".{b}".count(f".{part}.") for a, b in names.items())
-    ]
-    return " and the ".join(parts)
-
-
 def did_you_mean(name: str, held: Collection[str]) -> str:
     """A question for a message: which of `held` are like `name`."""
     close = difflib.get_close_matches(name, held, n=3, cutoff=0.5)
@@ -140,9 +134,8 @@ def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
     held = names_of(model)
     name = next((one for one in (name, peft_twin(name), without_peft(name)) if one in held), name)
     if name not in held:
-        hint = did_you_mean(name, held)
-        if found := through_wrappers([name], held):
-            hint = f" Did you mean {found[name]!r}? One of the two has the {_who(found)}."
+        found = through_wrappers([name], held)
+        hint = _question(found) if found else did_you_mean(name, held)
         raise KeyError(
             f"{type(model).__name__} has no parameter {name!r}, for which {str(source)!r} has "
             f"rows.{hint} Use the model that the rows were trained on, without a wrapper."
@@ -170,22 +163,19 @@ def saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     )
     if kind is None or revert is None:
         return {}
+    with outside_of_modes():
+        tensor = torch.empty(0, device="meta")
     found: dict[str, str] = {}
     for name in names:
         way = way_to(model, name)
         depth = next((depth for depth, one in enumerate(way) if isinstance(one, kind)), None)
         if depth is not None:
             own = ".".join(name.split(".")[depth:])
-            found[name] = _saved(revert, way[depth], within(own))
+            try:
+                saved = revert(way[depth], {within(own): tensor})
+            except Exception:  # it refuses some quantised models, which it cannot save either
+                saved = {}
+            # A matrix stored in another form is another tensor, and cannot be written to by rows.
+            others = (other for other, one in saved.items() if one is tensor)
+            found[name] = next(others, within(own))
     return {name: other for name, other in found.items() if other != name}
-
-
-def _saved(revert: Any, model: nn.Module, name: str) -> str:
-    with outside_of_modes():
-        tensor: Tensor = torch.empty(0, device="meta")
-    try:
-        saved = revert(model, {name: tensor})
-    except Exception:  # it refuses some quantised models, which it cannot save either
-        return name
-    # A matrix that is stored in another form is another tensor, and cannot be written to by rows.
-    return next((other for other, one in saved.items() if one is tensor), name)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ttfunc.engines.ownership import is_sharded
 from ttfunc.model.beside import biases
-from ttfunc.model.held import held_in, tensors_of, way_to
+from ttfunc.model.held import tensors_of, way_to
 from ttfunc.model.matrix import Matrix, names_apart
 from ttfunc.model.names import saved_names
-from ttfunc.model.probe import sizes_of
+from ttfunc.model.sizes import sizes_of
 from ttfunc.torch_private import is_fake, is_wrapped, outside_of_modes
 
 # How many numbers of a matrix are kept, to know it again by.
@@ -62,16 +62,15 @@ class Origin:
     def joined(self, other: Origin) -> Origin:
         """What is known from either, for further rows of the same matrix."""
         known = other if self.sizes is None else self
-        return Origin(
-            self.model or other.model,
-            known.kind or other.kind,
-            known.sizes,
-            known.shared,
-            other.biases if self.biases is None else self.biases,
-            {**other.saved_as, **self.saved_as},
-            self.sample or other.sample,
-            self.apart or other.apart,
-            self.beside or other.beside,
+        return replace(
+            known,  # its sizes, and what else has them
+            model=self.model or other.model,
+            kind=known.kind or other.kind,
+            biases=other.biases if self.biases is None else self.biases,
+            saved_as={**other.saved_as, **self.saved_as},
+            sample=self.sample or other.sample,
+            apart=self.apart or other.apart,
+            beside=self.beside or other.beside,
         )
 
 
@@ -85,21 +84,24 @@ def origin_of(model: nn.Module, matrix: Matrix, trained: Sequence[int]) -> Origi
     ]
     found = None
     if grown and root is not None:
-        first: dict[int, str] = {}  # of the names of a tensor
-        for one in held_in(model):
-            first.setdefault(id(one.tensor), one.name)
-        names = [name for name in first.values() if name.startswith(prefix)]
+        held = itertools.chain(model.named_parameters(), model.named_buffers())
+        names = [one for one, _ in held if one.startswith(prefix)]
         found = sizes_of(root, names, matrix.names, height, grown)
+    beside = []
+    for name in matrix.names:
+        attribute = name.rpartition(".")[2]
+        others = (one for one, _ in tensors_of(way_to(model, name)[-1]))
+        beside += [one[len(attribute) :] for one in others if one.startswith(f"{attribute}_")]
     return Origin(
         model=_name(model if root is None else root),
         kind=str(getattr(getattr(root, "config", None), "model_type", "")),
-        sizes=None if found is None else found.entries,
-        shared=() if found is None else tuple(n for n in found.others if n not in named),
+        sizes=None if found is None else found[0],
+        shared=() if found is None else tuple(n for n in found[1] if n not in named),
         biases=tuple(dict.fromkeys(named)),
         saved_as=saved_names(model, (*matrix.names, *named)),
         sample=_sample(matrix, trained),
         apart=tuple(one for one in names_apart(model, matrix) if one.startswith(prefix)),
-        beside=tuple(dict.fromkeys(_beside(model, matrix))),
+        beside=tuple(dict.fromkeys(beside)),
     )
 
 
@@ -109,14 +111,6 @@ def _saved_whole(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
         if hasattr(type(module), "config_class") and hasattr(module.config, "to_json_string"):
             return module, "".join(f"{part}." for part in name.split(".")[:depth])
     return None, ""
-
-
-def _beside(model: nn.Module, matrix: Matrix) -> Iterator[str]:
-    for name in matrix.names:
-        module, attribute = way_to(model, name)[-1], name.rpartition(".")[2]
-        for other, _ in tensors_of(module):
-            if other.startswith(f"{attribute}_"):
-                yield other.removeprefix(attribute)
 
 
 def _name(model: nn.Module) -> str:

@@ -1,12 +1,23 @@
-"""What a model says of the size of its vocabulary, and what has that size, beside the matrix."""
+"""What a model says of the size of its vocabulary, and what has that size, beside the matrix.
+
+Models of transformers name the entries of their configs as they like, may have several of one
+value, and derive sizes from them (`vocab_size + 8`). Built without values and with another entry,
+which takes hundredths of a second, they tell what it is the size of.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Mapping
+import functools
+import json
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from ttfunc.model.names import within
+from ttfunc.torch_private import outside_of_modes
 
 # What refers to nothing.
 PLAIN = {type(None), bool, int, float, complex, str, bytes, range, slice}
@@ -138,3 +149,104 @@ def with_entries(config: Any, entries: Mapping[str, Entry]) -> Any:
         else:
             setattr(holder, last, entry.new)
     return changed
+
+
+# Which entries of a config are the size of a matrix
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def sizes_of(
+    model: nn.Module, held: Sequence[str], names: Sequence[str], height: int, grown: int
+) -> tuple[dict[str, int], list[str]] | None:
+    """The entries that are the size of a matrix, with their values; and the names of what else is.
+
+    None where the class of the model, which is of transformers, cannot tell. The entries are paths,
+    as `text_config.vocab_size`. held: all names, with the parts that wrappers around or in the
+    model add. names: the matrix's. grown: by how much it is to be higher.
+    """
+    config: Any = model.config
+    classes: Any = type(model), type(config)
+    try:
+        text = json.dumps(config.to_dict())
+        plain, effects = _effects(*classes, text, height, grown)
+    except Exception:  # any class may be asked, and may need what is not there
+        return None
+    own = {other for name in names if (other := _plain(name, plain))}
+    sizing = {path: changed for path, changed in effects.items() if own & changed.keys()}
+    if any(changed[name] != (grown, 0) for changed in sizing.values() for name in own & {*changed}):
+        return None
+    others = {name for changed in sizing.values() for name in changed if name not in own}
+    values = dict(_entries(json.loads(text)))
+
+    def is_beside(path: tuple[str, ...]) -> bool:
+        """Whether it is a usual name, beside one of these or in a config around it."""
+        return path[-1] in USUAL and any(one[: len(path) - 1] == path[:-1] for one in sizing)
+
+    idle = [
+        path
+        for path, changed in effects.items()
+        if not changed and values[path] == height and is_beside(path)
+    ]
+    return (
+        {".".join(path): values[path] for path in [*sizing, *idle]},
+        [name for name in held if _plain(name, plain) in others],
+    )
+
+
+def _plain(name: str, plain: Collection[str]) -> str | None:
+    """The longest of the `plain` names that a name ends in, but for the parts of wrappers."""
+    end = within(name)
+    while end and end not in plain:
+        end = end.partition(".")[2]
+    return end or None
+
+
+@functools.lru_cache(maxsize=8)
+def _effects(
+    cls: type, config_class: Any, text: str, height: int, grown: int
+) -> tuple[Shapes, dict[tuple[str, ...], Shapes]]:
+    """The shapes of such a model; and for each entry which of them it changes, and by how much."""
+
+    def changed(*paths: tuple[str, ...]) -> Shapes:
+        described = json.loads(text)
+        for path in paths:
+            holder = functools.reduce(lambda part, key: part[key], path[:-1], described)
+            holder[path[-1]] += grown
+        return {
+            name: tuple(new - old for new, old in zip(shape, plain.get(name, shape), strict=True))
+            for name, shape in _shapes(cls, config_class, described).items()
+            if shape != plain.get(name)
+        }
+
+    plain = _shapes(cls, config_class, json.loads(text))
+    effects, failed = {}, []
+    for path, value in _entries(json.loads(text)):
+        if "vocab" not in path[-1] and path[-1] not in USUAL and value != height:
+            continue
+        try:
+            effects[path] = changed(path)
+        except Exception:  # such a model cannot be: some entries hold for several parts
+            failed.append(path)
+    return plain, effects | dict.fromkeys(failed, changed(*failed) if failed else {})
+
+
+def _shapes(cls: type, config_class: Any, described: Mapping[str, Any]) -> Shapes:
+    state = torch.get_rng_state()
+    with outside_of_modes(), torch.device("meta"):
+        model = cls(config_class.from_dict(described))
+    if not torch.equal(state, torch.get_rng_state()):  # some classes draw on the CPU
+        torch.set_rng_state(state)
+    held: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
+    return {name: tuple(one.shape) for name, one in held.items() if isinstance(one, Tensor)}
+
+
+def _entries(
+    described: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Each number of a config, and those of the configs in it."""
+    for key, value in described.items():
+        if isinstance(value, dict):
+            yield from _entries(value, (*path, key))
+        elif type(value) is int:
+            yield (*path, key), value

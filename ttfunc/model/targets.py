@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from ttfunc.engines.ownership import shape_of
 from ttfunc.model.held import tensors_of
@@ -29,17 +29,18 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
     """
     if targets is None:
         return dict([input_embedding(model)])
-    if isinstance(targets, (str, re.Pattern)):
-        return _found(model, targets)
-    if not isinstance(targets, Iterable):
-        raise _not_a_name(targets)
-    if not targets:
-        raise ValueError(f"targets is empty: {targets!r}. Name a module, or leave it out.")
+    if isinstance(targets, (str, re.Pattern)) or not isinstance(targets, Iterable):
+        targets = [targets]
     found: dict[str, nn.Module] = {}
     for target in targets:
         if not isinstance(target, (str, re.Pattern)):
-            raise _not_a_name(target)
+            raise TypeError(
+                f"targets must be module names, got {type(target).__name__}: {target!r}. Give a "
+                "string, a compiled pattern, or a list of them."
+            )
         found |= _found(model, target)
+    if not found:
+        raise ValueError(f"targets is empty: {targets!r}. Name a module, or leave it out.")
     return found
 
 
@@ -83,7 +84,7 @@ def check_target(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raise TypeError or ValueError where the module has no rows that can be trained."""
     weight = module._parameters.get("weight")
     if "modules_to_save" in module._modules:
-        raise _copied_whole(name)
+        raise copied_whole(name)
     known = isinstance(module, (nn.Embedding, nn.Linear)) or any(
         module is layer_of("", end)[1] for end in ends_of(model) if end is not None
     )
@@ -93,15 +94,29 @@ def check_target(model: nn.Module, name: str, module: nn.Module) -> None:
             f"rows to train. {_candidates(model)}"
         )
     if weight is None:
-        raise _no_weight(name)
+        raise TypeError(
+            f"target {name!r} has no parameter named weight (it is computed, or managed by an "
+            "engine), so there are no rows to patch. Remove the parametrization first."
+        )
     if not isinstance(weight, nn.Parameter):
-        raise _in_a_call(name)
-    if not holds_floats(weight) or (weight.itemsize == 1 and _has_scale(module)):
-        raise _quantised(name, weight)
+        raise TypeError(
+            f"the weight of {name!r} is a stand-in of a functional call that is running, not the "
+            "model's own. Call this before or after that call, or on the model itself."
+        )
+    scaled = any("scale" in beside for beside, _ in tensors_of(module))
+    if not holds_floats(weight) or (weight.itemsize == 1 and scaled):
+        kind = "" if type(weight) is nn.Parameter else f" ({type(weight).__name__})"
+        raise TypeError(
+            f"target {name!r} has a weight of dtype {weight.dtype}{kind}: only floating-point rows "
+            "can be trained. Leave the token matrices out of the quantisation."
+        )
 
 
-def _has_scale(module: nn.Module) -> bool:
-    return any("scale" in name for name, _ in tensors_of(module))
+def copied_whole(name: str, more: str = "") -> ValueError:
+    return ValueError(
+        f"PEFT trains a whole copy of {name!r}, because it is among modules_to_save{more}. Leave "
+        "it out of these, and let rows be what is trained."
+    )
 
 
 def ends_of(model: nn.Module) -> list[nn.Module | None]:
@@ -120,10 +135,11 @@ def input_embedding(model: nn.Module) -> tuple[str, nn.Module]:
     """The embedding that the model names, else the only one, else the one named embed_tokens."""
     named = ends_of(model)[0]
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())
+    own = [layer_of(n, m) for n, m in modules if m is named]
     of_name = [layer_of(n, m) for n, m in modules if n.rpartition(".")[2] == "embed_tokens"]
     for choice in (
         # Some models have an embedding class of their own.
-        [one for one in (layer_of(n, m) for n, m in modules if m is named) if has_matrix(one[1])],
+        [(n, m) for n, m in own if has_matrix(m)],
         [(n, m) for n, m in modules if isinstance(m, nn.Embedding)],
         [(n, m) for n, m in of_name if isinstance(m, nn.Embedding) or has_matrix(m)],
     ):
@@ -148,39 +164,3 @@ def _candidates(model: nn.Module, most: int = 8) -> str:
     # Heads come last in a model, so the last Linear modules are the likely ones.
     shown = embeddings[:most] + linears[-max(2, most - len(embeddings)) :]
     return f"Candidates: {', '.join(map(repr, shown))}."
-
-
-def _not_a_name(target: object) -> TypeError:
-    return TypeError(
-        f"targets must be module names, got {type(target).__name__}: {target!r}. Give a "
-        "string, a compiled pattern, or a list of them."
-    )
-
-
-def _no_weight(name: str) -> TypeError:
-    return TypeError(
-        f"target {name!r} has no parameter named weight (it is computed, or managed by an "
-        "engine), so there are no rows to patch. Remove the parametrization first."
-    )
-
-
-def _in_a_call(name: str) -> TypeError:
-    return TypeError(
-        f"the weight of {name!r} is a stand-in of a functional call that is running, not the "
-        "model's own. Call this before or after that call, or on the model itself."
-    )
-
-
-def _quantised(name: str, weight: Tensor) -> TypeError:
-    kind = "" if type(weight) is nn.Parameter else f" ({type(weight).__name__})"
-    return TypeError(
-        f"target {name!r} has a weight of dtype {weight.dtype}{kind}: only floating-point rows "
-        "can be trained. Leave the token matrices out of the quantisation."
-    )
-
-
-def _copied_whole(name: str) -> ValueError:
-    return ValueError(
-        f"PEFT trains a whole copy of {name!r}, because it is among modules_to_save. Leave it out "
-        "of these, and let rows be what is trained."
-    )

@@ -1,10 +1,13 @@
-"""What a TokenModule shows of its model: data as they are, modules and methods with the rows."""
+"""What a TokenModule shows of its model: data as they are, modules and methods with the rows.
+
+`module` is always the TokenModule. Its class calls these functions, so they do not import it.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import is_
 from types import MethodType
 from typing import Any, NoReturn
@@ -12,8 +15,8 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from ttfunc.model.names import innermost
-from ttfunc.module.classes import view_of
-from ttfunc.module.protocol import AnyTokenModule
+from ttfunc.model.sizes import Resized
+from ttfunc.module.classes import view_of, viewed
 from ttfunc.module.saving import saving_method
 from ttfunc.module.trl import (
     backbone_for_loss,
@@ -22,6 +25,7 @@ from ttfunc.module.trl import (
     check_reference,
     weight_for_loss,
 )
+from ttfunc.rows.deltas import RowSpec
 from ttfunc.rows.summary import summary
 
 # Methods that read no token matrix. Some of them switch the model itself.
@@ -34,13 +38,6 @@ _ON_BASE = frozenset(
         *("prepare_decoder_input_ids_from_labels", "tokenize", "preprocess"),
     }
 )
-# Methods that return a module of the model.
-_RETURNS_MODULE = frozenset(
-    {
-        *("get_input_embeddings", "get_output_embeddings", "get_encoder", "get_decoder"),
-        "get_base_model",
-    }
-)
 # Beginnings of methods that write or replace the model's weights, or save them without the rows.
 _WRITERS = (
     *("save", "push", "resize", "set_", "tie_", "load", "init", "_init", "post_init", "prune"),
@@ -49,7 +46,7 @@ _WRITERS = (
 )
 
 
-def attribute_of(module: AnyTokenModule, name: str) -> Any:
+def attribute_of(module: Any, name: str) -> Any:
     """An attribute of the model, as its TokenModule shows it. Raises AttributeError for none."""
     base = module.base
     inner = innermost(base)
@@ -61,7 +58,10 @@ def attribute_of(module: AnyTokenModule, name: str) -> Any:
     value = getattr(holder, name)
     if name == "base_model" and (longer := backbone_for_loss(module, value)):
         return longer
-    if isinstance(value, Tensor) and _is_computed(holder, name):
+    is_computed = isinstance(value, Tensor) and isinstance(
+        inspect.getattr_static(type(holder), name, None), property
+    )
+    if is_computed:
         return module._call((), {}, lambda copy: getattr(copy, name), holder)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
         return _method(module, name, value)
@@ -72,62 +72,68 @@ def attribute_of(module: AnyTokenModule, name: str) -> Any:
     return with_rows(module, value)
 
 
-def _is_computed(holder: nn.Module, name: str) -> bool:
-    return isinstance(inspect.getattr_static(type(holder), name, None), property)
-
-
 # Methods
 
 
-def _method(module: AnyTokenModule, name: str, method: MethodType) -> Any:
+def _method(module: Any, name: str, method: MethodType) -> Any:
     """A method of the model that runs with the rows."""
     if name in _ON_BASE:
         return method
-    if name in _OF_MODULE:
-        return functools.partial(_OF_MODULE[name], module, method)
-    if (saving := saving_method(module, name, method)) is not None:
-        return saving
-    if name.startswith(_WRITERS):
-        raise _writes(module.base, name)
-
-    owner: Any = method.__self__
+    own = _METHODS.get(name) or saving_method(module, name, method)
+    if own is None and name.startswith(_WRITERS):
+        raise AttributeError(
+            f"{name!r} of the {type(module.base).__name__} in a TokenModule does not use the "
+            f"trained rows. module.base.{name} is the plain model's. functional_call(module.base, "
+            "patch(module.params()), ..., method=...) runs a method with the rows, and "
+            "ttfunc.save(module.params(), path) saves them."
+        )
 
     @functools.wraps(method)
     def called(*args: Any, **kwargs: Any) -> Any:
-        if name not in _RETURNS_MODULE:
-            return module._call(args, kwargs, method.__name__, owner)
-        found = method(*args, **kwargs)
-        if name == "get_output_embeddings":
-            check_multiplies(found)
-        return with_rows(module, found)
+        if own is not None:
+            return own(module, method, *args, **kwargs)
+        return module._call(args, kwargs, method.__name__, method.__self__)
 
     return called
 
 
-def _num_parameters(module: AnyTokenModule, count: Any, *args: Any, **kwargs: Any) -> int:
+def _part(module: Any, get: Any, *args: Any, **kwargs: Any) -> Any:
+    return with_rows(module, get(*args, **kwargs))
+
+
+def _head(module: Any, get: Any) -> Any:
+    check_multiplies(get())
+    return _part(module, get)
+
+
+def _num_parameters(module: Any, count: Any, *args: Any, **kwargs: Any) -> int:
     """The model's own `num_parameters`, and the rows, which are embeddings."""
     given = inspect.signature(count).bind(*args, **kwargs).arguments
     rows = [] if given.get("exclude_embeddings") else [*module.params().deltas.values()]
     trained = (row.numel() for row in rows if row.requires_grad or not given.get("only_trainable"))
-    return int(count(*args, **kwargs)) + sum(trained)
+    return int(count(*args, **kwargs)) + int(sum(trained))
 
 
-def _nb_trainable_parameters(module: AnyTokenModule, _: object) -> tuple[int, int]:
+def _nb_trainable_parameters(module: Any, _: object) -> tuple[int, int]:
     found = summary(module.base, module.params())
     return found.trainable_parameters, found.total_parameters
 
 
-def _print_trainable_parameters(module: AnyTokenModule, _: object) -> None:
+def _print_trainable_parameters(module: Any, _: object) -> None:
     print(summary(module.base, module.params()))
 
 
-def _add_model_tags(module: AnyTokenModule, tag: Any, *args: Any, **kwargs: Any) -> Any:
+def _add_model_tags(module: Any, tag: Any, *args: Any, **kwargs: Any) -> Any:
     """TRL's trainers call it when they have made their reference."""
     check_reference(module.base)
     return tag(*args, **kwargs)
 
 
-_OF_MODULE: dict[str, Callable[..., Any]] = {
+# Methods that are not a call of the model with the rows in it.
+_METHODS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("get_input_embeddings", "get_encoder"), _part),
+    **dict.fromkeys(("get_decoder", "get_base_model"), _part),
+    "get_output_embeddings": _head,
     "add_model_tags": _add_model_tags,
     "num_parameters": _num_parameters,  # transformers'
     "get_nb_trainable_parameters": _nb_trainable_parameters,  # PEFT's, as the next one
@@ -139,7 +145,7 @@ _OF_MODULE: dict[str, Callable[..., Any]] = {
 
 
 def with_rows(
-    module: AnyTokenModule, value: Any, weights: Callable[[], dict[int, Tensor]] | None = None
+    module: Any, value: Any, weights: Callable[[], dict[int, Tensor]] | None = None
 ) -> Any:
     """A module or a tensor of the model, or a list or dict of them, with the rows in it.
 
@@ -164,13 +170,16 @@ def with_rows(
     return view_of(value, _answers(module, value))
 
 
-def _answers(module: AnyTokenModule, own: nn.Module) -> dict[str, Any]:
+def _answers(module: Any, own: nn.Module) -> dict[str, Any]:
     """What a view of the model's own module answers in its place."""
     refused = {n for n in dir(type(own)) if n.startswith(_WRITERS) or n == "state_dict"}
 
     def attribute(self: nn.Module, name: str) -> Any:
         if name in refused:
-            raise _past_the_rows(name)
+            raise AttributeError(
+                f"{name!r} of a part of a TokenModule would read or write the weights of the model "
+                f"without the rows. Take {name!r} of the TokenModule, or of a part of module.base."
+            )
         return with_rows(module, getattr(own, name))
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -195,25 +204,6 @@ def _answers(module: AnyTokenModule, own: nn.Module) -> dict[str, Any]:
     return answers
 
 
-# What the refusals say
-
-
-def _past_the_rows(name: str) -> AttributeError:
-    return AttributeError(
-        f"{name!r} of a part of a TokenModule would read or write the weights of the model "
-        f"without the rows. Take {name!r} of the TokenModule, or of a part of module.base."
-    )
-
-
-def _writes(base: nn.Module, name: str) -> AttributeError:
-    return AttributeError(
-        f"{name!r} of the {type(base).__name__} in a TokenModule does not use the trained "
-        f"rows. module.base.{name} is the plain model's. functional_call(module.base, "
-        "patch(module.params()), ..., method=...) runs a method with the rows, and "
-        "ttfunc.save(module.params(), path) saves them."
-    )
-
-
 def _refuse_copy(self: nn.Module, memo: object) -> NoReturn:
     raise TypeError(
         "a part of a TokenModule has no weights of its own to copy. Copy the TokenModule, and take "
@@ -225,3 +215,65 @@ def _refuse_modes(self: nn.Module, mode: bool = True) -> NoReturn:
     raise RuntimeError(
         "a part of a copy of a TokenModule has no training mode of its own. Switch the whole copy."
     )
+
+
+# Sizes
+
+
+class Sizes:
+    """The sizes of the vocabulary that a TokenModule with new tokens shows: the sizes in a call.
+
+    A config is shown as a view of the model's: what is set on it is set on the model's config,
+    except for the size, which stays the size of the model.
+    """
+
+    def __init__(self, specs: Mapping[str, RowSpec]) -> None:
+        self._new = {spec.shape[0]: spec.height for spec in specs.values() if spec.grown}
+        self._old = {new: old for old, new in self._new.items()}
+        # Each config and its view by the identity of the config, which is kept for its identity.
+        self._configs: dict[int, tuple[Any, Any]] = {}
+
+    def names_in(self, holder: Any) -> list[str]:
+        """The attributes of a module or a config that are a size, or a config with a size in it."""
+        if not self._new:
+            return []
+        own = vars(holder)
+        state: dict[str, Any] = dict(own) if isinstance(holder, nn.Module) else {"config": holder}
+        Resized(self._new).put_into(state)
+        if not isinstance(holder, nn.Module):
+            state = vars(state["config"])
+        # A dict is shown as it is: a copy of it would lose what is put into it.
+        return [n for n, one in state.items() if one is not own[n] and not isinstance(one, dict)]
+
+    def shown(self, value: Any) -> Any:
+        """The value of such an attribute, as it is in a call."""
+        if type(value) is int:
+            return self._new.get(value, value)
+        if id(value) not in self._configs:
+            sizes = self.answers(value)
+
+            def attributes(_: object) -> dict[str, Any]:
+                return {**vars(value), **{name: self.shown(vars(value)[name]) for name in sizes}}
+
+            # These two are read by code that writes the config to a file, and that copies it.
+            sizes_in_copies = {
+                "__dict__": property(attributes),
+                "__reduce_ex__": lambda self, _: (object.__new__, (type(value),), self.__dict__),
+            }
+            self._configs[id(value)] = value, view_of(value, sizes | sizes_in_copies)
+        return self._configs[id(value)][1]
+
+    def answers(self, holder: Any) -> dict[str, Any]:
+        """What a view of a module or a config answers: its sizes as they are in a call."""
+
+        def answer(name: str) -> property:
+            def read(_: object) -> Any:
+                return self.shown(vars(holder)[name])
+
+            def write(_: object, value: Any) -> None:
+                is_size = type(value) is int
+                vars(holder)[name] = self._old.get(value, value) if is_size else viewed(value)
+
+            return property(read, write)
+
+        return {name: answer(name) for name in self.names_in(holder)}

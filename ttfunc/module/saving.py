@@ -11,7 +11,6 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from types import MethodType
 from typing import Any
@@ -26,24 +25,23 @@ from ttfunc.model.matrix import matrix_of
 from ttfunc.model.names import innermost
 from ttfunc.model.sizes import with_entries
 from ttfunc.module.classes import view_of
-from ttfunc.module.protocol import AnyTokenModule
 from ttfunc.rows.deltas import TokenDeltas
 from ttfunc.rows.new_tokens import config_entries
 
 
-def saving_method(
-    module: AnyTokenModule, name: str, method: MethodType
-) -> Callable[..., Any] | None:
-    """The model's method, with the rows written into what it saves or returns.
+def saving_method(module: Any, name: str, method: MethodType) -> Callable[..., Any] | None:
+    """What the TokenModule does for a method that saves or merges its model.
 
     None for any other method, and for a model whose `save_pretrained` saves no whole model.
     """
-    if name == "merge_and_unload" and _can_merge(module.base):
-        return partial(_merge_and_unload, module)
+    mergeable = _can_merge(module.base)
+    if name == "merge_and_unload" and mergeable:
+        return _merge_and_unload
     if name != "save_pretrained" or "state_dict" not in inspect.signature(method).parameters:
         return None
-    plain = method.__self__ is module.base and next(_merged_into(module.base), None) is None
-    return partial(_save, module, method) if plain or _can_merge(module.base) else None
+    base: nn.Module = module.base
+    plain = base is method.__self__ and next(_merged_into(base), None) is None
+    return _save if plain or mergeable else None
 
 
 def _can_merge(base: nn.Module) -> bool:
@@ -51,22 +49,28 @@ def _can_merge(base: nn.Module) -> bool:
     return innermost(base) is not base and callable(getattr(base, "merge_and_unload", None))
 
 
-def _save(module: AnyTokenModule, method: MethodType, /, *args: Any, **kwargs: Any) -> None:
+def _save(module: Any, method: MethodType, /, *args: Any, **kwargs: Any) -> None:
     """Save the merged model, as its own `save_pretrained` does."""
-    options = _options(module, method, args, kwargs)
+    given = inspect.signature(method).bind(*args, **kwargs).arguments
+    options: dict[str, Any] = {**given.pop("kwargs", {}), **given}
+    others = options.pop("state_dict", None)
+    if others is not None and others.keys() != module.state_dict().keys():
+        raise ValueError(
+            f"a state dict with {list(others)[:3]} is not that of this TokenModule. Leave it out: "
+            "what is saved is the model with the rows in it."
+        )
     _check_whole(module.base)
-    entries = config_entries(module.params().specs)
     made: Any = _merged(module, shares=True) if _can_merge(module.base) else _with_rows(module)
     model, merged = made
     # A quantised model is asked for its state, whatever is given: transformers flattens that.
     answers: dict[str, Any] = {"state_dict": lambda *_, **__: dict(merged)}
-    if entries:
+    if entries := config_entries(module.params().specs):
         grown = with_entries(model.config, entries)
         answers["config"] = property(lambda _: grown)
     view_of(model, answers).save_pretrained(**{**options, "state_dict": merged})
 
 
-def _merge_and_unload(module: AnyTokenModule, **options: Any) -> nn.Module:
+def _merge_and_unload(module: Any, method: MethodType, /, **options: Any) -> nn.Module:
     """A plain model of its own with the adapter and the rows in it, resized for new tokens."""
     _check_whole(module.base)
     plain, merged = _merged(module, shares=False, **options)
@@ -82,19 +86,6 @@ def _merge_and_unload(module: AnyTokenModule, **options: Any) -> nn.Module:
     return plain
 
 
-def _options(module: AnyTokenModule, save: MethodType, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of `save_pretrained` by name, without the state dict of this module."""
-    given = inspect.signature(save).bind(*args, **kwargs).arguments
-    options: dict[str, Any] = {**given.pop("kwargs", {}), **given}
-    others = options.pop("state_dict", None)
-    if others is not None and others.keys() != module.state_dict().keys():
-        raise ValueError(
-            f"a state dict with {list(others)[:3]} is not that of this TokenModule. Leave it out: "
-            "what is saved is the model with the rows in it."
-        )
-    return options
-
-
 def _check_whole(model: nn.Module) -> None:
     if engines_at_work() and any(map(is_sharded, model.state_dict(keep_vars=True).values())):
         raise RuntimeError(
@@ -106,7 +97,7 @@ def _check_whole(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _with_rows(module: AnyTokenModule) -> tuple[nn.Module, dict[str, Tensor]]:
+def _with_rows(module: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     """The base, and its state dict with the rows and with what the module trains beside them."""
     base, state = module.base, module.base.state_dict()
     replaced = {id(base.get_parameter(name)): one for name, one in module._replaced().items()}
@@ -117,9 +108,7 @@ def _with_rows(module: AnyTokenModule) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _merged(
-    module: AnyTokenModule, *, shares: bool, **options: Any
-) -> tuple[nn.Module, dict[str, Tensor]]:
+def _merged(module: Any, *, shares: bool, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     """A copy of the model with the adapter merged into it, and its state dict with the rows.
 
     shares: whether the copy shares with the base what neither the adapter nor the rows write.

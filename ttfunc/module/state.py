@@ -69,7 +69,14 @@ def check_trainable(
 
 def check_trained(model: nn.Module, known: Mapping[str, nn.Parameter]) -> None:
     """Raise RuntimeError unless exactly the `known` parameters of the model require grad."""
-    if {id(one) for one in known.values()} == _ids_of_trainable(model):
+    # named_parameters() takes several times as long, and this runs at every step.
+    free = {
+        id(one)
+        for module in model.modules()
+        for one in module._parameters.values()
+        if one is not None and one.requires_grad
+    }
+    if free == {id(one) for one in known.values()}:
         return
     now = trainable(model)
     if new := [name for name, one in now.items() if known.get(name) is not one]:
@@ -85,16 +92,6 @@ def check_trained(model: nn.Module, known: Mapping[str, nn.Parameter]) -> None:
         f"longer require grad, or are no longer in it ({gone[0]!r}, …). Let them require grad, or "
         "make the TokenModule and the optimizer anew."
     )
-
-
-def _ids_of_trainable(model: nn.Module) -> set[int]:
-    # named_parameters() takes several times as long, and this runs at every step.
-    return {
-        id(one)
-        for module in model.modules()
-        for one in module._parameters.values()
-        if one is not None and one.requires_grad
-    }
 
 
 def modes_after(model: nn.Module, mode: bool) -> dict[nn.Module, bool]:
@@ -116,32 +113,25 @@ def faults(
     prefix: str,
 ) -> Iterator[str]:
     """The reasons why a state dict cannot be the state dict of these tokens."""
+    held = {name for name, value in state_dict.items() if isinstance(value, Tensor)}
     for name, spec in specs.items():
-        yield from _faults_of_rows(name, spec, state_dict, prefix)
-    lacking = [one for one in trained if not isinstance(state_dict.get(prefix + one), Tensor)]
-    if lacking:
+        rows, ids = (prefix + key(kind, name) for kind in ("deltas", "token_indices"))
+        expected = (len(spec.indices), spec.shape[1])
+        if missing := [one for one in (rows, ids) if one not in held]:
+            yield (
+                f"it lacks {missing}, and begins with {list(state_dict)[:4]}. Load the "
+                "state_dict() of a TokenModule over the same matrices."
+            )
+        elif tuple(state_dict[rows].shape) != expected:
+            yield f"{rows!r} has shape {tuple(state_dict[rows].shape)}, and {expected} is needed."
+        elif state_dict[ids].tolist() != list(spec.indices.ids):
+            yield (
+                f"{rows!r} are the rows of tokens {brief(state_dict[ids].tolist())}, but this "
+                f"module trains {brief(list(spec.indices.ids))}. Make the module from init_deltas "
+                "with the same ids, in the same order."
+            )
+    if absent := [one for one in trained if prefix + one not in held]:
         yield (
-            f"it lacks {len(lacking)} parameters that are trained beside the rows, such as "
-            f"{lacking[0]!r}. Load the state_dict() of a TokenModule with the same train_base."
-        )
-
-
-def _faults_of_rows(
-    name: str, spec: RowSpec, state_dict: Mapping[str, Any], prefix: str
-) -> Iterator[str]:
-    rows, ids = (prefix + key(kind, name) for kind in ("deltas", "token_indices"))
-    if missing := [one for one in (rows, ids) if not isinstance(state_dict.get(one), Tensor)]:
-        yield (
-            f"it lacks {missing}, and begins with {list(state_dict)[:4]}. Load the state_dict() of "
-            "a TokenModule over the same matrices."
-        )
-        return
-    expected = (len(spec.indices), spec.shape[1])
-    if tuple(state_dict[rows].shape) != expected:
-        yield f"{rows!r} has shape {tuple(state_dict[rows].shape)}, and {expected} is needed."
-    elif state_dict[ids].tolist() != list(spec.indices.ids):
-        yield (
-            f"{rows!r} are the rows of tokens {brief(state_dict[ids].tolist())}, but this module "
-            f"trains {brief(list(spec.indices.ids))}. Make the module from init_deltas with the "
-            "same ids, in the same order."
+            f"it lacks {len(absent)} parameters that are trained beside the rows, such as "
+            f"{absent[0]!r}. Load the state_dict() of a TokenModule with the same train_base."
         )

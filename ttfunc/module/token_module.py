@@ -16,9 +16,8 @@ from ttfunc.call.patch import check_current, patch
 from ttfunc.call.swaps import swaps_of
 from ttfunc.model.given import refuse_token_module
 from ttfunc.model.names import innermost
-from ttfunc.module.attributes import attribute_of
+from ttfunc.module.attributes import Sizes, attribute_of
 from ttfunc.module.classes import subclass_like, viewed
-from ttfunc.module.sizes import Sizes
 from ttfunc.module.state import (
     as_parameter,
     check_trainable,
@@ -109,9 +108,8 @@ class TokenModule(nn.Module, metaclass=OwnNames):
         # Not by nn.Module's own __setattr__, which would make the model a submodule.
         self.__dict__.update(base=model, _rows=dict(params.specs), training=model.training)
         self.__dict__.update(_trained=free, _sizes=Sizes(params.specs), _modes=None)
-        parameters = {name: as_parameter(delta, name) for name, delta in params.deltas.items()}
-        for name, parameter in parameters.items():
-            self.register_parameter(key("deltas", name), parameter)
+        for name, delta in params.deltas.items():
+            self.register_parameter(key("deltas", name), as_parameter(delta, name))
         for name, parameter in free.items():
             self.register_parameter(key("base", name), parameter)
         self.__class__ = subclass_like(type(innermost(model)), type(self))
@@ -244,8 +242,7 @@ class TokenModule(nn.Module, metaclass=OwnNames):
         )
 
     def __dir__(self) -> list[str]:
-        names = {*super().__dir__(), *object.__dir__(self)}  # type: ignore[no-untyped-call]
-        return sorted(names)
+        return sorted({*super().__dir__(), *object.__dir__(self)})  # type: ignore
 
     def __repr__(self) -> str:
         return f"TokenModule({type(self.base).__name__}, {self.params()})"

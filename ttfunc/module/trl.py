@@ -16,6 +16,7 @@ nothing is refused.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +31,11 @@ from torch import Tensor, nn
 
 from ttfunc.model.given import is_token_module
 from ttfunc.model.names import innermost
-from ttfunc.module.protocol import AnyTokenModule
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.lazy import Lazy, lazy
 from ttfunc.weight.source import Source
 
-_FUSED: ContextVar[object] = ContextVar("fused", default=None)  # the module in a fused call
+_FUSED: ContextVar[Any] = ContextVar("fused", default=None)  # the module in a fused call
 _LOADS = "create_model_from_path"
 _NEAR = 6  # frames from a question of PEFT's to the method that it is in
 
@@ -62,7 +62,7 @@ def weight_for_loss(module: object, weight: Tensor) -> Tensor:
     return longer_weight(weight) if _FUSED.get() is module and can_fuse(weight) else weight
 
 
-def backbone_for_loss(module: AnyTokenModule, backbone: Any) -> Callable[..., Any] | None:
+def backbone_for_loss(module: Any, backbone: Any) -> Callable[..., Any] | None:
     """`base_model` in a fused call of this module, with longer states; None in any other call."""
     if _FUSED.get() is not module:
         return None
@@ -81,13 +81,11 @@ def backbone_for_loss(module: AnyTokenModule, backbone: Any) -> Callable[..., An
 
 def can_fuse(weight: object) -> TypeGuard[PatchedWeight]:
     """Whether it is a weight whose rows can get their gradient so."""
+    if not (isinstance(weight, PatchedWeight) and weight.deferred):
+        return False
     # What an engine owns is read where it is gathered, by slices of the weight itself.
-    if not isinstance(weight, PatchedWeight) or weight.source.gathered is not None:
-        return False
-    if not weight.deferred:
-        return False
-    rows = weight.source.rows
-    return rows.fixed() and rows.values.requires_grad and torch.is_grad_enabled()
+    rows, own = weight.source.rows, weight.source.gathered is None
+    return own and rows.fixed() and rows.values.requires_grad and torch.is_grad_enabled()
 
 
 def longer_states(hidden: Tensor, weight: PatchedWeight) -> Tensor:
@@ -108,10 +106,7 @@ def longer_weight(weight: PatchedWeight) -> Lazy:
     # The loss reads it again in its backward, when the rows may have been written to.
     rows = source.rows.map(lambda values: values.detach().clone())
     source = source._replace(rows=rows)
-
-    def piece(start: int, stop: int) -> Tensor:
-        return _longer_piece(source, start, stop)
-
+    piece = functools.partial(_longer_piece, source)
     return lazy(source.base, shape, lambda: piece(0, shape[0]), piece)
 
 
@@ -152,9 +147,22 @@ def check_reference(base: nn.Module) -> None:
 
     To be called by what the trainer's `__init__` calls of the module.
     """
-    trainer = next(_callers()).f_locals.get("self")
-    if trainer is not None and (name := _second_model(trainer, innermost(base))):
-        raise _loaded_again(trainer, name, innermost(base))
+    trainer, model = next(_callers()).f_locals.get("self"), innermost(base)
+    name = _second_model(trainer, model)
+    if name is None:
+        return
+    way = f"{name}=copy.deepcopy(module).eval()"
+    if name not in inspect.signature(type(trainer)).parameters:
+        way = (
+            "it beta=0.0, so that it loads none, and then write: trainer.beta, "
+            f"trainer.{name} = {getattr(trainer, 'beta', None)}, copy.deepcopy(module).eval()"
+        )
+    raise ValueError(
+        f"{type(trainer).__name__} has loaded its {name} by the name of the model, "
+        f"{_name(model)!r}, and so without the rows of this TokenModule: that is not the "
+        f"model as it was at the start, and it lacks new tokens. Give {way}. That copy keeps the "
+        "rows of the start, over the same base."
+    )
 
 
 def _second_model(trainer: Any, model: nn.Module) -> str | None:
@@ -185,11 +193,20 @@ def check_asking(base: nn.Module, name: str) -> None:
         # The name comes first: `f_locals` copies all variables of a frame.
         if frame.f_code.co_name != method:
             continue
-        asking = frame.f_locals.get("self")
-        if name == "peft_config" and type(asking).__module__.startswith("peft."):
-            raise _no_layers()
+        asking = type(frame.f_locals.get("self"))
+        if name == "peft_config" and asking.__module__.startswith("peft."):
+            raise TypeError(
+                "PEFT puts its layers into a model, and a TokenModule has its model beside it. "
+                "Make the adapter first, and leave out peft_config=: TokenModule("
+                "peft.get_peft_model(module.base, peft_config), module.params(), train_base=True)."
+            )
         if name == "dtype" and _LOADS in frame.f_code.co_names:
-            raise _no_teacher(asking, innermost(base))
+            raise ValueError(
+                f"{asking.__name__} would load its teacher_model by the name of the model, "
+                f"{_name(innermost(base))!r}, and so without the rows of this TokenModule. Give it "
+                "teacher_model_kind='live', and then, for a teacher with the rows of the start: "
+                "trainer.teacher_model = copy.deepcopy(module).eval()."
+            )
 
 
 def _callers() -> Iterator[FrameType]:
@@ -203,36 +220,3 @@ def _callers() -> Iterator[FrameType]:
 
 def _name(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-
-
-def _loaded_again(trainer: Any, name: str, model: nn.Module) -> ValueError:
-    way = f"{name}=copy.deepcopy(module).eval()"
-    if name not in inspect.signature(type(trainer)).parameters:
-        beta = getattr(trainer, "beta", None)
-        way = (
-            "it beta=0.0, so that it loads none, and then write: trainer.beta, "
-            f"trainer.{name} = {beta}, copy.deepcopy(module).eval()"
-        )
-    return ValueError(
-        f"{type(trainer).__name__} has loaded its {name} by the name of the model, "
-        f"{_name(model)!r}, and so without the rows of this TokenModule: that is not the "
-        f"model as it was at the start, and it lacks new tokens. Give {way}. That copy keeps the "
-        "rows of the start, over the same base."
-    )
-
-
-def _no_teacher(trainer: Any, model: nn.Module) -> ValueError:
-    return ValueError(
-        f"{type(trainer).__name__} would load its teacher_model by the name of the model, "
-        f"{_name(model)!r}, and so without the rows of this TokenModule. Give it "
-        "teacher_model_kind='live', and then, for a teacher with the rows of the start: "
-        "trainer.teacher_model = copy.deepcopy(module).eval()."
-    )
-
-
-def _no_layers() -> TypeError:
-    return TypeError(
-        "PEFT puts its layers into a model, and a TokenModule has its model beside it. "
-        "Make the adapter first, and leave out peft_config=: TokenModule("
-        "peft.get_peft_model(module.base, peft_config), module.params(), train_base=True)."
-    )
