@@ -99,9 +99,9 @@ def part(
 
 
 def _split(hidden: Any, base: Any, last: int) -> tuple[Any, Any, Any, Any]:
-    """In one dimension of a mesh: how the states and the logits of a product are split.
+    """How a product is split in one dimension of a mesh: its states and its logits.
 
-    And how the gradients of the states and of the rows are.
+    The last two say how the gradients of the states and of the rows are split.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
