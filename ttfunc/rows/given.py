@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from collections import Counter
@@ -102,33 +103,24 @@ def _elements(idx: Iterable[Any], name: str) -> list[Any]:
 
 
 def _token_id(token: Any, name: str) -> int:
-    if isinstance(token, (bool, np.bool_)) or (
-        isinstance(token, Tensor) and token.dtype == torch.bool
-    ):
-        raise TypeError(
-            f"token indices for {name!r} must be integers, got the boolean {token!r}. "
-            "For a mask, give mask.nonzero().ravel()."
-        )
-    if token is None:
-        raise TypeError(
-            f"a token index for {name!r} is None: a tokenizer gives None for a token that it does "
-            "not know. Add the token first: tokenizer.add_tokens([...])."
-        )
-    if isinstance(token, str):
-        raise TypeError(
-            f"token indices for {name!r} must be integers, got the text {token!r}. The tokenizer "
-            f"knows its id: tokenizer.convert_tokens_to_ids([{token!r}])."
-        )
-    try:
-        return operator.index(token)
-    except TypeError:
-        raise TypeError(
-            f"token indices for {name!r} must be integers, got {type(token).__name__}: {token!r}. "
-            "Convert them with int(...) if they are whole."
-        ) from None
+    is_bool = isinstance(token, (bool, np.bool_)) or getattr(token, "dtype", None) == torch.bool
+    if not is_bool:
+        with contextlib.suppress(TypeError):
+            return operator.index(token)
+    got = f"got {type(token).__name__}: {token!r}"
+    way = "Convert them with int(...) if they are whole."
+    if is_bool:
+        got, way = f"got the boolean {token!r}", "For a mask, give mask.nonzero().ravel()."
+    elif token is None:
+        got = "and one is None, which a tokenizer gives for a token that it does not know"
+        way = "Add the token first: tokenizer.add_tokens([...])."
+    elif isinstance(token, str):
+        got = f"got the text {token!r}"
+        way = f"The tokenizer knows its id: tokenizer.convert_tokens_to_ids([{token!r}])."
+    raise TypeError(f"token indices for {name!r} must be integers, {got}. {way}")
 
 
 def shortened(ids: Sequence[int], most: int = 8) -> str:
     """Ids for a message: the first of them, and how many there are."""
-    shown = ", ".join(map(str, ids[:most]))
-    return f"[{shown}]" if len(ids) <= most else f"[{shown}, … {len(ids)} in all]"
+    first = ", ".join(map(str, ids[:most]))
+    return f"[{first}]" if len(ids) <= most else f"[{first}, … {len(ids)} in all]"

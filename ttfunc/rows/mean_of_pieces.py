@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 import warnings
 from collections.abc import Callable, Mapping
@@ -67,12 +68,12 @@ def mean_of_pieces(before: Any, after: Any, *, left_space: bool | None = None) -
             "before and after are the same tokenizer, which has the new tokens already: its pieces "
             "of each are the token itself. Make a copy.deepcopy of it before add_tokens."
         )
-    if not isinstance(after, Mapping) and not callable(getattr(after, "decode", None)):
-        raise TypeError(
-            f"after is a {type(after).__name__} without decode: give the tokenizer that has the "
-            "new tokens, or a mapping from token id to text."
-        )
     if not isinstance(after, Mapping):
+        if not callable(getattr(after, "decode", None)):
+            raise TypeError(
+                f"after is a {type(after).__name__} without decode: give the tokenizer that has "
+                "the new tokens, or a mapping from token id to text."
+            )
         _check_order(before, after)
 
     def start(base: Tensor, idx: Tensor) -> Tensor:
@@ -90,31 +91,32 @@ def mean_of_pieces(before: Any, after: Any, *, left_space: bool | None = None) -
     return start
 
 
-def _vocabulary(tokenizer: Any) -> dict[str, int] | None:
-    get_vocab: Any = getattr(tokenizer, "get_vocab", None)
-    return get_vocab() if callable(get_vocab) else None
+def _only_in(one: Any, other: Any) -> set[str] | None:
+    """The tokens that one tokenizer has and another has not; None where they do not tell."""
+    if not all(callable(getattr(each, "get_vocab", None)) for each in (one, other)):
+        return None
+    only: set[str] = {*one.get_vocab()} - other.get_vocab().keys()
+    return only
 
 
 def _check_order(before: Any, after: Any) -> None:
     """Raise ValueError where it is the first tokenizer that has more tokens."""
-    old, new = _vocabulary(before), _vocabulary(after)
-    if old is not None and new is not None and new.keys() < old.keys():
+    gone = _only_in(before, after)
+    if gone and not _only_in(after, before):
         raise ValueError(
-            f"before and after are swapped: before has {reprlib.repr(sorted(old.keys() - new))}, "
-            "which after does not have. The order is mean_of_pieces(before, after), and after is "
-            "the tokenizer with the new tokens."
+            f"before and after are swapped: before has {reprlib.repr(sorted(gone))}, which after "
+            "does not have. The order is mean_of_pieces(before, after), and after is the tokenizer "
+            "with the new tokens."
         )
 
 
 def _check_known(before: Any, after: Any, ids: list[int]) -> None:
     """Raise ValueError for tokens that a tokenizer was not given; warn where that may be so."""
-    convert: Any = getattr(after, "convert_ids_to_tokens", None)
-    for token in ids if callable(convert) else ():
-        try:
-            known = convert(token) is not None
-        except IndexError:  # of SentencePiece
-            known = False
-        if not known:
+    for token in ids if callable(getattr(after, "convert_ids_to_tokens", None)) else ():
+        piece = None
+        with contextlib.suppress(IndexError):  # of SentencePiece
+            piece = after.convert_ids_to_tokens(token)
+        if piece is None:
             raise ValueError(
                 f"after has no token {token}. Add it first, after.add_tokens([...]), or give a "
                 f"text for it: after={{{token}: '...'}}."
@@ -122,18 +124,17 @@ def _check_known(before: Any, after: Any, ids: list[int]) -> None:
     unknown = getattr(after, "unk_token_id", None)
     if unknown is None or unknown not in ids:
         return
-    told = (
+    what = (
         f"token {unknown} is {after.unk_token!r}, which the tokenizer after gives for every token "
         "that it does not know"
     )
-    old, new = _vocabulary(before), _vocabulary(after)
-    if old is not None and new is not None and not new.keys() - old.keys():
+    if _only_in(after, before) == set():
         raise ValueError(
-            f"{told}, and it has no token that before does not have. Add the new tokens to it "
+            f"{what}, and it has no token that before does not have. Add the new tokens to it "
             "first: after.add_tokens([...])."
         )
     warnings.warn(
-        f"{told}: was one of these not added? Its row is trained like the others.", stacklevel=6
+        f"{what}: was one of these not added? Its row is trained like the others.", stacklevel=6
     )
 
 
@@ -156,8 +157,7 @@ def _text(after: Any, token: int, left_space: bool | None) -> str:
         text = getattr(added, "content", None) or _decoded_after_a_break(after, token)
     if left_space is False:
         return text.removeprefix(" ")
-    wanted = left_space or takes_space
-    return f" {text}" if wanted and not text.startswith(" ") else text
+    return f" {text.removeprefix(' ')}" if left_space or takes_space else text
 
 
 def _after_a_break(tokenizer: Any, text: str) -> list[int]:

@@ -84,15 +84,19 @@ def apart_among(spec: RowSpec, held: Iterable[str]) -> list[str]:
     return found
 
 
-def key(part: str, name: str) -> str:
-    """The name of a parameter, which must have no dot. (The escapes are those of RFC 6901.)"""
-    escaped = name.replace("~", "~0").replace("/", "~1")
-    return f"{part}/{escaped.replace('.', '/')}"
+def key(kind: str, name: str) -> str:
+    """The entry of this kind for a name. It has no dot, which a parameter's name must not have.
+
+    >>> key("deltas", "model.embed_tokens.weight")
+    'deltas/model/embed_tokens/weight'
+    """
+    escaped = name.replace("~", "~0").replace("/", "~1")  # as RFC 6901 does
+    return f"{kind}/{escaped.replace('.', '/')}"
 
 
-def name_in(entry: str, part: str) -> str | None:
-    """The name that `key` has made an entry of; None for an entry of another part."""
+def name_in(entry: str, kind: str) -> str | None:
+    """The name that `key` has made this entry of; None for an entry of another kind."""
     first, _, rest = entry.partition("/")
-    if first != part or not rest or "." in rest:
+    if first != kind or not rest or "." in rest:
         return None
     return rest.replace("/", ".").replace("~1", "/").replace("~0", "~")

@@ -35,22 +35,17 @@ def start_of_each(model: nn.Module, init: Init, matrices: Sequence[Matrix]) -> d
         )
     if not isinstance(init, Mapping):
         return dict.fromkeys(names, init)
+    each = f"Give one for each of {modules}."
     starts: dict[str, Start] = {}
     for target, start in init.items():
         weights = {f"{name}.weight".removeprefix(".") for name in find_targets(model, [target])}
         found = {matrix.names[0] for matrix in matrices if weights & set(matrix.names)}
         if not found or found & starts.keys():
-            what = "no rows are asked for" if not found else "it has an entry already"
-            raise ValueError(
-                f"init has an entry for {target!r}, of which {what}. Give one for each of "
-                f"{modules}."
-            )
+            what = "it has an entry already" if found else "no rows are asked for"
+            raise ValueError(f"init has an entry for {target!r}, of which {what}. {each}")
         starts.update(dict.fromkeys(found, start))
     if absent := [name for name in names if name not in starts]:
-        raise ValueError(
-            f"init has entries for {list(init)}, and none for {absent}. Give one for each of "
-            f"{modules}."
-        )
+        raise ValueError(f"init has entries for {list(init)}, and none for {absent}. {each}")
     return starts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -145,9 +145,9 @@ class IdTensor(NamedTuple):
     def of(self, examples: Tensor) -> IdTensor:
         """With `(n, k)` ids: those of each example, `(B, k)`, by its number."""
         ids, columns = self.ids.index_select(0, examples), self.columns.index_select(0, examples)
-        if self.table is None:
-            return IdTensor(ids, columns, self.size, None)
-        table = IdTable(*(one.index_select(0, examples) for one in self.table))
+        table = self.table
+        if table is not None:
+            table = IdTable(*(one.index_select(0, examples) for one in table))
         return IdTensor(ids, columns, self.size, table)
 
 
@@ -200,19 +200,14 @@ def union(each: tuple[TokenIndices, ...]) -> TokenIndices:
     return each[0] if len(each) == 1 else _union(tuple(one.ids for one in each))
 
 
-_Cached = TypeVar("_Cached", bound=Callable[..., Any])
+_Result = TypeVar("_Result")
 
 
-def _by_content(func: _Cached) -> _Cached:
+def _by_content(func: Callable[..., _Result]) -> Callable[..., _Result]:
     """Keeps the last results, so that each training step finds ids that are on the device."""
     cached = functools.lru_cache(maxsize=64)(func)
-
-    @functools.wraps(func)
-    def found(*args: Any) -> Any:
-        # Dynamo warns of a cache, and does not use it.
-        return (func if torch.compiler.is_dynamo_compiling() else cached)(*args)
-
-    return cast(_Cached, found)
+    # Dynamo warns of a cache, and does not use it.
+    return lambda *args: (func if torch.compiler.is_dynamo_compiling() else cached)(*args)
 
 
 @_by_content
