@@ -64,3 +64,25 @@ def test_a_sharded_model_that_leads_nowhere_else_is_right():
         for _ in range(2):
             found = functional_call(model, patch(params), TOKENS)
             assert torch.equal(found[0], params.deltas["0.weight"][0])
+
+
+def test_an_attribute_of_the_name_of_a_global_does_not_lead_to_the_matrix(monkeypatch):
+    model = nn.Sequential(nn.Embedding(5, 4))
+    model.looked_up = lambda self, tokens: self.embed(tokens)
+    monkeypatch.setitem(globals(), "embed", model[0])  # as in a script
+    params = random_rows(model, [3])
+    # A compiled call is refused where something may lead past its copies.
+    compiled = torch.compile(
+        lambda p: functional_call(model, patch(p), TOKENS), backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(params), functional_call(model, patch(params), TOKENS))
+
+
+def test_a_global_that_a_function_loads_does(monkeypatch):
+    model = nn.Sequential(nn.Embedding(5, 4))
+    model.looked_up = lambda tokens: embed(tokens)  # noqa: F821
+    monkeypatch.setitem(globals(), "embed", model[0])
+    with pytest.raises(RuntimeError, match=r"may be read in a compiled call.*Sequential.looked_up"):
+        torch.compile(
+            lambda p: functional_call(model, patch(p), TOKENS), backend="eager", fullgraph=True
+        )(random_rows(model, [3]))

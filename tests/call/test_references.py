@@ -139,6 +139,13 @@ def test_modules_among_the_globals_of_a_function_are_told_of():
     assert list(references(function)) == []
 
 
+def test_an_attribute_that_a_function_reads_is_no_global():
+    def function(holder):
+        return holder.A
+
+    assert A not in global_references(function)
+
+
 Pair = namedtuple("Pair", "a b")
 
 

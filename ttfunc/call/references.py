@@ -10,7 +10,8 @@ import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from types import CellType, FunctionType, MethodType, ModuleType
+from dis import get_instructions
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -154,7 +155,14 @@ def global_references(value: object) -> Iterator[object]:
         seen.add(id(one))
         pending += parts_of(one)
         if isinstance(one, FunctionType):
-            yield from map(one.__globals__.get, one.__code__.co_names)
+            yield from map(one.__globals__.get, _names_of_globals(one.__code__))
+
+
+@functools.lru_cache  # tools give many modules functions of one code
+def _names_of_globals(code: CodeType) -> frozenset[str]:
+    """The globals that a function loads. Its `co_names` has the names of attributes too."""
+    loads = (one for one in get_instructions(code) if one.opname == "LOAD_GLOBAL")
+    return frozenset(one.argval for one in loads)
 
 
 def parts_of(value: Any) -> list[Any]:
