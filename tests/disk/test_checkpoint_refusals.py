@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import optree
@@ -21,6 +22,8 @@ from tests.helpers.rows import random_rows
 from ttfunc import merge, save_peft
 from ttfunc.disk.checkpoint import merge_checkpoint, unmerge_checkpoint
 from ttfunc.disk.header import read_header
+from ttfunc.rows.deltas import TokenDeltas
+from ttfunc.rows.token_ids import TokenIndices
 
 
 def test_the_directory_of_a_peft_adapter_is_refused(tied, tmp_path):
@@ -40,6 +43,15 @@ def check_refused(error, match: str, source: Path, params, destination: Path) ->
             write(source, params, destination)
     assert before is None or contents(source) == before
     assert beside is None or names_in(destination.parent) == beside
+
+
+def test_negative_ids_in_a_spec_made_by_hand(tied, tmp_path):
+    source, params = tied
+    key, spec = next(iter(params.specs.items()))
+    ids = (-1, *spec.indices.ids[1:])
+    wrong = replace(spec, indices=TokenIndices(ids))
+    given = TokenDeltas(params.deltas, {**params.specs, key: wrong})
+    check_refused(ValueError, "negative token indices", source, given, tmp_path / "merged")
 
 
 def test_names_that_are_not_there(tmp_path):

@@ -18,6 +18,7 @@ from ttfunc.disk.folder import Checkpoint, says_tied
 from ttfunc.disk.header import FLOATS, TensorEntry
 from ttfunc.disk.tensors import check_rows, cpu_copy
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
+from ttfunc.rows.given import token_indices
 from ttfunc.rows.new_tokens import shape_in_weights
 from ttfunc.rows.renaming import apart_among, renamed
 
@@ -83,11 +84,12 @@ def find_matrices(
     merged: whether the checkpoint has the new tokens of `params` already.
 
     Raises KeyError for a matrix that is not there under any of its names; ValueError where it has
-    another shape, or cannot take rows.
+    another shape, or cannot take rows, and for ids that are none.
     """
     matrices: list[StoredMatrix] = []
     absent = []
     for key, spec in params.specs.items():
+        token_indices(spec.indices.ids, spec.height, key)  # a spec may be made by hand
         rows = cpu_copy(values[key], f"the rows of {key!r}")
         check_rows(rows, len(spec.indices), spec.shape[1], f"the rows of {key!r}")
         found = [
