@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import peft
@@ -237,7 +238,8 @@ def rank_trains(rank: int, folder: Path) -> None:
     options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
     both = trained(folder, made()[0], gradient_accumulation_steps=1, **options)
     torch.save(both, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads now and then abort a process that ends in torch's own way
 
 
 def with_norms() -> TokenModule:
