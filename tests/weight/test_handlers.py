@@ -158,7 +158,7 @@ def test_a_product_is_written_where_it_is_asked_for(multiply):
     [
         (lambda w: torch.mm(HIDDEN, w.t()), "self must be a matrix"),
         (lambda w: torch.mm(w, VECTOR), "mat2 must be a matrix"),
-        (lambda w: torch.addmm(torch.ones(V), HIDDEN, w.t()), "mat1 must be a matrix"),
+        (lambda w: torch.addmm(torch.ones(V), HIDDEN, w.t()), "must be a matrix"),
     ],
 )
 def test_what_torch_does_not_multiply_is_refused_as_torch_does(multiply, match: str):
