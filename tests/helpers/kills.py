@@ -1,4 +1,4 @@
-"""What is killed at random moments, in forks of this process, which has no threads.
+"""What is killed at random moments and lines, in forks of this process, which has no threads.
 
 python -m tests.helpers.kills 1000 [merge_checkpoint | save_peft]
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import os
 import random
 import shutil
@@ -17,19 +18,22 @@ import time
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import nn
 
+import ttfunc
 from tests.helpers.checkpoints import contents, leftovers, written
 from tests.helpers.rows import random_rows
 from tests.helpers.works import SavePeft
-from ttfunc import load_peft
 from ttfunc.disk.checkpoint import merge_checkpoint
 
+TTFUNC = str(Path(ttfunc.__file__).parent)
 
-def killed(act: Callable[[], None], delay: float) -> None:
-    """In a fork, killed after `delay` seconds."""
+
+def forked(act: Callable[[], object]) -> int:
+    """The process that does `act` and ends."""
     child = os.fork()
     if not child:
         code = 1
@@ -38,10 +42,56 @@ def killed(act: Callable[[], None], delay: float) -> None:
             code = 0
         finally:
             os._exit(code)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)  # a child that has ended waits for its parent to notice
+    return child
+
+
+def ended(child: int) -> None:
+    """A process that was killed, or that had done all it had to before."""
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "it failed"
+
+
+def killed_after(act: Callable[[], object], delay: float) -> None:
+    """In a fork, killed after `delay` seconds."""
+    child = forked(act)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)  # a child that has ended waits for its parent to notice
+    ended(child)
+
+
+def lines_of(act: Callable[[], object], last: float = math.inf) -> list[tuple[str, int]]:
+    """The lines of ttfunc that `act` runs, in order; at the `last`th the process is killed."""
+    lines = []
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Callable | None:
+        if not frame.f_code.co_filename.startswith(TTFUNC):
+            return None
+        if event == "line":
+            lines.append((frame.f_code.co_filename, frame.f_lineno))
+        if len(lines) >= last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def times_of_lines(act: Callable[[], object]) -> list[list[int]]:
+    """For each line of ttfunc that `act` runs: at which numbers it runs, counted over all lines."""
+    times = collections.defaultdict(list)
+    for number, line in enumerate(lines_of(act), 1):
+        times[line].append(number)
+    return list(times.values())
+
+
+def killed_at_line(act: Callable[[], object], line: int) -> None:
+    """In a fork that kills itself: how far it came does not depend on the machine."""
+    ended(forked(lambda: lines_of(act, line)))
 
 
 def stage(folder: Path, destination: Path, merged: dict[str, bytes]) -> str:
@@ -67,7 +117,7 @@ def adapter_stage(directory: Path, work: SavePeft) -> str:
     """Which adapter a killed save left: the old one, the new one, or none, and never two halves."""
     if not (directory / "adapter_config.json").exists():
         return "none"
-    return work.owner(load_peft(directory, work.model))
+    return work.owner(ttfunc.load_peft(directory, work.model))
 
 
 def adapters(count: int) -> None:
@@ -77,10 +127,14 @@ def adapters(count: int) -> None:
         work = SavePeft(Path(name))
         start = time.perf_counter()
         for _ in range(10):
-            killed(work.act, 0.1)
+            killed_after(work.act, 0.1)
         longest = 1.2 * ((time.perf_counter() - start) / 10 - 0.1) + 0.01
-        for _ in range(count):
-            killed(work.act, rng.uniform(0, longest))
+        times = times_of_lines(work.act)
+        for number in range(count):
+            if number % 2:
+                killed_at_line(work.act, rng.choice(rng.choice(times)))
+            else:
+                killed_after(work.act, rng.uniform(0, longest))
             outcomes[adapter_stage(work.folder / "adapter", work)] += 1
             for left in work.litter():
                 (work.folder / "adapter" / left).unlink()
@@ -102,20 +156,28 @@ def main(count: int) -> None:
         (source / "deep").mkdir()
         (source / "deep" / "large.bin").write_bytes(bytes(2**19))
         before, destination = contents(source), folder / "merged"
+
+        def act() -> None:
+            merge_checkpoint(source, params, destination)
+
         start = time.perf_counter()
-        merge_checkpoint(source, params, destination)
+        act()
         longest = 1.5 * (time.perf_counter() - start)
         merged = contents(destination)
         shutil.rmtree(destination)
-        for _ in range(count):
-            start = time.perf_counter()
-            killed(lambda: merge_checkpoint(source, params, destination), rng.uniform(0, longest))
+        times = times_of_lines(act)
+        shutil.rmtree(destination)
+        for number in range(count):
+            if number % 2:
+                killed_at_line(act, rng.choice(rng.choice(times)))
+            else:
+                killed_after(act, rng.uniform(0, longest))
             outcomes[stage(folder, destination, merged)] += 1
             assert contents(source) == before, "the source was changed"
             if destination.exists():
                 shutil.rmtree(destination)
             if rng.random() < 0.1:  # the next run is not disturbed by what is left
-                merge_checkpoint(source, params, destination)
+                act()
                 assert contents(destination) == merged
                 shutil.rmtree(destination)
             for left in leftovers(folder):
