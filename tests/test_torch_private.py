@@ -15,6 +15,7 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -40,8 +41,10 @@ from ttfunc.torch_private import (
     IS_VIEW,
     JVP,
     LINEAR,
+    LINEAR_CROSS_ENTROPY,
     OPTREE_GLOBAL,
     at_work,
+    autocast_dtype,
     current_mode,
     first_order,
     forbid_writes,
@@ -49,6 +52,7 @@ from ttfunc.torch_private import (
     in_backward,
     in_dual_level,
     in_strict_export,
+    is_compiled_in_vain,
     is_exported,
     is_fake,
     is_of_a_graph,
@@ -57,8 +61,10 @@ from ttfunc.torch_private import (
     is_wrapped,
     keeps_signature,
     leave_mode,
+    mark_as_parameter,
     no_torch_function,
     outside_of_dispatch,
+    outside_of_graphs,
     outside_of_modes,
     outside_of_transforms,
     plain_torch_function,
@@ -529,3 +535,65 @@ def test_the_innermost_mode_is_known_and_left_once():
 def test_operations_of_a_graph_are_told_from_those_of_a_model():
     assert is_of_a_graph(torch.ops.aten.detach.default)
     assert not any(map(is_of_a_graph, (torch.mm, torch.Tensor.matmul, F.linear)))
+
+
+def test_a_tensor_of_another_class_is_a_parameter_once_it_is_marked():
+    one = torch.ones(2).as_subclass(Loud)
+    assert not isinstance(one, torch.nn.Parameter)
+    mark_as_parameter(one)
+    assert isinstance(one, torch.nn.Parameter)
+    assert type(one) is Loud
+
+
+def test_the_dtype_that_autocast_casts_to():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert autocast_dtype(cpu) is None
+    with torch.autocast("cpu", torch.float16):
+        assert autocast_dtype(cpu) is torch.float16
+        assert autocast_dtype(meta) is None
+        with torch.autocast("cpu", enabled=False):
+            assert autocast_dtype(cpu) is None
+
+
+def test_the_loss_of_a_head_by_its_weight():
+    hidden, weight, labels = torch.randn(5, 3), torch.randn(7, 3), torch.arange(5)
+    assert len(LINEAR_CROSS_ENTROPY) == hasattr(F, "linear_cross_entropy")
+    for loss in LINEAR_CROSS_ENTROPY:
+        wanted = F.cross_entropy(hidden @ weight.T, labels)
+        torch.testing.assert_close(loss(hidden, weight, labels), wanted)
+
+
+def test_only_an_older_dynamo_compiles_a_functional_call_in_vain():
+    assert not is_compiled_in_vain()
+    found = []
+
+    @torch._dynamo.assume_constant_result
+    def note(flag: bool) -> int:
+        found.append(flag)
+        return 0
+
+    @torch.compile(backend="eager")
+    def asked(x: Tensor) -> Tensor:
+        note(is_compiled_in_vain())
+        return x + 1
+
+    asked(ONES)
+    assert set(found) == {Version(torch.__version__) < Version("2.13")}
+
+
+def test_dynamo_leaves_the_graph_for_a_function_outside_of_it():
+    compiled = []
+
+    @outside_of_graphs
+    def outside(x: Tensor) -> Tensor:
+        compiled.append(torch.compiler.is_dynamo_compiling())
+        return x + 1
+
+    def around(x: Tensor) -> Tensor:
+        return outside(x * 2) * 2
+
+    assert torch.equal(torch.compile(around, backend="eager")(ONES), around(ONES))
+    assert not any(compiled)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="ttfunc.functional_call is compiled from torch 2.13 on"):
+        torch.compile(around, backend="eager", fullgraph=True)(ONES)

@@ -1,10 +1,10 @@
 """Every private name of torch and optree that the library uses, with the meaning it relies on.
 
-The ones of torch.distributed are in torch_distributed_private.py. Nothing else in the library reads
-an attribute of theirs that begins with an underscore (except the dictionaries of an `nn.Module`).
+The private names of torch.distributed are in torch_distributed_private.py. No other module reads an
+attribute of theirs that begins with an underscore (except the dictionaries of an `nn.Module`).
 Each meaning has its test in tests/test_torch_private.py: a torch that changes one fails that test,
-before it gives a user a wrong gradient. Each name is read as the library is imported, and a torch
-that lacks one is refused then.
+before it gives a user a wrong gradient. Names of modules are read when ttfunc is imported, and a
+torch that lacks one is refused then; attributes of tensors are read when they are needed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ TensorBase = torch._C.TensorBase
 LINEAR = torch._C._nn.linear
 
 # `F.linear_cross_entropy`, which came with torch 2.13: the loss of a head by its weight.
-LINEAR_CROSS_ENTROPY: tuple[Callable[..., Any], ...] = tuple(
-    getattr(F, name) for name in ("linear_cross_entropy",) if hasattr(F, name)
+LINEAR_CROSS_ENTROPY: tuple[Callable[..., Any], ...] = (
+    (F.linear_cross_entropy,) if hasattr(F, "linear_cross_entropy") else ()
 )
 
 # Where optree registers a class that needs no namespace to be named.
@@ -85,7 +85,6 @@ IS_VIEW = Tensor._is_view
 
 GRAD, VMAP = functorch.TransformType.Grad, functorch.TransformType.Vmap
 JVP, FUNCTIONALIZE = functorch.TransformType.Jvp, functorch.TransformType.Functionalize
-
 
 # How many modes with a `__torch_dispatch__` are at work, and which one there is of a kind.
 _count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
