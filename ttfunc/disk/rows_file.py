@@ -219,7 +219,7 @@ def _origins(given: object, count: int) -> list[Origin]:
 
 
 def _sample(entry: dict[str, Any]) -> Sample:
-    numbers = torch.tensor(entry["numbers"], dtype=torch.float64)
+    numbers = torch.tensor(entry["numbers"], dtype=torch.float64, device="cpu")
     return Sample(tuple(entry["rows"]), numbers.to(FLOATS[entry["dtype"]]))
 
 

@@ -253,7 +253,10 @@ def _alone(each: dict[str, Tensor]) -> Any:
 
 def _padded(params: TokenDeltas, matrix: Matrix, count: int) -> tuple[Tensor, Tensor]:
     """`(count, D)` rows of a matrix and their `(count,)` ids; -1 for the rows that are missing."""
-    rows, ids = matrix.tensor.new_zeros(0, matrix.shape[1]), torch.empty(0, dtype=torch.int64)
+    rows, ids = (
+        matrix.tensor.new_zeros(0, matrix.shape[1]),
+        matrix.tensor.new_zeros(0, dtype=torch.int64),
+    )
     for key in params.deltas.keys() & set(matrix.names):
         rows, ids = params.deltas[key].detach(), params.token_indices[key]
     more = count - len(ids)

@@ -121,9 +121,11 @@ def _layers(params: TokenDeltas) -> Iterator[_Layer]:
 def _factors(layer: _Layer, rank: int) -> Iterator[tuple[str, Any]]:
     """The two factors, under PEFT's names: `(V, rank)` picks the tokens, the other has the rows."""
     spec, matrix = layer.spec, layer.spec.matrix.tensor  # type: ignore[union-attr]
-    ids = spec.indices.on(torch.device("cpu")).ids
-    which, change = torch.zeros(spec.shape[0], rank), torch.zeros(rank, spec.shape[1])
-    which[ids, torch.arange(len(ids))] = 1
+    cpu = torch.device("cpu")
+    ids = spec.indices.on(cpu).ids
+    which = torch.zeros(spec.shape[0], rank, device=cpu)
+    change = torch.zeros(rank, spec.shape[1], device=cpu)
+    which[ids, torch.arange(len(ids), device=cpu)] = 1
     # To read the rows of a sharded matrix takes all ranks, and one of them writes.
     held = spec.originals if is_sharded(matrix) else rows_at(matrix, ids.to(matrix.device))
     now = cpu_copy(held, f"the rows of {layer.name!r}")

@@ -44,7 +44,7 @@ class Base(NamedTuple):
         """The ids and the rows, some at a time."""
         for start in range(0, self.height, _BLOCK):
             block = self.rows[start : min(start + _BLOCK, self.height)].detach().cpu()
-            yield torch.arange(start, start + len(block)), block
+            yield torch.arange(start, start + len(block), device=block.device), block
 
 
 def text_with(tokenizer: Any) -> Callable[[int], str]:
@@ -153,12 +153,12 @@ def _beside_others(
 
     The latter for each `(k, D)` of values that these rows had. The matrix is read once.
     """
-    ours, lengths, found = torch.tensor(ids), [], []
+    ours, lengths, found = torch.tensor(ids, device="cpu"), [], []
     for rows in each:
-        empty = torch.empty(len(ids), 0)
+        empty = torch.empty(len(ids), 0, device="cpu")
         nearest = _Nearest(F.normalize(rows.float(), dim=1), empty, empty.long())
-        for some in torch.arange(len(ids)).split(_BLOCK):
-            nearest = nearest.among(ours, ours[some], rows[some].float())
+        for tokens, block in zip(ours.split(_BLOCK), rows.split(_BLOCK), strict=True):
+            nearest = nearest.among(ours, tokens, block.float())
         found.append(nearest)
     for tokens, block in base.blocks():
         block = block.float()
