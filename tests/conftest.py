@@ -38,17 +38,46 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Expect the failures that versions.toml lists for the versions that are installed here."""
-    known = tomllib.loads((Path(__file__).parent / "versions.toml").read_text())
-    for requirement, reasons in known.items():
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "where tests make tensors: cuda, or pretend (tests/helpers/pretend_device.py)"
+    parser.addoption("--device", default="cpu", help=told)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make tensors on a device where a test does not name one, from its import on."""
+    device = config.getoption("device")
+    if device == "pretend":
+        from tests.helpers import pretend_device
+
+        pretend_device.register()
+    if device != "cpu":
+        torch.set_default_device(device)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Expect the failures that are listed for the installed versions, and for the device."""
+    for requirement, reasons in _listed("versions.toml").items():
         wanted = Requirement(requirement)
-        if not wanted.specifier.contains(importlib.metadata.version(wanted.name)):
-            continue
-        for reason, tests in reasons.items():
-            expected = pytest.mark.xfail(reason=f"{requirement}: {reason}", strict=True)
-            parts = "|".join(re.escape(test).replace(r"\*", ".*") for test in tests)
-            pattern = re.compile(rf"tests/(?:{parts})(?:\[.*)?")
-            for item in items:
-                if pattern.fullmatch(item.nodeid):
-                    item.add_marker(expected)
+        if wanted.specifier.contains(importlib.metadata.version(wanted.name)):
+            _expect(items, reasons, requirement, strict=True)
+    device = config.getoption("device")
+    for named, reasons in _listed("devices.toml").items():
+        if device != "cpu" and named in ("*", device):
+            _expect(items, reasons, f"--device {device}", strict=False)
+
+
+def _listed(file: str) -> dict[str, dict[str, list[str]]]:
+    return tomllib.loads((Path(__file__).parent / file).read_text())
+
+
+def _expect(
+    items: list[pytest.Item], reasons: dict[str, list[str]], cause: str, *, strict: bool
+) -> None:
+    """Expect tests to fail: by file, by name, or by one case of it, with * for any text."""
+    for reason, tests in reasons.items():
+        expected = pytest.mark.xfail(reason=f"{cause}: {reason}", strict=strict)
+        parts = "|".join(re.escape(test).replace(r"\*", ".*") for test in tests)
+        pattern = re.compile(rf"tests/(?:{parts})(?:\[.*|::.*)?")
+        for item in items:
+            if pattern.fullmatch(item.nodeid):
+                item.add_marker(expected)

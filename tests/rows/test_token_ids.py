@@ -75,7 +75,11 @@ def test_a_range_is_read():
         (None, TypeError, "must be a sequence.*got NoneType"),
         ({3, 7}, TypeError, "must be a sequence.*got set"),
         (torch.zeros(2, dtype=torch.int64, device="meta"), TypeError, "with values.*on meta"),
-        (torch.ones(2, dtype=torch.int64).to_sparse(), TypeError, "layout torch.sparse_coo"),
+        (
+            torch.ones(2, dtype=torch.int64, device="cpu").to_sparse(),
+            TypeError,
+            "layout torch.sparse_coo",
+        ),
     ],
 )
 def test_what_is_no_token_index_is_refused(idx, error, match: str):
