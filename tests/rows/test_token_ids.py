@@ -90,7 +90,7 @@ def test_what_is_no_token_index_is_refused(idx, error, match: str):
 @given(ids=distinct)
 def test_the_table_finds_the_row_of_each_id(ids: list[int]):
     indices = TokenIndices(tuple(ids))
-    table = indices.on(CPU)
+    table = indices.tables(CPU)
     assert table.ids.tolist() == ids
     assert table.ids[table.row_of[:-1]].tolist() == table.ordered.tolist() == sorted(ids)
     assert [indices.row_of(token) for token in ids] == list(range(len(ids)))
@@ -135,7 +135,7 @@ def test_ids_that_are_a_tensor_have_a_column_each_and_are_found(ids: list[int], 
 
 def test_a_device_gets_its_table_once():
     indices = TokenIndices((5, 2))
-    assert indices.on(CPU) is indices.on(CPU)
+    assert indices.tables(CPU) is indices.tables(CPU)
 
 
 @given(a=distinct, b=distinct)
@@ -163,18 +163,18 @@ def test_an_id_in_both_is_refused_and_new_ids_are_told_to_follow_on(a: list[int]
 
 def test_a_table_made_in_another_mode_serves_every_call():
     with torch.inference_mode(), torch.device("meta"):
-        assert not TokenIndices((5, 2)).on(CPU).ids.is_inference()
+        assert not TokenIndices((5, 2)).ids_on(CPU).is_inference()
 
     inner = TokenIndices((5, 2))
-    torch.func.grad(lambda x: x * inner.on(CPU).ids.sum())(torch.tensor(1.0))
-    assert inner.on(CPU).ids.numpy().tolist() == [5, 2]
+    torch.func.grad(lambda x: x * inner.ids_on(CPU).sum())(torch.tensor(1.0))
+    assert inner.ids_on(CPU).numpy().tolist() == [5, 2]
 
 
 def test_a_table_made_among_fake_tensors_is_real():
     indices = TokenIndices((3, 1))
     with FakeTensorMode():
-        indices.on(torch.device("cpu"))
-    assert type(indices.on(torch.device("cpu")).ids) is torch.Tensor
+        indices.tables(torch.device("cpu"))
+    assert type(indices.ids_on(torch.device("cpu"))) is torch.Tensor
 
 
 def test_tokens_that_lie_apart_are_found_without_a_warning():
@@ -200,7 +200,9 @@ def test_no_module_keeps_what_a_step_was_given():
         stack([a, b])
         functional_call(model, patch_mixed([a, b], [0, 1, -1]), (tokens(7, 20),))
         indices = [row.indices for p in (a, b) for row in p.specs.values()]
-        return [weakref.ref(one) for one in [*indices, *(t for i in indices for t in i.on(CPU))]]
+        return [
+            weakref.ref(one) for one in [*indices, *(t for i in indices for t in i.tables(CPU))]
+        ]
 
     left = step()
     gc.collect()

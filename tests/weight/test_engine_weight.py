@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tests.helpers.mesh import mesh_of_one
 from tests.helpers.rows import random_rows
 from ttfunc import init_deltas, patch, patch_mixed
-from ttfunc.engines.ownership import Kept
+from ttfunc.engines.ownership import EngineParameters
 from ttfunc.weight.deferred import PatchedWeight
 from ttfunc.weight.engine_weight import Place, owned
 from ttfunc.weight.placeholder import Reads
@@ -29,7 +29,11 @@ def made(**options) -> tuple[nn.Module, PatchedWeight, Tensor, Reads, Place]:
     torch.manual_seed(0)
     model = nn.Linear(D, V, bias=False).requires_grad_(False)
     params = random_rows(model, IDS, targets="", requires_grad=True, **options)
-    weight, reads, place = patch(params)["weight"], Reads(), Place(model, "weight", Kept())
+    weight, reads, place = (
+        patch(params)["weight"],
+        Reads(),
+        Place(model, "weight", EngineParameters()),
+    )
     return model, owned(weight, place, reads), params.deltas["weight"], reads, place
 
 
@@ -112,7 +116,7 @@ def test_a_split_matrix_takes_no_new_tokens_and_no_mixed_batch(mesh):
     model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(0)]))
     for weight, words in weights:
         with pytest.raises(RuntimeError, match=words):
-            owned(weight, Place(model, "weight", Kept()), Reads()).now()
+            owned(weight, Place(model, "weight", EngineParameters()), Reads()).now()
 
 
 def test_a_part_of_a_matrix_is_multiplied_and_not_looked_up_in(mesh):
@@ -127,7 +131,7 @@ def test_a_part_of_a_matrix_is_multiplied_and_not_looked_up_in(mesh):
             local, mesh, [Shard(0)], run_check=False, shape=torch.Size((V, D)), stride=(D, 1)
         )
         kind.weight = nn.Parameter(part, requires_grad=False)
-        place = Place(kind, "weight", Kept())
+        place = Place(kind, "weight", EngineParameters())
         weight = owned(weights["weight"], place, Reads())
         place.copy = type(kind)(V, D)
         place.copy._parameters["weight"] = local  # as a tool's forward puts it there

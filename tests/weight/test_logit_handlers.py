@@ -15,7 +15,7 @@ from tests.helpers.models import D, V
 from tests.helpers.rows import random_rows
 from tests.helpers.sizes import Sizes
 from ttfunc import patch
-from ttfunc.weight.logits import DeferredLogits, Undone
+from ttfunc.weight.logits import DeferredLogits, PendingProduct
 
 LOSSES = {
     "flat": lambda y: F.cross_entropy(y.view(-1, V), LABELS.view(-1)),
@@ -50,7 +50,7 @@ def test_a_loss_needs_no_logits(loss: str):
         if not isinstance(logits, DeferredLogits):
             return LOSSES[loss](logits)
         waited.append(logits)
-        with mock.patch.object(Undone, "done", side_effect=AssertionError("made")):
+        with mock.patch.object(PendingProduct, "made", side_effect=AssertionError("made")):
             return LOSSES[loss](logits)
 
     (plain, gradient), (ours, found) = both(then)

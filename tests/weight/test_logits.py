@@ -95,7 +95,7 @@ def test_after_a_step_of_the_optimizer_they_are_those_from_before(read, write):
     plain = functional_call(model, patch(params), X).detach()
     view = waits.view(-1, V)
     write(params.deltas["embed_tokens.weight"])
-    assert waits.waits
+    assert waits.is_pending
     torch.testing.assert_close(read(waits).detach() * 1, read(plain))
     torch.testing.assert_close(view.detach() * 1, plain.view(-1, V))
 
@@ -150,7 +150,7 @@ def test_hidden_states_that_were_written_to_since_are_refused():
     waits, _ = deferred()
     view = waits.view(-1, V)
     with torch.no_grad():
-        waits.undone.hidden.add_(1)
+        waits.pending.hidden.add_(1)
     for read in (lambda: waits.sum(), lambda: waits[0], lambda: loss_of(view)):
         with pytest.raises(RuntimeError, match="were written to. Read them before that"):
             read()
@@ -163,7 +163,7 @@ def test_a_gradient_past_the_handlers_after_a_write_to_hidden_states_is_refused(
     waits = functional_call(model, patch(params, deferred_logits=True), X)
     total = torch.jit.script(_squares)(waits)
     with torch.no_grad():
-        waits.undone.hidden.add_(1)  # of which the layer before it keeps nothing
+        waits.pending.hidden.add_(1)  # of which the layer before it keeps nothing
     with pytest.raises(RuntimeError, match="were written to. Read them before that"):
         total.backward()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ttfunc.call.path import Path, Step, find_path, steps_of
-from ttfunc.model.held import held_under
+from ttfunc.model.held import tensor_under
 from ttfunc.model.matrix import Matrix
 from ttfunc.torch_private import is_traced
 
@@ -133,6 +133,6 @@ def _path_when_compiled(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _parts_by_names(model: nn.Module, names: tuple[str, ...]) -> Any:
     """The parts of a path. Dynamo does not trace the search, and takes plain tuples from it."""
-    held = (held_under(model, name) for name in names)
+    held = (tensor_under(model, name) for name in names)
     path = find_path(model, [one for one in held if one is not None])
     return path.modules, path.leading, path.uncopyable

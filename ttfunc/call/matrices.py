@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from ttfunc.call.known_paths import Model
-from ttfunc.model.held import held_under
+from ttfunc.model.held import tensor_under
 from ttfunc.model.matrix import Matrix, count_places, matrices_of
 from ttfunc.model.memory import memory_of
 from ttfunc.model.names import did_you_mean, peft_twin
@@ -44,9 +44,9 @@ def _other_tensor(model: nn.Module, name: str, own: Matrix | None) -> Tensor | N
     The model may be in a PeftModel, or a layer of an adapter, since the rows were made; or no
     longer in one.
     """
-    if own is not None and held_under(model, name) is None:
+    if own is not None and tensor_under(model, name) is None:
         twin = peft_twin(name)
-        if held_under(model, twin) is own.current:
+        if tensor_under(model, twin) is own.current:
             name = twin
         elif name in own.names and count_places(model, [own.current]):
             return own.current
@@ -70,7 +70,7 @@ def _searched(
 
 def _is_still_there(model: nn.Module, matrix: Matrix, tensor: Tensor) -> bool:
     """Whether the tensor is in this matrix, and all of its places are still tied."""
-    held = [held_under(model, name) for name, _ in matrix.slots]
+    held = [tensor_under(model, name) for name, _ in matrix.slots]
     known = [one for _, one in matrix.slots]
     return (
         any(one is tensor for one in known)
@@ -80,7 +80,7 @@ def _is_still_there(model: nn.Module, matrix: Matrix, tensor: Tensor) -> bool:
 
 
 def _named(model: nn.Module, name: str) -> Tensor:
-    current = held_under(model, name)
+    current = tensor_under(model, name)
     if current is None:
         names = [n for n, _ in chain(model.named_parameters(), model.named_buffers())]
         hint = did_you_mean(name, names)

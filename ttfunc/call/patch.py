@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ttfunc.call.stale import matrix_of_rows
-from ttfunc.engines.ownership import is_sharded, unreadable
+from ttfunc.engines.ownership import base_for_call, is_sharded
 from ttfunc.rows.deltas import TokenDeltas, check_shapes, check_type
 from ttfunc.rows.new_tokens import check_complete
 from ttfunc.rows.several import combine
@@ -69,7 +69,7 @@ def patch(
     for name, delta in together.deltas.items():
         spec = together.specs[name]
         matrix = matrix_of_rows(spec)
-        base = unreadable(matrix.current)
+        base = base_for_call(matrix.current)
         # A matrix that rescales itself when it is read must be one tensor for the whole call.
         copied = dense or matrix.has_max_norm
         if copied and is_sharded(matrix.tensor):

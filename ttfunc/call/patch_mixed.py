@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ttfunc.call.stale import matrix_of_rows
-from ttfunc.engines.ownership import unreadable
+from ttfunc.engines.ownership import base_for_call
 from ttfunc.rows.deltas import TokenDeltas
 from ttfunc.rows.new_tokens import check_complete
 from ttfunc.rows.several import aligned, no_adapters
@@ -78,7 +78,7 @@ def patch_mixed(
                 f"the adapters have {spec.grown} new tokens for {name!r}, which the plain model "
                 "(-1) does not have. Call its examples on their own."
             )
-        base = unreadable(matrix.current)
+        base = base_for_call(matrix.current)
         with outside_of_autocast(base.device):
             rows = _rows_of_each(adapters, name, numbers, base, spec.height)
         deltas = [adapter.deltas[name] for adapter in adapters if name in adapter.deltas]
@@ -106,7 +106,7 @@ def _rows_of_each(
             at.append(torch.tensor([0], device=base.device))
             continue
         values.append(cast_like(deltas[number], base))
-        ids.append(adapters[number].specs[name].indices.on(base.device).ids)
+        ids.append(adapters[number].specs[name].indices.ids_on(base.device))
         at.append(torch.arange(count, count + len(ids[-1]), device=base.device))
         count += len(ids[-1])
     each = torch.tensor([chosen[number] for number in numbers], device=base.device)

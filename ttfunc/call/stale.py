@@ -155,7 +155,7 @@ def _has_rows_of(now: Tensor, known: Tensor, source: Source) -> bool:
     indices = source.rows.ids
     if not isinstance(indices, TokenIndices) or known.is_meta:
         return True
-    ids = indices.within(0, len(known))[1].on(known.device).ids
+    ids = indices.within(0, len(known))[1].ids_on(known.device)
     with outside_of_transforms(), torch.no_grad():
         found = rows_at(now, ids.to(now.device))
         expected = known.index_select(0, ids)

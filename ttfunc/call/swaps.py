@@ -13,9 +13,9 @@ from ttfunc.call.known_paths import Model
 from ttfunc.call.matrices import is_patch, matrices_of_weights
 from ttfunc.call.patch_mixed import check_batch_first
 from ttfunc.call.stale import check_fresh, check_owned
-from ttfunc.engines.ownership import Kept, engines_at_work, shape_of
+from ttfunc.engines.ownership import EngineParameters, engines_at_work, shape_of
 from ttfunc.model.beside import Beside, beside
-from ttfunc.model.held import held_at, held_under, way_to
+from ttfunc.model.held import held_at, tensor_under, way_to
 from ttfunc.model.matrix import Matrix, is_stand_in
 from ttfunc.torch_distributed_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
@@ -85,7 +85,7 @@ def _swap_of(
     names = [one for one, _ in matrix.slots]
     ways = [way_to(model, one) for one in names]
     if is_patch(weight) and engines_at_work():
-        engines = Kept()
+        engines = EngineParameters()
         attributes = (one.rpartition(".")[2] for one in names)
         places = [Place(way[-1], one, engines) for way, one in zip(ways, attributes, strict=True)]
         if any(place.owned for place in places):
@@ -107,8 +107,8 @@ def _swap_of(
 def _in_call(weight: Tensor, held: Tensor, matrix: Matrix) -> Tensor:
     if not is_patch(weight) or torch.compiler.is_dynamo_compiling():
         return weight
-    counted = weight.unread()
-    return counted.on(held) if is_stand_in(held, matrix.tensor) else counted
+    counted = weight.with_own_reads()
+    return counted.over(held) if is_stand_in(held, matrix.tensor) else counted
 
 
 def _in_engine(
@@ -134,10 +134,10 @@ def _is_gathered_anyway(model: nn.Module, name: str, weight: Tensor) -> bool:
 
     Raises ValueError for another one that is sharded: the module runs with a whole one.
     """
-    module, held = way_to(model, name)[-1], held_under(model, name)
+    module, held = way_to(model, name)[-1], tensor_under(model, name)
     if held is None or is_patch(weight) or not fsdp_manages(module):
         return False
-    if weight is held or weight is Kept().of(module, name.rpartition(".")[2], held):
+    if weight is held or weight is EngineParameters().of(module, name.rpartition(".")[2], held):
         return True
     if is_dtensor(weight):
         raise ValueError(
@@ -207,7 +207,7 @@ def _place_beside(one: Beside) -> Place | None:
     attribute = one.name.rpartition(".")[2]
     if not engines_at_work() or attribute not in one.way[-1]._parameters:
         return None
-    place = Place(one.way[-1], attribute, Kept())
+    place = Place(one.way[-1], attribute, EngineParameters())
     return place if place.owned else None
 
 

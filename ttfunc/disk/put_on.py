@@ -70,7 +70,7 @@ def on_matrix(matrix: Matrix, ids: Sequence[int], rows: Tensor, what: str) -> Ro
     indices = token_indices(ids, height, matrix.names[0], first_new)
     check_rows(rows, len(indices), matrix.shape[1], what)
     with outside_of_modes():
-        originals = rows_or_zeros(weight, indices.on(weight.device).ids)
+        originals = rows_or_zeros(weight, indices.ids_on(weight.device))
     return RowSpec(matrix.names, matrix.shape, indices, originals, matrix)
 
 

@@ -71,7 +71,7 @@ def save(
     check_type(params, order)
     with prefix_errors(f"{str(path)!r} cannot be written"):
         for name, spec in params.specs.items():
-            ids = spec.indices.on(torch.device("cpu")).ids
+            ids = spec.indices.ids_on(torch.device("cpu"))
             values = (params.deltas[name], ids, spec.originals)
             for part, tensor in zip(PARTS, values, strict=True):
                 if part != "token_indices":

@@ -25,7 +25,7 @@ def is_zero3(tensor: object) -> bool:
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether this rank has a part of it alone."""
+    """Whether this rank has only a part of it."""
     return is_dtensor(tensor) or is_zero3(tensor)
 
 
@@ -39,26 +39,26 @@ def is_owned(module: nn.Module, attribute: str) -> bool:
     return is_sharded(module._parameters.get(attribute)) or fsdp_manages(module)
 
 
-class Kept:
+class EngineParameters:
     """Parameters as their engines keep them, also where a module has gathered one at the moment."""
 
     def __init__(self) -> None:
         self._gathered = fsdp_gathered() if engines_at_work() else {}
 
     def of(self, module: nn.Module, attribute: str, held: Tensor) -> Tensor:
-        """The one that a module holds; what FSDP2 ignores is the module's own."""
+        """The engine's parameter for the tensor that a module holds; that tensor if it has none."""
         return self._gathered.get((id(module), attribute), held)
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
-    """The shape of the whole."""
+    """The shape of the whole parameter."""
     return tensor.ds_shape if is_zero3(tensor) else tensor.shape  # type: ignore[attr-defined]
 
 
-def unreadable(tensor: Tensor) -> Tensor:
-    """What a call reads of a matrix without its gradient; of a sharded one nothing, but NaN.
+def base_for_call(tensor: Tensor) -> Tensor:
+    """The matrix as the base of a patched weight, detached; NaN of its shape if it is sharded.
 
-    The parts are read in the call, through the module that has them then.
+    A call reads a sharded matrix through the module that its engine gathers it into.
     """
     if not is_sharded(tensor):
         return tensor.detach()

@@ -194,7 +194,7 @@ def _written(
         # Read from the result: another adapter may already have written to one of these names.
         matrix = result[aliases[0]]
         rows = values[key].to(matrix.device, matrix.dtype)
-        ids = spec.indices.on(matrix.device).ids
+        ids = spec.indices.ids_on(matrix.device)
         # Another matrix that is this tensor here may have made it longer, or shorter, already.
         by = max(0, spec.height - len(matrix))
         if original:
@@ -217,7 +217,7 @@ def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, longer: int) -> Tensor
             )
         own_rows, own_ids = part(rows, TokenIndices(tuple(ids.tolist())), matrix)
         local = matrix.to_local()  # type: ignore[attr-defined]
-        here = _with_rows(local, own_ids.on(local.device).ids, own_rows, 0)
+        here = _with_rows(local, own_ids.ids_on(local.device), own_rows, 0)
         return like(matrix, here)
     if matrix.element_size() > 1:
         return with_rows(matrix, ids, rows, longer)
@@ -227,7 +227,7 @@ def _with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, longer: int) -> Tensor
 
 
 def _check_finite(matrix: Tensor, spec: RowSpec, name: str) -> None:
-    rows = rows_at(matrix, spec.indices.on(matrix.device).ids)
+    rows = rows_at(matrix, spec.indices.ids_on(matrix.device))
     if rows.element_size() == 1:  # torch has no isfinite for floats of eight bits
         rows = rows.float()
     finite = torch.isfinite(rows).all(dim=1).tolist()

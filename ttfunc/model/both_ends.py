@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ttfunc.engines.ownership import Kept, is_owned, shape_of
+from ttfunc.engines.ownership import EngineParameters, is_owned, shape_of
 from ttfunc.model.targets import (
     check_target,
     ends_of,
@@ -127,7 +127,7 @@ def check_ties_kept(model: nn.Module, name: str, module: nn.Module) -> None:
     """
     if not is_owned(module, "weight"):
         return
-    engines, ends = Kept(), [end for end in ends_of(model) if end is not None]
+    engines, ends = EngineParameters(), [end for end in ends_of(model) if end is not None]
     held = [(end, end._parameters.get("weight")) for end in ends]
     weights = {id(engines.of(end, "weight", one)) for end, one in held if one is not None}
     if module not in ends or len(weights) < 2:

@@ -67,6 +67,6 @@ def held_at(way: list[nn.Module], name: str) -> Tensor | None:
     return holder._buffers.get(attribute) if parameter is None else parameter
 
 
-def held_under(model: nn.Module, name: str) -> Tensor | None:
+def tensor_under(model: nn.Module, name: str) -> Tensor | None:
     """The parameter or buffer that the model has under `name` now."""
     return held_at(way_to(model, name), name)

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ttfunc.engines.ownership import Kept, shape_of
-from ttfunc.model.held import Held, held_in, held_under
+from ttfunc.engines.ownership import EngineParameters, shape_of
+from ttfunc.model.held import Held, held_in, tensor_under
 from ttfunc.model.memory import memory_of, overlaps
 from ttfunc.torch_private import is_fake, is_traced
 
@@ -67,7 +67,7 @@ class Matrix:
         model = self.model() if is_traced() else None
         if model is None:
             return []
-        now = [(held_under(model, name), one) for name, one in self.slots]
+        now = [(tensor_under(model, name), one) for name, one in self.slots]
         return [fake for fake, one in now if fake is not None and is_stand_in(fake, one)]
 
     @property
@@ -88,7 +88,7 @@ class Matrix:
         copied = None if model is None else memo.get(id(model))
         if copied is None or "_modules" not in vars(copied):
             return self
-        held = held_under(copied, self.slots[0][0])
+        held = tensor_under(copied, self.slots[0][0])
         matrix = self if held is None else matrix_of(copied, held)
         return matrix if matrix.names == self.names else self
 
@@ -118,7 +118,7 @@ def matrices_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[Matrix]:
     """
     held = list(held_in(model))
     # Where an engine has gathered each place by itself, the tied places are one tensor in its keep.
-    engines = Kept()
+    engines = EngineParameters()
     kept = {id(one.tensor): engines.of(*one[1:]) for one in held}
     keys = [memory_of(kept.get(id(tensor), tensor)) for tensor in tensors]
     places: dict[object, list[Held]] = {key: [] for key in keys}
@@ -165,5 +165,5 @@ def names_apart(model: nn.Module, matrix: Matrix) -> tuple[str, ...]:
 
 def count_places(model: nn.Module, tensors: Iterable[Tensor]) -> int:
     """How many places of `model` hold one of exactly these tensors, as its engines keep them."""
-    wanted, engines = {id(tensor) for tensor in tensors}, Kept()
+    wanted, engines = {id(tensor) for tensor in tensors}, EngineParameters()
     return len({one.place for one in held_in(model) if id(engines.of(*one[1:])) in wanted})

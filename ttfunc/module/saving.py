@@ -137,7 +137,7 @@ def _merged(module: Any, *, shares: bool, **options: Any) -> tuple[nn.Module, di
 
 def _rows_now(params: TokenDeltas, name: str, matrix: Tensor) -> Tensor:
     """The rows that the matrix has by now for its own tokens, and the trained rows of new ones."""
-    ids = params.specs[name].indices.on(matrix.device).ids
+    ids = params.specs[name].indices.ids_on(matrix.device)
     delta = params.deltas[name].to(matrix.device, matrix.dtype)
     return torch.where((ids < len(matrix)).unsqueeze(-1), rows_or_zeros(matrix, ids), delta)
 

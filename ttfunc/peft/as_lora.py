@@ -122,7 +122,7 @@ def _factors(layer: _Layer, rank: int) -> Iterator[tuple[str, Any]]:
     """The two factors, under PEFT's names: `(V, rank)` picks the tokens, the other has the rows."""
     spec, matrix = layer.spec, layer.spec.matrix.tensor  # type: ignore[union-attr]
     cpu = torch.device("cpu")
-    ids = spec.indices.on(cpu).ids
+    ids = spec.indices.ids_on(cpu)
     which = torch.zeros(spec.shape[0], rank, device=cpu)
     change = torch.zeros(rank, spec.shape[1], device=cpu)
     which[ids, torch.arange(len(ids), device=cpu)] = 1

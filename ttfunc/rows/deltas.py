@@ -63,7 +63,7 @@ class RowSpec:
 
     def known(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The ids that the matrix has, and those of `(k, D)` rows that are theirs."""
-        ids = self.indices.on(rows.device).ids
+        ids = self.indices.ids_on(rows.device)
         if not self.grown:
             return ids, rows
         has = [row for row, token in enumerate(self.indices.ids) if token < self.shape[0]]
@@ -120,7 +120,7 @@ class TokenDeltas:
     def token_indices(self) -> dict[str, Tensor]:
         """The `(k,)` int64 token ids on the CPU, by name: row i of every array belongs to id i."""
         cpu = torch.device("cpu")
-        return {name: spec.indices.on(cpu).ids.clone() for name, spec in self.specs.items()}
+        return {name: spec.indices.ids_on(cpu).clone() for name, spec in self.specs.items()}
 
     @property
     def originals(self) -> dict[str, Tensor]:

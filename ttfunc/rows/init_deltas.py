@@ -102,7 +102,7 @@ def init_deltas(
     starts = start_of_each(model, init, [matrix for matrix, _ in requests])
     for matrix, indices in requests:
         weight, name = matrix.tensor, matrix.names[0]
-        ids = indices.on(weight.device).ids
+        ids = indices.ids_on(weight.device)
         originals = rows_or_zeros(weight, ids)
         start = start_rows(starts[name], matrix, indices, originals, generator)
         if indices.end > matrix.shape[0]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ttfunc.engines.ownership import is_sharded, unreadable
+from ttfunc.engines.ownership import base_for_call, is_sharded
 from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_shapes, check_type
 from ttfunc.rows.given import shortened
 from ttfunc.rows.token_ids import TokenIndices, outside_of_autocast, union, with_rows
@@ -186,7 +186,7 @@ def no_adapters() -> ValueError:
 
 def scattered(delta: Tensor, indices: TokenIndices, into: Tensor, among: TokenIndices) -> Tensor:
     """A copy of `into`, the rows of `among`, with `delta` at the places of `indices`."""
-    _, places = among.find(indices.on(into.device).ids, into.device)
+    _, places = among.find(indices.ids_on(into.device), into.device)
     return with_rows(into, places, delta.to(into.device, into.dtype))
 
 
@@ -199,7 +199,7 @@ def _common(specs: list[RowSpec]) -> RowSpec:
         for spec in specs:
             originals = scattered(spec.originals, spec.indices, originals, indices)
         for spec in specs:
-            _, places = indices.find(spec.indices.on(first.device).ids, first.device)
+            _, places = indices.find(spec.indices.ids_on(first.device), first.device)
             held, own = originals[places], spec.originals.to(first.device, wide)
             if not spec.same_originals(held, own):
                 raise ValueError(
@@ -219,7 +219,7 @@ def _rows_now(spec: RowSpec) -> Tensor:
     matrix = spec.matrix
     if matrix is None or matrix.shape != spec.shape or is_sharded(matrix.tensor):
         return spec.originals
-    ids, base = spec.indices.on(matrix.tensor.device).ids, unreadable(matrix.current)
+    ids, base = spec.indices.ids_on(matrix.tensor.device), base_for_call(matrix.current)
     if not spec.grown:
         return base.index_select(0, ids)
     # All adapters have the new tokens: what is here for these is not used.

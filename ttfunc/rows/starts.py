@@ -80,7 +80,7 @@ def _base(weight: Tensor, indices: TokenIndices, originals: Tensor, _: object) -
     height = shape_of(weight)[0]
     if indices.end <= height:  # the mean reads the whole matrix
         return originals
-    new = (indices.on(weight.device).ids >= height).unsqueeze(-1)
+    new = (indices.ids_on(weight.device) >= height).unsqueeze(-1)
     mean = _mean(weight, indices)
     return torch.where(new, mean, originals.to(mean.dtype))
 
@@ -105,7 +105,7 @@ def _called(
 ) -> Tensor:
     base = whole_of(weight)
     version = version_of(base)
-    start = init(base, indices.on(base.device).ids.clone())
+    start = init(base, indices.ids_on(base.device).clone())
     if version_of(base) != version:
         raise RuntimeError(
             f"the function init wrote to the matrix {name!r}, which is the model's own. Load the "

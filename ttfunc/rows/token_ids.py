@@ -13,15 +13,16 @@ from torch import Tensor
 
 from ttfunc.torch_private import autocast_dtype, is_exported, is_traced, outside_of_modes
 
-# The id of a row that is not used. No token has it, not even one that is wrong.
+# The id of an unused row. No token has it, not even one that is out of range.
 _NO_TOKEN = torch.iinfo(torch.int64).min
 
 
 class IdTable(NamedTuple):
     """Ids on one device, int64, `(k,)` or `(B, k)`, in an order that can be searched.
 
-    ids: as given. A row that is not used has an id that is no token's. ordered: ascending. row_of:
-    `(..., k + 1)`, the row of each of the ordered ids; the place behind the last has any row.
+    ids: in the order of the rows. An unused row has an id that no token has. ordered: the ids,
+    ascending. row_of: `(..., k + 1)`, the row of each ordered id; the last entry is any row, for
+    tokens that are greater than all ids.
     """
 
     ids: Tensor
@@ -29,9 +30,9 @@ class IdTable(NamedTuple):
     row_of: Tensor
 
     def find(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the tokens are among the ids, and the row of each (any row for the others).
+        """Whether each token is among the ids, and its row (any row if it is not).
 
-        With `(k,)` ids, tokens are of any shape, and with `(B, k)` ids they are `(B, ...)`.
+        With `(k,)` ids the tokens have any shape; with `(B, k)` ids they are `(B, ...)`.
         """
         # Static shapes and no table of V entries: a binary search among the k ids.
         if self.ids.ndim == 1:
@@ -46,8 +47,8 @@ class IdTable(NamedTuple):
 class TokenIndices:
     """Distinct token ids in the order given: row i of every `(k, D)` array belongs to id i.
 
-    Compares and hashes by content. The tables for a device are made at its first use and kept, so
-    that a training step moves nothing between devices.
+    Two of them are equal if their ids are. The tables for a device are made at its first use and
+    kept, so that a training step moves nothing between devices.
     """
 
     def __init__(self, ids: tuple[int, ...]) -> None:
@@ -86,8 +87,8 @@ class TokenIndices:
         """The rows whose ids are in a range, and these ids counted from its start."""
         return _within(self.ids, start, stop)
 
-    def on(self, device: torch.device) -> IdTable:
-        """The tables on `device`."""
+    def tables(self, device: torch.device) -> IdTable:
+        """The ids on `device`, with the tables that a search among them needs."""
         if is_traced():  # these are fake, or belong to the graph
             return self._made(device)
         if device not in self._tables:
@@ -95,15 +96,19 @@ class TokenIndices:
                 self._tables[device] = self._made(device)
         return self._tables[device]
 
+    def ids_on(self, device: torch.device) -> Tensor:
+        """The `(k,)` ids on `device`, int64."""
+        return self.tables(device).ids
+
     def _made(self, device: torch.device) -> IdTable:
         ids = torch.tensor(self.ids, dtype=torch.int64, device="cpu")
         return IdTable(*(one.to(device) for one in id_table(ids)))
 
     def find(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which of `(...)` tokens are among the ids, and the row of each (any row for others)."""
+        """Whether each of `(...)` tokens is among the ids, and its row (any row if it is not)."""
         if is_exported():
             return found_among(torch.tensor(self.ids, device=device), tokens)
-        return self.on(device).find(tokens)
+        return self.tables(device).find(tokens)
 
 
 def id_table(ids: Tensor) -> IdTable:
@@ -115,11 +120,11 @@ def id_table(ids: Tensor) -> IdTable:
 class IdTensor(NamedTuple):
     """Token ids that are a tensor: `(k,)`, or `(B, k)` where each example of a batch has its own.
 
-    Its methods are those of `TokenIndices`. ids: a row that is not used has an id that is no
-    token's. columns: the column of the logits for each row, no two alike. A row that is not used
-    has one that none of the ids names, so that what is there can be written back. (An index that is
-    there twice has no right gradient.) size: how many rows the matrix has. table: None in a program
-    that is exported, which compares.
+    It has the methods of `TokenIndices` that a lookup and a product need. ids: an unused row has an
+    id that no token has. columns: the column of the logits that each row belongs to, all different.
+    An unused row gets a column that no id names, and the call writes back what is there: an index
+    that occurs twice would have a wrong gradient. size: how many rows the matrix has. table: None
+    in an exported program, which compares the ids instead of searching them.
     """
 
     ids: Tensor
@@ -128,7 +133,7 @@ class IdTensor(NamedTuple):
     table: IdTable | None
 
     def used(self) -> Tensor:
-        """Which rows are used."""
+        """Which rows are used, as a mask."""
         return self.ids >= 0
 
     def height(self, known: int) -> int:
@@ -136,14 +141,14 @@ class IdTensor(NamedTuple):
         return self.size
 
     def find(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which of `(...)` tokens are among the ids, or of `(B, ...)`, and the row of each."""
+        """Whether each of `(...)` tokens, or `(B, ...)`, is among the ids, and its row."""
         if self.table is not None and not is_exported():
             return self.table.find(tokens)
         ids = self.ids
         return found_among(ids if ids.ndim == 1 else beside(ids, tokens.ndim + 1), tokens)
 
     def of(self, examples: Tensor) -> IdTensor:
-        """With `(n, k)` ids: those of each example, `(B, k)`, by its number."""
+        """From `(n, k)` ids the `(B, k)` ids of a batch; examples: `(B,)` numbers below n."""
         ids, columns = self.ids.index_select(0, examples), self.columns.index_select(0, examples)
         table = self.table
         if table is not None:
@@ -152,7 +157,7 @@ class IdTensor(NamedTuple):
 
 
 def first_of_each(ids: Tensor, size: int) -> Tensor:
-    """`(..., k)` int64 ids, with -1 for those of no token of `size`, and for all but the first.
+    """`(..., k)` int64 ids, with -1 for ids outside of `range(size)` and for repeated ids.
 
     >>> first_of_each(torch.tensor([5, -1, 5, 9]), 9)
     tensor([ 5, -1, -1, -1])
@@ -163,14 +168,14 @@ def first_of_each(ids: Tensor, size: int) -> Tensor:
 
 
 def id_tensor(ids: Tensor, size: int) -> IdTensor:
-    """`(..., k)` int64 ids for a matrix of `size` rows, at least k; -1 is a row that is not used.
+    """An IdTensor of `(..., k)` int64 ids for a matrix of at least k rows; -1 is an unused row.
 
     >>> id_tensor(torch.tensor([5, -1, -1]), 9).columns
     tensor([5, 0, 1])
     """
     used, few = ids >= 0, min(2 * ids.shape[-1], size)
-    # Of the first 2k columns k at least are free, if there are so many columns. The n-th row that
-    # is not used gets the n-th of them. The place behind the last is for what does not matter.
+    # At least k of the first 2k columns are free (or all that the ids leave, of fewer columns). The
+    # n-th unused row gets the n-th free column. One more entry takes what does not matter.
     nothing = ids.new_zeros(*ids.shape[:-1], few + 1)
     taken = nothing.scatter(-1, torch.where(used & (ids < few), ids, few), 1)[..., :few]
     number = torch.where(taken > 0, few, (1 - taken).cumsum(-1) - 1)
@@ -187,16 +192,16 @@ def beside(each: Tensor, ndim: int) -> Tensor:
 
 
 def found_among(ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """`IdTable.find` by comparing each of `(...)` tokens to `(..., k)` ids.
+    """`IdTable.find` that compares each of `(...)` tokens with `(..., k)` ids.
 
-    A program for another runtime does this: ONNX has no binary search.
+    Exported programs use it, because ONNX has no binary search.
     """
     same = tokens.unsqueeze(-1) == ids
     return same.any(-1), same.to(torch.int64).argmax(-1)
 
 
 def union(each: tuple[TokenIndices, ...]) -> TokenIndices:
-    """The ids of all, each once, in the order in which they first come."""
+    """All ids, each once, in the order of their first occurrence."""
     return each[0] if len(each) == 1 else _union(tuple(one.ids for one in each))
 
 
@@ -204,7 +209,7 @@ _Result = TypeVar("_Result")
 
 
 def _by_content(func: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Keeps the last results, so that each training step finds ids that are on the device."""
+    """Cache results by the ids, so that each training step finds tables that are on its device."""
     cached = functools.lru_cache(maxsize=64)(func)
     # Dynamo warns of a cache, and does not use it.
     return lambda *args: (func if torch.compiler.is_dynamo_compiling() else cached)(*args)
@@ -224,7 +229,7 @@ def _within(ids: tuple[int, ...], start: int, stop: int) -> tuple[list[int], Tok
 def with_rows(matrix: Tensor, ids: Tensor, rows: Tensor, grown: int = 0) -> Tensor:
     """A copy of `(..., V, D)` with the `(..., k, D)` rows at `ids`; or of `(V,)` with `(k,)`.
 
-    With `grown`, of which so many ids are past the end, the copy has `V + grown` rows.
+    The copy has `grown` rows more, for ids past the end of the matrix.
     """
     with outside_of_autocast(matrix.device):
         if grown:

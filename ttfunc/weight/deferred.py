@@ -40,16 +40,16 @@ class PatchedWeight(Lazy):
 
     @property
     def deferred(self) -> bool:
-        """Whether the copy has not been made."""
+        """Whether it reads the frozen matrix in place, and holds no copy."""
         return self.source.copy is None
 
     @property
     def frozen(self) -> Tensor:
-        """Its base, which has the same shape, dtype, device and layout."""
+        """The frozen matrix, which has its dtype, device and layout (and shape, but new tokens)."""
         return self.source.base.mT if self.transposed else self.source.base
 
     def with_source(self, source: Source) -> PatchedWeight:
-        """The same for another source, transposed as this one is."""
+        """The weight of another source, transposed if this one is."""
         return _wrap(source, self.transposed)
 
     def transposed_view(self) -> PatchedWeight:
@@ -60,19 +60,19 @@ class PatchedWeight(Lazy):
         return _wrap(source, not self.transposed)
 
     def _by_now(self, *, read: bool) -> PatchedWeight:
-        """The weight over what an engine has gathered; any other weight as it is."""
+        """The weight over the matrix that an engine has gathered; any other weight unchanged."""
         by_now = self.source.gathered
         return self if by_now is None else self.with_source(by_now(self.source, read))
 
-    def on(self, held: Tensor) -> PatchedWeight:
-        """The same rows on what stands for the matrix in a model that is being exported."""
+    def over(self, matrix: Tensor) -> PatchedWeight:
+        """The same rows over the tensor that stands for the matrix while the model is exported."""
         source = self.source
         if source.copy is not None or is_fake(source.base):
             return self
-        return self.with_source(source.over(held.detach(), source.rows))
+        return self.with_source(source.over(matrix.detach(), source.rows))
 
-    def unread(self) -> PatchedWeight:
-        """The same weight for one call, with no read noted yet."""
+    def with_own_reads(self) -> PatchedWeight:
+        """A weight that notes its own reads: other calls may have the same one at the same time."""
         source = self.source._replace(reads=Reads(version_of(self.source.rows.values)))
         wants_grad = torch.is_grad_enabled() and source.rows.values.requires_grad
         # The placeholder may have been made under no_grad.
@@ -87,7 +87,10 @@ class PatchedWeight(Lazy):
     # What a Lazy does, of which this is a kind.
 
     def answering(self, question: Callable[..., Any]) -> Tensor:
-        """The base answers for itself, one of its size for the size, the NaN for its history."""
+        """The tensor that answers: the base for most questions, the NaN for autograd's history.
+
+        With new tokens a tensor on meta answers for the size, which the base does not have.
+        """
         if question in ANSWERED_BY_PLACEHOLDER:
             return self
         weight = self._by_now(read=False)
@@ -111,12 +114,12 @@ class PatchedWeight(Lazy):
         return copy.mT if self.transposed else copy
 
     def loses_writes(self) -> bool:
-        """Whether it is deferred."""
+        """A deferred weight makes its matrix anew at each read: a write to it would be lost."""
         return self.deferred
 
 
 class _TracedWeight(PatchedWeight):
-    """One on fake tensors, which is a wrapper: torch asks its class for `__torch_dispatch__`."""
+    """A patched weight on fake tensors: a wrapper, whose `__torch_dispatch__` torch calls."""
 
     __torch_dispatch__ = Lazy._dispatched  # type: ignore[assignment]
 
@@ -142,9 +145,9 @@ def patched(
 ) -> PatchedWeight:
     """The weight with `rows` in place, copied at once (`dense`) or deferred.
 
-    If `rows` are copies of other tensors (`copied_from`), they are stale once those are written to.
-    The memory of a deferred weight is one NaN, expanded: code that bypasses the dispatcher too gets
-    an error or NaN, never the base.
+    If `rows` are copies of other tensors (`copied_from`), a write to these makes the weight stale.
+    The memory of a deferred weight is one NaN, expanded. So even code that bypasses the dispatcher
+    gets an error or NaN, and never the base.
     """
     reads = Reads()
     copy = rows.materialise(base) if dense else None

@@ -74,7 +74,7 @@ def product(
 def materialise(values: Tensor, indices: TokenIndices, base: Any) -> Tensor:
     """The matrix itself, a DTensor like the base; nothing is moved."""
     rows, ids = part(values, indices, base)
-    return like(base, with_rows(base.to_local(), ids.on(base.device).ids, rows))
+    return like(base, with_rows(base.to_local(), ids.ids_on(base.device), rows))
 
 
 def part(

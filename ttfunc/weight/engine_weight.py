@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttfunc.engines.ownership import Kept, is_owned, is_zero3, shape_of
+from ttfunc.engines.ownership import EngineParameters, is_owned, is_zero3, shape_of
 from ttfunc.model.beside import lengthened
 from ttfunc.torch_distributed_private import fsdp_manages, is_dtensor
 from ttfunc.weight.deferred import PatchedWeight
@@ -25,7 +25,7 @@ class Place:
     what the module is to read.
     """
 
-    def __init__(self, module: nn.Module, attribute: str, engines: Kept) -> None:
+    def __init__(self, module: nn.Module, attribute: str, engines: EngineParameters) -> None:
         self.module, self.attribute = module, attribute
         self.copy = module  # until there is one
         placed: Any = module._parameters.get(attribute)

@@ -21,7 +21,7 @@ from ttfunc.torch_private import (
     no_torch_function,
     storage_key,
 )
-from ttfunc.weight.logits import DeferredLogits, can_defer, implements, waiting
+from ttfunc.weight.logits import DeferredLogits, can_defer, implements, pending_logits
 from ttfunc.weight.loss import cross_entropies
 
 
@@ -35,14 +35,14 @@ def _reshaped(func: Callable[..., Any]) -> Callable[..., Any]:
         def view(one: Tensor) -> Any:
             return func(one, *args, **kwargs)
 
-        shape = logits.blank_after(view)
+        shape = logits.meta_after(view)
         if shape.dtype != logits.dtype or shape.ndim == 0 or shape.shape[-1] != logits.shape[-1]:
             return NotImplemented
-        hidden = logits.undone.hidden
+        hidden = logits.pending.hidden
         hidden = hidden.reshape(*shape.shape[:-1], hidden.shape[-1])
-        undone = logits.undone._replace(hidden=hidden)
-        is_view = storage_key(shape) == storage_key(logits.blank)
-        return logits.view_by(undone, view) if is_view else waiting(undone)
+        pending = logits.pending._replace(hidden=hidden)
+        is_view = storage_key(shape) == storage_key(logits.meta)
+        return logits.view_by(pending, view) if is_view else pending_logits(pending)
 
     return handler
 
@@ -61,10 +61,10 @@ def _getitem(logits: Any, index: Any) -> Any:
     index = tuple(int(one) if _is_number(one) else one for one in index)
     if not isinstance(logits, DeferredLogits) or not _keeps_last(index, logits.ndim):
         return NotImplemented
-    undone = logits.undone._replace(hidden=logits.undone.hidden[index])
+    pending = logits.pending._replace(hidden=logits.pending.hidden[index])
     if any(isinstance(one, Tensor) for one in index):
-        return waiting(undone)
-    return logits.view_by(undone, lambda one: one[index])
+        return pending_logits(pending)
+    return logits.view_by(pending, lambda one: one[index])
 
 
 def _is_number(index: Any) -> bool:
@@ -98,13 +98,13 @@ def _dimensions(index: Any) -> int:
 def _contiguous(logits: Any, *args: Any, **kwargs: Any) -> Any:
     if args or kwargs:
         return NotImplemented
-    return logits if logits.blank.is_contiguous() else waiting(logits.undone)
+    return logits if logits.meta.is_contiguous() else pending_logits(logits.pending)
 
 
 @implements(Tensor.detach)
 def _detach(logits: DeferredLogits) -> Any:
     with torch.no_grad():
-        return logits.view_by(logits.undone, Tensor.detach)
+        return logits.view_by(logits.pending, Tensor.detach)
 
 
 def _from_the_nan(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,14 +135,14 @@ def _stepwise(func: Callable[..., Any]) -> Callable[..., Any]:
         def step(chunk: Tensor) -> Any:
             return func(*before, chunk, *after, **kwargs)
 
-        probe = logits.undone.hidden.new_empty(0, dtype=logits.dtype)
+        probe = logits.pending.hidden.new_empty(0, dtype=logits.dtype)
         seen = step(probe)
         if seen is probe:
             return logits
         if not seen.is_floating_point() or seen.device != probe.device or seen.shape != probe.shape:
             return NotImplemented
-        undone = logits.undone._replace(steps=(*logits.undone.steps, step))
-        return waiting(undone)
+        pending = logits.pending._replace(steps=(*logits.pending.steps, step))
+        return pending_logits(pending)
 
     return handler
 
@@ -171,10 +171,10 @@ def _cross_entropy(
         return NotImplemented
     if weight is not None and (label_smoothing or weight.shape != input.shape[-1:]):
         return NotImplemented
-    undone = input.undone.checked()
-    if not can_defer(undone.hidden, undone.rows, undone.bias):
+    pending = input.pending.checked()
+    if not can_defer(pending.hidden, pending.rows, pending.bias):
         return NotImplemented  # within another transform than the one that they were made in
-    hidden, base, rows, bias, indices, steps, _ = undone
+    hidden, base, rows, bias, indices, steps, _ = pending
     losses = cross_entropies(
         hidden.reshape(-1, hidden.shape[-1]), base, rows, bias, indices, target.reshape(-1),
         steps=steps, ignore_index=ignore_index,

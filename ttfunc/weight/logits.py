@@ -1,8 +1,8 @@
 """Deferred logits: a product of hidden states and a patched weight that has not happened yet.
 
-A loss can be had without them (see loss.py). What models do to logits on the way there stays
-undone with the product: shapes are those of the hidden states, and casts, scales and softcaps are
-noted. Anything else makes the logits, and gives what it gives without deferring.
+A loss needs no logits (see loss.py). What a model does to logits on the way to its loss is put off
+with the product: a change of shape is made to the hidden states, and casts, scales and softcaps are
+noted. Any other function gets the logits, and returns what it returns without deferring.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _HANDLERS, implements = registry()
 
 # Questions about the layout in memory, which the NaN does not have.
 _LAYOUT = {Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset}
-# What can be hooked or shared: the logits themselves must answer.
+# Hooks and shared memory need the logits themselves.
 _IDENTITY = {Tensor.untyped_storage, vars(TensorBase)["grad_fn"].__get__}
 
 
-class Undone(NamedTuple):
-    """The operands of a product, and what the model does to it.
+class PendingProduct(NamedTuple):
+    """The operands of a product that is put off, and what the model does to its result.
 
-    hidden: `(..., D)`. base, rows, bias: as the product takes them, cast by autocast; the rows have
-    a memory of their own, so that a step of an optimizer leaves these logits as they are. steps:
-    from the product to these logits, one position at a time. versions: of the tensors that the
-    product would have read.
+    hidden: `(..., D)`. base, rows, bias: as autocast casts them for the product. The rows are a
+    copy, so that the step of an optimizer does not change these logits. steps: functions of the
+    product that give the logits, and treat each position alone. versions: each tensor that the
+    product reads in place, with its version when it was put off.
     """
 
     hidden: Tensor
@@ -59,8 +59,8 @@ class Undone(NamedTuple):
     steps: Steps
     versions: tuple[tuple[Tensor, int | None], ...]
 
-    def checked(self) -> Undone:
-        """The same. Raises RuntimeError where the hidden states or the matrix were written to."""
+    def checked(self) -> PendingProduct:
+        """Itself. Raises RuntimeError if the hidden states or the matrix were written to since."""
         if any(version_of(tensor) != known for tensor, known in self.versions):
             raise RuntimeError(
                 "these logits were deferred, and are read only now that the hidden states or the "
@@ -69,29 +69,29 @@ class Undone(NamedTuple):
             )
         return self
 
-    def done(self) -> Tensor:
+    def made(self) -> Tensor:
         """The logits themselves. Raises as `checked`."""
         hidden, base, rows, bias, indices, steps, _ = self.checked()
         return made_of(steps, hidden, base, rows, bias, indices)
 
 
 class Memory:
-    """Where logits lie once they are made: one tensor, of which there may be views.
+    """The one tensor of logits that several views share once it is made.
 
-    depth: how many transforms were at work around them.
+    depth: how many transforms were at work when the product was put off.
     """
 
-    def __init__(self, undone: Undone) -> None:
-        self.undone, self.depth = undone, transform_depth()
+    def __init__(self, pending: PendingProduct) -> None:
+        self.pending, self.depth = pending, transform_depth()
         self.made: Tensor | None = None
 
     def filled(self) -> Tensor:
-        """The logits, made by the first who asks, and with their graph."""
+        """The logits with their graph. The first read makes them."""
         if self.made is not None:
             return self.made
         with torch.enable_grad():
-            made = self.undone.done()
-        # What is made within a further transform, or for inference alone, is of use there alone.
+            made = self.pending.made()
+        # A further transform, or inference mode, makes logits that are of no use outside of it.
         if transform_depth() == self.depth and not made.is_inference():
             self.made = made
         return made
@@ -100,57 +100,58 @@ class Memory:
 class DeferredLogits(Lazy):
     """`(..., V)` logits that are made when something reads them.
 
-    undone: what these are made of. memory: where they will lie; `views` lead to them from there.
-    blank: a tensor on meta of their size and strides. node: their `grad_fn`, unless a function of
-    someone else replaces it. known: the logits, once they are made.
+    pending: the product that makes them. memory: the tensor that all views of them share; views:
+    the operations from that tensor to these logits. meta: a tensor on meta with their size and
+    strides. own_grad_fn: the `grad_fn` that they were made with; another function may have put its
+    own in that place since. known: the logits, once they are made.
     """
 
-    undone: Undone
+    pending: PendingProduct
     memory: Memory
     views: tuple[Callable[[Tensor], Tensor], ...]
-    blank: Tensor
-    node: object
+    meta: Tensor
+    own_grad_fn: object
     known: Tensor | None
 
     @property
-    def waits(self) -> bool:
-        """Whether nothing has read them, nor those in the same memory."""
+    def is_pending(self) -> bool:
+        """Whether nothing has read these logits, or others in the same memory."""
         with no_torch_function():
-            own = self.grad_fn is self.node
+            own = self.grad_fn is self.own_grad_fn
         return own and self.known is None and self.memory.made is None
 
     def answering(self, question: Callable[..., Any]) -> Tensor:
-        """The NaN, which has their shape, dtype and history, as far as it knows."""
-        if not self.waits or question in _IDENTITY:
+        """The tensor that answers: the NaN, which has their shape, dtype and history."""
+        if not self.is_pending or question in _IDENTITY:
             return self.made()
-        return self.blank if question in _LAYOUT else self
+        return self.meta if question in _LAYOUT else self
 
     def now(self) -> DeferredLogits:
-        """These."""
+        """Itself: no engine gathers logits."""
         return self
 
     @classmethod
     def handled(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As a Lazy's; nothing where some have been read."""
+        """The result of a handler; NotImplemented if any logits among the arguments were read."""
         given = tree_leaves((args, kwargs))
-        if not all(one.waits for one in given if isinstance(one, DeferredLogits)):
+        if not all(one.is_pending for one in given if isinstance(one, DeferredLogits)):
             return NotImplemented
         return super().handled(func, args, kwargs)
 
     def made(self) -> Tensor:
-        """The logits themselves, with the gradient that these have by now."""
+        """The logits, with the `grad_fn` that another function may have given to these."""
         if self.known is not None:
             return self.known
         made = self.values()
         with no_torch_function():
-            if self.grad_fn is not self.node:
+            if self.grad_fn is not self.own_grad_fn:
                 made = with_values(self.as_subclass(Tensor), made)
         if self.memory.made is not None:
             self.known = made
         return made
 
     def values(self) -> Tensor:
-        """The logits, with the graph that they had when they were deferred."""
+        """The logits, with the graph of the product that was put off."""
         made = self.memory.filled()
         with torch.enable_grad():
             for view in self.views:
@@ -158,38 +159,37 @@ class DeferredLogits(Lazy):
         return made
 
     def loses_writes(self) -> bool:
-        """Never: they are made once."""
+        """Logits are made once, and keep what is written to them."""
         return False
 
-    def view_by(self, undone: Undone, view: Callable[[Tensor], Tensor]) -> DeferredLogits:
-        """These after `view`, which is a view of their memory."""
-        blank = self.blank_after(view)
-        return waiting(undone, self.memory, (*self.views, view), blank)
+    def view_by(self, pending: PendingProduct, view: Callable[[Tensor], Tensor]) -> DeferredLogits:
+        """The result of `view`, which shares their memory."""
+        return pending_logits(pending, self.memory, (*self.views, view), self.meta_after(view))
 
-    def blank_after(self, view: Callable[[Tensor], Tensor]) -> Tensor:
-        """The size and the strides that these have after it."""
+    def meta_after(self, view: Callable[[Tensor], Tensor]) -> Tensor:
+        """A tensor on meta with the size and strides of the result of `view`."""
         with outside_of_modes():
-            return view(self.blank)
+            return view(self.meta)
 
 
 @dataclass(frozen=True)
 class _Logits:
     """The logits as a function of hidden states, base, rows and bias."""
 
-    undone: Undone
+    pending: PendingProduct
     dtype: torch.dtype
 
     def blank(self, hidden: Tensor, base: Tensor, *others: Any) -> Tensor:
-        shape = (*hidden.shape[:-1], self.undone.indices.height(len(base)))
+        shape = (*hidden.shape[:-1], self.pending.indices.height(len(base)))
         return expanded_nan(hidden, shape, self.dtype)
 
     def made(self, hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-        return made_of(self.undone.steps, hidden, base, rows, bias, self.undone.indices)
+        return made_of(self.pending.steps, hidden, base, rows, bias, self.pending.indices)
 
     def gradient(
         self, grad: Tensor, needs: tuple[bool, ...], *operands: Any
     ) -> tuple[Tensor | None, ...]:
-        self.undone.checked()  # torch checks what a function saves, and the operands are not saved
+        self.pending.checked()  # torch checks what a function saves, and the operands are not saved
         hidden, base, rows, bias = operands
         first, second = gradients(
             lambda hidden, rows: self.made(hidden, base, rows, bias), hidden, rows, grad, needs
@@ -198,21 +198,21 @@ class _Logits:
 
 
 def defer(rows: Rows, hidden: Tensor, base: Tensor, bias: Tensor | None) -> DeferredLogits:
-    """`rows.product(hidden, base, bias)`, not done yet."""
+    """`rows.product(hidden, base, bias)`, put off until something reads it."""
     hidden, base = autocast(hidden), autocast(base)
     indices = cast(TokenIndices, rows.ids)
     bias = long_bias(bias, base, indices)
     versions = tuple((one, version_of(one)) for one in (hidden, base, bias) if one is not None)
     kept = _kept(rows.values, base)
-    return waiting(Undone(hidden, base, kept, bias, indices, (), versions))
+    return pending_logits(PendingProduct(hidden, base, kept, bias, indices, (), versions))
 
 
 def _kept(values: Tensor, base: Tensor) -> Tensor:
-    """Rows as the product takes them, in a memory of their own.
+    """A copy of the rows, in the product's dtype.
 
-    A step of an optimizer writes to the rows, often past their version, and the logits of the step
-    are those from before. Rows that were written to since get no gradient: torch says the same of
-    an operand that a product has kept for its backward.
+    An optimizer's step writes to the rows, often without a new version, and the logits must stay
+    those from before it. Rows that were written to get no gradient: torch refuses likewise where a
+    product has saved an operand for its backward.
     """
     cast = cast_like(values, base)
     if cast is not values:
@@ -233,7 +233,7 @@ def _kept(values: Tensor, base: Tensor) -> Tensor:
 
 
 def can_defer(hidden: Tensor, rows: Tensor, bias: Tensor | None) -> bool:
-    """Whether a loss of the product can be had without it, as far as one can see beforehand."""
+    """Whether a loss may be computed without the logits; a later read may still make them."""
     traced = torch.compiler.is_dynamo_compiling() or is_traced()
     if traced or hidden.is_meta:
         return False
@@ -241,27 +241,28 @@ def can_defer(hidden: Tensor, rows: Tensor, bias: Tensor | None) -> bool:
     return not (bias is not None and bias.requires_grad) and first_order(hidden, rows)
 
 
-def waiting(
-    undone: Undone,
+def pending_logits(
+    pending: PendingProduct,
     memory: Memory | None = None,
     views: tuple[Callable[[Tensor], Tensor], ...] = (),
-    blank: Tensor | None = None,
+    meta: Tensor | None = None,
 ) -> DeferredLogits:
-    """Logits that wait, in a memory of their own or as a view; under no_grad without a gradient."""
-    undone = undone.checked()
+    """DeferredLogits of a product, in new memory or as a view; under no_grad without gradient."""
+    pending = pending.checked()
     if not torch.is_grad_enabled():
-        undone = undone._replace(hidden=undone.hidden.detach(), rows=undone.rows.detach())
+        pending = pending._replace(hidden=pending.hidden.detach(), rows=pending.rows.detach())
         views = (*views, Tensor.detach)
-    dtype = in_steps(undone.steps, undone.hidden.new_empty(0)).dtype
-    nan = placeholder(_Logits(undone, dtype), undone.hidden, undone.base, undone.rows, undone.bias)
-    if blank is None:
+    dtype = in_steps(pending.steps, pending.hidden.new_empty(0)).dtype
+    hidden, base, rows, bias, *_ = pending
+    nan = placeholder(_Logits(pending, dtype), hidden, base, rows, bias)
+    if meta is None:
         with outside_of_modes():
-            blank = torch.empty(nan.shape, dtype=dtype, device="meta")
+            meta = torch.empty(nan.shape, dtype=dtype, device="meta")
     logits: DeferredLogits = nan.as_subclass(DeferredLogits)
-    logits.undone, logits.memory = undone, memory or Memory(undone)
-    logits.views, logits.blank, logits.known = views, blank, None
+    logits.pending, logits.memory = pending, memory or Memory(pending)
+    logits.views, logits.meta, logits.known = views, meta, None
     with no_torch_function():
-        logits.node = logits.grad_fn
+        logits.own_grad_fn = logits.grad_fn
     return logits
 
 

@@ -120,7 +120,7 @@ class _CrossEntropies(torch.autograd.Function):
         label_smoothing: float,
         once: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        height, ids = indices.height(len(base)), indices.on(base.device).ids
+        height, ids = indices.height(len(base)), indices.ids_on(base.device)
         seen = in_steps(steps, hidden.new_empty(0)).dtype
         losses = hidden.new_zeros(len(hidden), dtype=_wide(seen))
         to_hidden = torch.zeros_like(hidden)

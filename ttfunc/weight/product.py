@@ -42,7 +42,7 @@ def product(
     hidden, base, bias = autocast(hidden), autocast(base), long_bias(bias, base, indices)
     if _has_no_rule():
         return patched_product(hidden, base, rows, bias, indices)
-    indices.on(base.device)  # Dynamo takes no tensor out of a Function that was made in it
+    indices.tables(base.device)  # Dynamo takes no tensor out of a Function that was made in it
     result: Tensor = _ProductFunction.apply(hidden, base, rows, bias, indices)  # type: ignore[no-untyped-call]
     return result
 
@@ -78,7 +78,7 @@ def patched_product(
     hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, indices: TokenIndices
 ) -> Tensor:
     """The product in plain operations, which have every rule of torch."""
-    ids = indices.on(base.device).ids
+    ids = indices.ids_on(base.device)
     fresh = base_product(hidden, base, bias, indices.height(len(base)))
     return fresh.index_copy(-1, ids, F.linear(hidden, rows, bias_at(bias, ids)))
 
@@ -118,7 +118,7 @@ class _ProductFunction(torch.autograd.Function):
     def forward(
         hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, indices: TokenIndices
     ) -> Tensor:
-        ids = indices.on(base.device).ids
+        ids = indices.ids_on(base.device)
         fresh = _in_one_buffer(hidden, base, bias, indices.height(len(base)))
         return fresh.index_copy_(-1, ids, F.linear(hidden, rows, bias_at(bias, ids)))
 
@@ -131,7 +131,7 @@ class _ProductFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, base, rows = ctx.saved_tensors
         needs_hidden, _, needs_rows, needs_bias, _ = ctx.needs_input_grad
-        some = grad.index_select(-1, ctx.indices.on(base.device).ids)
+        some = grad.index_select(-1, ctx.indices.ids_on(base.device))
         to_hidden = to_rows = to_bias = None
         if needs_hidden:
             to_hidden = _product_without(ctx.indices, grad, base) + some @ rows
@@ -152,7 +152,7 @@ def _product_without(indices: TokenIndices, grad: Tensor, base: Tensor) -> Tenso
     start = indices.start_of_end(grad.shape[-1])
     if start is not None:  # added tokens: what is before them needs no copy
         return grad[..., :start] @ base[:start]
-    zeroed = grad.index_fill(-1, indices.on(base.device).ids, 0)
+    zeroed = grad.index_fill(-1, indices.ids_on(base.device), 0)
     return first_columns(zeroed, len(base)) @ base
 
 

@@ -147,7 +147,7 @@ class Rows(NamedTuple):
         """Which rows are used, and the column of the logits for each; no two are alike."""
         if not isinstance(self.ids, TokenIndices):
             return self.ids.used(), self.ids.columns
-        ids = self.ids.on(base.device).ids.expand(self.values.shape[:-1])
+        ids = self.ids.ids_on(base.device).expand(self.values.shape[:-1])
         return torch.ones_like(ids, dtype=torch.bool), ids
 
     def written(self, base: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ class Rows(NamedTuple):
             raise not_mixed()
         rows = cast_like(self.values, base)
         if self.fixed():
-            return rows, self._fixed_ids().on(base.device).ids
+            return rows, self._fixed_ids().ids_on(base.device)
         used, columns = self.places(base)
         there = base[torch.where(used, 0, columns)]
         return torch.where(used.unsqueeze(-1), rows, there), columns
