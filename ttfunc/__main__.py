@@ -71,29 +71,37 @@ def _parser() -> argparse.ArgumentParser:
         ("unmerge", "copy a merged checkpoint, with the original rows back in place"),
     ):
         command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        command.add_argument(
-            "source", metavar="MODEL", help="a folder with .safetensors files, or one such file"
-        )
-        command.add_argument("params", metavar="ROWS", help="the file that ttfunc.save wrote")
-        command.add_argument(
-            "destination", metavar="MERGED", help="the copy; nothing may have this name yet"
-        )
-        command.add_argument(
-            "--name",
-            action=_Names,
-            default={},
-            metavar="MODEL=CHECKPOINT",
-            help="the name of a matrix in the model, and its other name in the checkpoint",
-        )
-        command.add_argument(
-            "--tokenizer",
-            metavar="FOLDER",
-            help="a tokenizer of this folder in place of the source's, as one with the new tokens",
-        )
-        command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-        command.set_defaults(run=_copy, command=name)
+        _take_copy(command, name)
     what = "what a file of trained rows, an adapter of PEFT's, or a checkpoint holds"
-    command = commands.add_parser("info", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    _take_info(commands.add_parser("info", help=what, description=f"{what[0].upper()}{what[1:]}."))
+    return parser
+
+
+def _take_copy(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument(
+        "source", metavar="MODEL", help="a folder with .safetensors files, or one such file"
+    )
+    command.add_argument("params", metavar="ROWS", help="the file that ttfunc.save wrote")
+    command.add_argument(
+        "destination", metavar="MERGED", help="the copy; nothing may have this name yet"
+    )
+    command.add_argument(
+        "--name",
+        action=_Names,
+        default={},
+        metavar="MODEL=CHECKPOINT",
+        help="the name of a matrix in the model, and its other name in the checkpoint",
+    )
+    command.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="a tokenizer of this folder in place of the source's, as one with the new tokens",
+    )
+    command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    command.set_defaults(run=_copy, command=name)
+
+
+def _take_info(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "path", type=Path, metavar="ROWS", help="the file that ttfunc.save wrote, or a folder"
     )
@@ -107,7 +115,6 @@ def _parser() -> argparse.ArgumentParser:
         help="compare each trained row to those of this model, of which no more is read",
     )
     command.set_defaults(run=_info)
-    return parser
 
 
 class _Names(argparse.Action):

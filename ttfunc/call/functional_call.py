@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ttfunc.call.copies import Copies
 from ttfunc.call.known_paths import Model, model_at_call, path_to, tree_of
 from ttfunc.call.matrices import is_patch
-from ttfunc.call.own_reads import read_past_the_copies, watch_of
+from ttfunc.call.own_reads import watch_of
 from ttfunc.call.path import Path, Step, changed_meanwhile
 from ttfunc.call.stale import tied_since
 from ttfunc.call.swaps import Swap, sizes_of, swaps_of
@@ -111,13 +111,9 @@ def call_copy(
     path, steps = _path(model, swaps, modes, at_call)
     copies = Copies(steps, swaps, modes, sizes)
     called = _method(copies.model if at is None else copies.of(at), method)
-    watch = None
-    if not traced:
-        kind = (str(method), id(at), model.training, torch.is_grad_enabled(), len(args), *kwargs)
-        watch = watch_of(model, swaps, path, kind)
-    elif path.uncopyable:
-        what = "may be read in a compiled call"
-        raise read_past_the_copies(swaps[0].names[0], path.uncopyable, what)
+    modes_now = model.training, torch.is_grad_enabled()
+    kind = None if traced else (str(method), id(at), *modes_now, len(args), *kwargs)
+    watch = watch_of(model, swaps, path, kind)
     try:
         out = copies.run(partial(called, *args, **kwargs), watch)
     except (IndexError, RuntimeError, ValueError, AssertionError) as error:

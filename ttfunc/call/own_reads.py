@@ -122,10 +122,16 @@ def _where() -> str:
 
 
 def watch_of(model: nn.Module, swaps: Sequence[Swap], path: Path, kind: object) -> OwnReads | None:
-    """The watch over a call; None where the calls of its kind were watched before.
+    """The watch over a call; None if calls of its kind were watched before, or it is compiled.
 
     Compiled parts of a model would be compiled again for a call that is watched, and are not.
+    Raises RuntimeError for a compiled call that may read past the copies.
     """
+    if torch.compiler.is_dynamo_compiling():
+        if path.uncopyable:
+            what = "may be read in a compiled call"
+            raise read_past_the_copies(swaps[0].names[0], path.uncopyable, what)
+        return None
     if path.uncopyable or not (kind in path.watched or path.is_compiled or is_traced()):
         return OwnReads(model, swaps, path.uncopyable)
     return None

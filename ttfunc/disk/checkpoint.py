@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ttfunc.disk import rows_file
-from ttfunc.disk.atomic import copy_file, make_directory, stage, sync_directory
+from ttfunc.disk.atomic import Edits, copy_file, make_directory, stage, sync_directory
 from ttfunc.disk.folder import INDEX, Checkpoint, check_copyable, open_checkpoint, warn_of_copies
 from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
-from ttfunc.disk.resizing import resizing
+from ttfunc.disk.resizing import Resizing, resizing
 from ttfunc.disk.tensors import path_of
 from ttfunc.disk.tokenizer import check_tokenizer, save_tokenizer, warn_of_unknown
 from ttfunc.merging.merge import check_originals
@@ -189,15 +189,10 @@ def _write_copy(
         check_tokenizer(tokenizer, checkpoint.root)
     warn_of_copies(checkpoint)
     resized = resizing(checkpoint, matrices, heights)
-    done, total = 0, checkpoint.size
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
+    done = 0
 
     def make(partial: Path) -> None:
+        nonlocal done
         # The folder itself comes first; a checkpoint that is a single file has none.
         folders = ["", *checkpoint.folders] if checkpoint.root.is_dir() else []
         for name in folders:
@@ -209,16 +204,12 @@ def _write_copy(
                 if stored.file == name
                 for edit in stored.edits(stored.rows, heights[stored.name], resized.moved(stored))
             )
-            pieces = resized.pieces(checkpoint, name)
-            left = checkpoint.files[name].size
-            copying = copy_file(checkpoint.root / name, partial / name, edits, pieces)
-            with closing(copying):  # also where `progress` raises: that is no error of the file
+            # Closed also where `progress` raises: that is no error of the file.
+            with closing(_copied(checkpoint, name, partial, edits, resized)) as copying:
                 for count in copying:
-                    left -= count
-                    advance(count)
-            if left:  # what was written anew
-                advance(left)
-            checkpoint.check_unchanged(name)
+                    done += count
+                    if progress is not None:
+                        progress(done, checkpoint.size)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial, {*checkpoint.headers, INDEX, "config.json"})
         for name in reversed(folders):
@@ -226,3 +217,17 @@ def _write_copy(
         checkpoint.check_unchanged()  # so all of the copy is from one point in time
 
     stage(destination, make)
+
+
+def _copied(
+    checkpoint: Checkpoint, name: str, partial: Path, edits: Edits, resized: Resizing
+) -> Generator[int]:
+    """Copy a file of the checkpoint with its edits; yields the bytes of it that are done."""
+    pieces, left = resized.pieces(checkpoint, name), checkpoint.files[name].size
+    with closing(copy_file(checkpoint.root / name, partial / name, edits, pieces)) as copying:
+        for count in copying:
+            left -= count
+            yield count
+    if left:  # a config, which is written anew
+        yield left
+    checkpoint.check_unchanged(name)

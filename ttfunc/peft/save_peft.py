@@ -72,22 +72,11 @@ def save_peft(
         OSError: it cannot be written, or the disk is full. No partial adapter is left.
     """
     directory = path_of(directory, order := "save_peft(params, directory)")
-    tensors: dict[str, Tensor] = {}
-    targets: dict[str, list[int]] = {}
     check_type(params, order)
     refuse_token_module(base_model, "base_model=module.base")
     refuse_token_module(adapter, "adapter=module.base")
     with prefix_errors("these parameters cannot be saved for PEFT"):
-        for name, spec in params.specs.items():
-            rows = _float32(params.deltas[name], spec, name)
-            modules = [_module_of(alias) for alias in spec.names]
-            if tensors.keys() & modules:
-                raise ValueError(f"a name belongs to two matrices in {params}")
-            tensors.update({module: rows.clone() for module in modules})
-            targets[modules[0]] = list(spec.indices.ids)
-        if not targets:
-            raise ValueError(f"there are no rows in {params}")
-
+        tensors, targets = _by_module(params)
     first, *others = targets.values()
     same = adapter is None and all(ids == first for ids in others)
     kind = "TRAINABLE_TOKENS" if same else "LORA"
@@ -105,6 +94,22 @@ def save_peft(
         check_ties(params, base_model)
     keyed = {f"{PREFIX}{module}{SUFFIX[kind]}": rows for module, rows in tensors.items()}
     write_adapter(directory, serialized({**lora, **keyed}, {"format": "pt"}), config)
+
+
+def _by_module(params: TokenDeltas) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """The rows of each module, tied ones too; and the ids, by the first of the tied modules."""
+    tensors: dict[str, Tensor] = {}
+    targets: dict[str, list[int]] = {}
+    for name, spec in params.specs.items():
+        rows = _float32(params.deltas[name], spec, name)
+        modules = [_module_of(alias) for alias in spec.names]
+        if tensors.keys() & modules:
+            raise ValueError(f"a name belongs to two matrices in {params}")
+        tensors.update({module: rows.clone() for module in modules})
+        targets[modules[0]] = list(spec.indices.ids)
+    if not targets:
+        raise ValueError(f"there are no rows in {params}")
+    return tensors, targets
 
 
 def _module_of(name: str) -> str:

@@ -85,18 +85,7 @@ def init_deltas(
             is a matrix of its own (once for a model); or an id is the `padding_idx`, whose row gets
             no gradient from a lookup.
     """
-    refuse_token_module(model, "init_deltas(module.base, ...)")
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}: {brief(model)}. The "
-            "order is init_deltas(model, idx)."
-        )
-    if not isinstance(grow, bool):
-        way = "after=first" if isinstance(grow, TokenDeltas) else "True"
-        raise TypeError(f"grow is a {type(grow).__name__}: give {way} for new tokens.")
-    check_engine(model)
-    check_after(model, after)
-    check_dtype(dtype)
+    _check_arguments(model, grow, after, dtype)
     deltas, specs = {}, {}
     requests = _requests(model, idx, targets, _Growth(grow, after))
     starts = start_of_each(model, init, [matrix for matrix, _ in requests])
@@ -116,6 +105,23 @@ def init_deltas(
     if targets is None and not isinstance(idx, Mapping):
         warn_of_half(model, params)
     return params
+
+
+def _check_arguments(
+    model: nn.Module, grow: bool, after: TokenDeltas | None, dtype: torch.dtype | None
+) -> None:
+    refuse_token_module(model, "init_deltas(module.base, ...)")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: {brief(model)}. The "
+            "order is init_deltas(model, idx)."
+        )
+    if not isinstance(grow, bool):
+        way = "after=first" if isinstance(grow, TokenDeltas) else "True"
+        raise TypeError(f"grow is a {type(grow).__name__}: give {way} for new tokens.")
+    check_engine(model)
+    check_after(model, after)
+    check_dtype(dtype)
 
 
 class _Growth(NamedTuple):
