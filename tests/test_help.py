@@ -34,7 +34,7 @@ def test_the_docstring_lists_all_public_names_by_task_in_a_screen():
 
 def test_the_help_of_the_package_shows_nothing_of_torch_s_own():
     text = shown(ttfunc)
-    assert len(text.splitlines()) < 1000
+    assert len(text.splitlines()) < 1200  # Python 3.13 shows each signature in lines of its own
     assert not re.findall(r"inherited from (?:torch|Module|Tensor).*", text)
 
 

@@ -207,3 +207,35 @@ def test_what_the_files_of_a_tokenizer_say(name: str, text: str, has: int, lesso
     expected = nullcontext() if has else pytest.warns(UserWarning, match=UNKNOWN)
     with expected:
         merge_checkpoint(tmp_path / "alone", params, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("how", ["tokenizer", "folder"])
+@pytest.mark.parametrize("ends", [2, [2, "new"], None])
+def test_an_end_of_text_that_is_new_is_told_where_the_model_does_not_stop_at_it(
+    how, ends, lesson, tmp_path
+):
+    model, _, after, params = lesson
+    after.eos_token = NEW[1]
+    new = after.eos_token_id
+    model.generation_config.eos_token_id = [2, new] if isinstance(ends, list) else ends
+    model.save_pretrained(tmp_path / "model")
+    after.save_pretrained(tmp_path / "after")
+    given = after if how == "tokenizer" else tmp_path / "after"
+    told = re.escape(
+        f"the tokenizer ends a text with the new token {new} ('</call>'), and "
+        f"'generation_config.json' of the copy with {ends}"
+    )
+    with nullcontext() if isinstance(ends, list) else pytest.warns(UserWarning, match=told):
+        merge_checkpoint(tmp_path / "model", params, tmp_path / "merged", tokenizer=given)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+
+
+def test_new_tokens_that_stay_in_the_tokenizer_of_an_unmerged_folder_are_told_of(lesson, tmp_path):
+    _, before, after, params = lesson
+    merge_checkpoint(tmp_path / "model", params, tmp_path / "merged", tokenizer=after)
+    new = after.convert_tokens_to_ids(NEW)
+    told = re.escape(f"keeps the tokens {new}, for which the matrices have no row any more")
+    with pytest.warns(UserWarning, match=told):
+        unmerge_checkpoint(tmp_path / "merged", params, tmp_path / "back")
+    unmerge_checkpoint(tmp_path / "merged", params, tmp_path / "again", tokenizer=before)

@@ -15,7 +15,13 @@ from ttfunc.disk.folder import INDEX, Checkpoint, check_copyable, open_checkpoin
 from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
 from ttfunc.disk.resizing import Resizing, resizing
 from ttfunc.disk.tensors import path_of
-from ttfunc.disk.tokenizer import check_tokenizer, save_tokenizer, warn_of_unknown
+from ttfunc.disk.tokenizer import (
+    check_tokenizer,
+    save_tokenizer,
+    warn_of_end,
+    warn_of_left,
+    warn_of_unknown,
+)
 from ttfunc.merging.merge import check_originals
 from ttfunc.rows.deltas import TokenDeltas, check_type
 
@@ -70,9 +76,10 @@ def merge_checkpoint(
 
     Warns:
         UserWarning: the rows in the checkpoint are not the originals, so `unmerge_checkpoint` would
-            not give them back; the tokenizer does not have the new tokens; other files seem to hold
-            the same weights; or the checkpoint has only one of two matrices, and its config does
-            not say whether they are tied.
+            not give them back; the tokenizer does not have the new tokens, or ends a text with one
+            where `generate` does not stop; other files seem to hold the same weights; or the
+            checkpoint has only one of two matrices, and its config does not say whether they are
+            tied.
     """
     checkpoint = _opened(source, destination)
     params = _given(params_or_path, checkpoint, names)
@@ -90,6 +97,8 @@ def merge_checkpoint(
             )
     new = [token for s in matrices for token in s.spec.indices.ids if token >= s.spec.shape[0]]
     warn_of_unknown(tokenizer, checkpoint.root, new)
+    if tokenizer is not None:
+        warn_of_end(tokenizer, checkpoint.root, new)
     heights = {s.name: max(s.entry.shape[0], max(s.spec.indices.ids) + 1) for s in matrices}
     _write_copy(checkpoint, matrices, heights, Path(destination), tokenizer, progress)
 
@@ -122,8 +131,8 @@ def unmerge_checkpoint(
         KeyError, FileExistsError, FileNotFoundError, OSError: as `merge_checkpoint`.
 
     Warns:
-        UserWarning: the rows in the checkpoint are not those that a merge writes; or other files
-            seem to hold the same weights.
+        UserWarning: the rows in the checkpoint are not those that a merge writes; the tokenizer in
+            the folder keeps new tokens; or other files seem to hold the same weights.
     """
     checkpoint = _opened(source, destination)
     params = _given(params_or_path, checkpoint, names)
@@ -139,6 +148,9 @@ def unmerge_checkpoint(
                 stacklevel=2,
             )
     heights = {s.name: s.entry.shape[0] - s.spec.grown for s in matrices}
+    if tokenizer is None:
+        gone = {token for s in matrices for token in s.spec.indices.ids if token >= heights[s.name]}
+        warn_of_left(checkpoint.root, gone)
     _write_copy(checkpoint, matrices, heights, Path(destination), tokenizer, progress)
 
 

@@ -69,6 +69,38 @@ def warn_of_unknown(tokenizer: Any, root: Path, new: Iterable[int]) -> None:
         )
 
 
+def warn_of_end(tokenizer: Any, root: Path, new: Collection[int]) -> None:
+    """Warn where a tokenizer ends texts with a new token, and the model in `root` with others.
+
+    `model.generate` reads the ids to stop at in the model's files, and not in the tokenizer's.
+    """
+    end, text = _end_in(tokenizer)
+    for name in ("generation_config.json", "config.json"):
+        try:
+            ends = read_json(root / name).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if end in new and end != ends and not (isinstance(ends, list) and end in ends):
+            warnings.warn(
+                f"the tokenizer ends a text with the new token {end} ({text!r}), and {name!r} of "
+                f"the copy with {ends}: generate does not stop at the new one. Set eos_token_id "
+                f"to {end} in {name!r} of the copy, or of the source before the merge.",
+                stacklevel=3,
+            )
+        return
+
+
+def warn_of_left(root: Path, gone: Collection[int]) -> None:
+    """Warn where the tokenizer in `root`, which is copied as it is, has tokens that are gone."""
+    if left := sorted(set(gone).intersection(_ids_in(root))):
+        warnings.warn(
+            f"the copy of the tokenizer in {str(root)!r} keeps the tokens {shown(left)}, for which "
+            "the matrices have no row any more. Give the tokenizer as it was before them: "
+            "tokenizer=... (--tokenizer on the command line).",
+            stacklevel=3,
+        )
+
+
 def tokenizer_in(folder: Path) -> Any:
     """The tokenizer of transformers that was saved in a folder; nothing of the hub is asked.
 
@@ -104,6 +136,20 @@ def _ids_in(folder: Path) -> list[int]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # it is not there, or of a form of its own: loaders decide on that
     return found
+
+
+def _end_in(tokenizer: Any) -> tuple[int | None, str | None]:
+    """The id and the text of the token that ends a text; None for what is not said."""
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        return getattr(inner, "eos_token_id", None), getattr(inner, "eos_token", None)
+    try:
+        end = read_json(Path(tokenizer) / "tokenizer_config.json")["eos_token"]
+        text = end["content"] if isinstance(end, dict) else end
+        added = read_json(Path(tokenizer) / "tokenizer.json")["added_tokens"]
+        return next((token["id"], text) for token in added if token["content"] == text)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        return None, None  # of a form of its own
 
 
 def _numbered(vocabulary: Any) -> Iterable[Any]:
