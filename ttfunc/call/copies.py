@@ -1,8 +1,8 @@
 """Copies of the modules on the path, for one call.
 
-A functional call runs on these copies, as with a persistent data structure: each copy has
-dictionaries of its own, and everything that is not on the path is shared. The patched weight is put
-into the copies. The model is never changed, not even during the call.
+A functional call runs on these copies, as with a persistent data structure: each copy has its own
+dictionaries, and shares everything that is not on the path. The call puts the patched weights into
+the copies, and never changes the model.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _NONE: Mapping[str, Any] = {}
 
 
 class Copies:
-    """Copies of the modules on the path, in which the weights of a call are put.
+    """Copies of the modules on the path, with the weights of a call in them.
 
-    modes: the training mode of each module whose copy is to have another mode than the original.
-    sizes: of a vocabulary that has another size in the call, from the old one to the new one.
+    modes: for a module whose copy has another training mode than the original, that mode. sizes:
+    for each vocabulary that is larger in the call, its old size and the new one.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Copies:
         self._copies = [_empty_copy(step.module) for step in steps]
         self._swaps = swaps
         self._others: dict[int, Any] = {}
-        self._back: dict[int, Any] = {}  # what the model has in place of what the call has
+        self._back: dict[int, Any] = {}  # for each object of the call, the model's own
         for swap in (swap for swap in swaps if not swap.in_engine):
             self._others |= swap.replacements()
             self._back[id(swap.in_call)] = swap.held[0]
@@ -68,7 +68,7 @@ class Copies:
                 state["training"] = modes.get(step.module, step.module.training)
             vars(copy).update(state)
             share_engine_state(step.module, copy)
-            # Most are empty, and need no record of what was in them.
+            # Most are empty, and need no record.
             held = [dict(state[part]) if state[part] else _NONE for part in HELD]
             self._placed.append((state, held, step.leading))
         for place, _ in (one for swap in swaps for one in swap.in_engine):
@@ -84,10 +84,10 @@ class Copies:
         return self._others.get(id(module), module)  # type: ignore[no-any-return]
 
     def run(self, call: Callable[[], Any], watch: OwnReads | None) -> Any:
-        """What the call gives. What the model notes on itself is there afterwards, as ever.
+        """Run the call and return its result; what the model sets on itself is kept.
 
-        That is so where it raises, too. An interrupt may come at any instruction, also of what is
-        done after the call: then that is done again.
+        It is kept also if the call raises. An interrupt may come at any instruction, even while
+        this method carries attributes over: then it does that again.
         """
         if torch.compiler.is_dynamo_compiling():
             try:
@@ -110,20 +110,20 @@ class Copies:
         if watch is not None:
             watch.leave()
         self._carry_over()
-        # Else nothing but this object knows of them.
+        # If no count has changed, no object of the model refers to a copy or a weight.
         if self._counts() != before:
             seen: dict[int, Any] = {}
             for original in self._originals:
                 restored(original, self._own, seen)
 
     def _counts(self) -> list[int]:
-        """How often the copies, and the weights that no caller has, are referred to."""
+        """The reference counts of the copies, and of weights that were made for this call."""
         weights = [swap.in_call for swap in self._swaps if swap.in_call is not swap.weight]
         sources = [weight.source for weight in weights if is_patch(weight)]
         return [*map(getrefcount, (*self._copies, *weights, *sources))]
 
     def _own(self, value: Any) -> Any:
-        """The model's own, for what belongs to this call; any other value as it is."""
+        """The model's own object for an object of this call; any other value unchanged."""
         own = self._back.get(id(value))
         if own is not None:
             return own
@@ -136,16 +136,16 @@ class Copies:
         return tensor.mT if value.transposed else tensor
 
     def _carry_over(self) -> None:
-        """Write what the call has set on the copies back to the originals.
+        """Write attributes that the call has set on the copies to the originals.
 
-        What it has set in the place of a weight is not kept.
+        A tensor that the call has set in the place of a weight is dropped.
         """
         for original, copy, (state, held, leading) in zip(
             self._originals, self._copies, self._placed, strict=True
         ):
             found = vars(copy)
             for part, placed in zip(HELD, held, strict=True):
-                if isinstance(found[part], LiveParameters):  # it has written there itself
+                if isinstance(found[part], LiveParameters):  # it writes to the original itself
                     continue
                 if (placed or found[part]) and _differ(placed, found[part]):
                     self._carry(placed, found[part], vars(original)[part], self._weights)
@@ -179,7 +179,7 @@ class Copies:
         return restored(value, self._own, {})
 
     def _refill(self, found: dict[str, Any], into: dict[str, Any], names: Collection[str]) -> None:
-        """Put into the original's containers what the call has put into the copy's."""
+        """Copy the items that the call has put into the copy's containers to the original's."""
         for name in names:
             value, mine = found.get(name), into.get(name)
             if value is not mine and type(value) is type(mine) and isinstance(value, (list, dict)):
@@ -199,9 +199,9 @@ def _empty_copy(module: nn.Module) -> nn.Module:
 
 
 def _state(step: Step, others: Mapping[int, Any], hidden: Mapping[str, Any]) -> dict[str, Any]:
-    """The dictionary of a module's copy: with some objects replaced by others.
+    """The dictionary of a module's copy, with some objects replaced by others.
 
-    hidden: attributes that shadow parameters. Their engine still finds these in the module.
+    hidden: attributes that shadow parameters, which the engine still finds in the module.
     """
     module, state = step.module, step.state
     own = module._parameters
@@ -218,8 +218,8 @@ def _state(step: Step, others: Mapping[int, Any], hidden: Mapping[str, Any]) -> 
         elif name in state:
             state[name] = substituted(state[name], others)
     if "forward" in state and not fsdp_manages(module):
-        # A tool's forward may put a part in the parameter's place (transformers' plans do). An
-        # attribute of the module's dictionary is found before a parameter of that name.
+        # The forward of a tool (transformers' plans) may set a part of the matrix as the parameter.
+        # Python finds an attribute in the module's dictionary before a parameter of that name.
         state.update(hidden)
     elif hidden or fsdp_manages(module):
         replaced = {n: one for n, one in state["_parameters"].items() if one is not own.get(n)}
@@ -228,7 +228,7 @@ def _state(step: Step, others: Mapping[int, Any], hidden: Mapping[str, Any]) -> 
 
 
 def _of_copy(hook: Any, module: nn.Module, others: Mapping[int, Any]) -> Any:
-    """The hook of a module, for its copy."""
+    """A hook of a module, as its copy has it."""
     if isinstance(hook, MethodType):
         return substituted(hook, others)
     if not counts_on_module(hook):
@@ -237,7 +237,7 @@ def _of_copy(hook: Any, module: nn.Module, others: Mapping[int, Any]) -> Any:
 
 
 def _differ(placed: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    """Whether any value is another object now: in most calls none is."""
+    """Whether any value is another object now; in most calls none is."""
     same = len(found) == len(placed) and all(map(is_, found, placed))
     return not (same and all(map(is_, found.values(), placed.values())))
 

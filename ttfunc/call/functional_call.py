@@ -22,7 +22,7 @@ from ttfunc.call.unread import check_logits, check_read
 from ttfunc.model.given import is_token_module, refuse_token_module
 from ttfunc.torch_private import is_compiled_in_vain, outside_of_graphs, transforms_active
 
-# Results that read the weights after the call.
+# Results that may read the weights later, after the call.
 _READS_LATER = (Iterator, Awaitable, AsyncIterator, FunctionType, MethodType)
 
 
@@ -95,14 +95,14 @@ def call_copy(
 ) -> Any:
     """`functional_call` with the modules of `modes` in these training modes.
 
-    With `at`, a module of the model, its method is called, which need not read the weights; it may
-    also be a function of that module.
+    at: a module of the model whose method is called instead of the model's. It need not read the
+    weights, and `method` may also be a function of the module.
     """
     if is_compiled_in_vain():
         return _in_eager(model, weights, args, kwargs, method, modes, at)
     modes, at_call = modes or {}, model_at_call(model)
     swaps = swaps_of(model, weights, at_call)
-    if not (swaps or modes):  # no weight but its own
+    if not (swaps or modes):  # every weight is the model's own
         return _method(at or model, method)(*args, **kwargs)
     sizes = sizes_of(swap.weight for swap in swaps)
     traced = torch.compiler.is_dynamo_compiling()
@@ -150,7 +150,7 @@ def _bounded(model: nn.Module, sizes: Mapping[int, int]) -> str:
 def _path(
     model: nn.Module, swaps: Sequence[Swap], modes: Mapping[nn.Module, bool], at: Model | None
 ) -> tuple[Path, list[Step]]:
-    """The path to what is swapped. Raises ValueError for a matrix that was tied since."""
+    """The path to the swaps. Raises ValueError for a matrix that was tied to more places since."""
     tensors = [tensor for swap in swaps for tensor in swap.held]
     path, steps, is_new = path_to(model, tensors, modes, at)
     if not is_new or torch.compiler.is_dynamo_compiling():
@@ -169,7 +169,7 @@ def _path(
 
 
 def _warn_of_frozen_rows(model: nn.Module, swaps: Sequence[Swap]) -> None:
-    """Warn where other parameters are trained and the rows are not."""
+    """Warn if other parameters of the model are trained and the rows are not."""
     if not (model.training and torch.is_grad_enabled()) or transforms_active():
         return
     patches = [(swap.weight, swap) for swap in swaps if is_patch(swap.weight)]
@@ -207,7 +207,7 @@ def _check_arguments(
                 f"weights must map names of parameters to tensors, got {name!r}: "
                 f"{type(weight).__name__}."
             )
-    # Its own parameters are weights as any other.
+    # Weights for the module's own parameters are like those of any other module.
     if is_token_module(model) and any(map(is_patch, weights.values())):
         refuse_token_module(
             model, "module(...), or functional_call(module.base, patch(params), ...)"

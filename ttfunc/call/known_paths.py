@@ -1,6 +1,6 @@
-"""What the calls of a model have found, for the next ones: paths, and where plain weights go.
+"""What the calls of a model remember for later calls: paths, and the matrices of plain weights.
 
-A model is looked at anew in each call: what has changed since is found again.
+Each call compares the model with what is remembered, and searches again if something has changed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Tree(NamedTuple):
     buffers: list[int]
 
     def count(self, tensors: Iterable[Tensor]) -> int:
-        """How many places (a module, and an attribute of it) hold one of these tensors."""
+        """How many places (a module and its attribute) hold one of these tensors."""
         wanted = {id(tensor) for tensor in tensors}
         return sum(map(wanted.__contains__, (*self.parameters, *self.buffers)))
 
 
 class Known:
-    """What the calls of a model have found, as long as its tree is the same.
+    """What is remembered of a model, as long as its tree stays the same.
 
-    paths: by the tensors that they lead to. matrices: those of weights that come without their
-    matrix, by the name that the caller gives.
+    paths: by the identities of the tensors they lead to. matrices: of plain weights, which come
+    without a matrix, by the name that the caller gives.
     """
 
     def __init__(self, tree: Tree) -> None:
@@ -46,12 +46,12 @@ class Known:
         self.matrices: dict[str, Matrix] = {}
 
     def has(self, tree: Tree) -> bool:
-        """Whether the model is what it was, but for buffers, which some models make anew."""
+        """Whether the tree is the same, apart from buffers, which some models make anew."""
         mine = self.tree
         return mine.children == tree.children and mine.parameters == tree.parameters
 
     def remember(self, tensors: Iterable[object], path: Path) -> None:
-        """Use the path in later calls with the same tensors, as long as it is as it is now."""
+        """Keep the path for later calls with the same tensors."""
         if len(self.paths) >= _MOST_PATHS:
             self.paths.clear()
         self.paths[tuple(map(id, tensors))] = path
@@ -61,7 +61,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
 class Model(NamedTuple):
-    """A model at a call: what it consists of, and what is known of it."""
+    """A model at a call: its tree, and what is remembered of it."""
 
     module: nn.Module
     tree: Tree
@@ -69,7 +69,7 @@ class Model(NamedTuple):
 
 
 def model_at_call(module: nn.Module) -> Model | None:
-    """The model as it is now; None where operations are traced, and nothing is remembered."""
+    """The model as it is now; None while operations are traced: then nothing is remembered."""
     if torch.compiler.is_dynamo_compiling() or is_traced():
         return None
     tree, known = tree_of(module), _KNOWN.get(module)
@@ -80,7 +80,7 @@ def model_at_call(module: nn.Module) -> Model | None:
 
 
 def tree_of(model: nn.Module) -> Tree:
-    # model.modules() does the same at many times the cost, and this runs at every call.
+    # Every call runs this, and model.modules() costs many times as much.
     pending, seen = [model], {id(model), id(None)}
     children: list[object] = []
     parameters: list[object] = []
@@ -103,9 +103,9 @@ def tree_of(model: nn.Module) -> Tree:
 def path_to(
     model: nn.Module, tensors: Sequence[Tensor], through: Collection[nn.Module], at: Model | None
 ) -> tuple[Path, list[Step], bool]:
-    """The path to exactly these tensors, its modules as they are now, and whether it is new.
+    """The path to these tensors, its modules as they are now, and whether the path is new.
 
-    The modules in `through` are on it too. `at` is the model at this call.
+    through: modules that are on the path too. at: the model at this call.
     """
     if torch.compiler.is_dynamo_compiling():
         return _path_when_compiled(model, tensors)

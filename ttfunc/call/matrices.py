@@ -24,7 +24,7 @@ def is_patch(weight: Any) -> TypeGuard[PatchedWeight]:
 def matrices_of_weights(
     model: nn.Module, weights: Mapping[str, Tensor], at: Model | None
 ) -> dict[str, Matrix]:
-    """The matrix of each weight in this model: its own, or the one that is found under the name."""
+    """The matrix of each weight: a patch's own, or the model's matrix under the weight's name."""
     found: dict[str, Matrix | None] = {}
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -39,10 +39,10 @@ def matrices_of_weights(
 
 
 def _other_tensor(model: nn.Module, name: str, own: Matrix | None) -> Tensor | None:
-    """What a name stands for in this model; None where it is the weight's own matrix.
+    """The tensor that a name stands for in this model; None if it is the weight's own matrix.
 
-    The model may be in a PeftModel, or a layer of an adapter, since the rows were made; or no
-    longer in one.
+    Since the rows were made, PEFT may have wrapped the model or the matrix's module, or may have
+    unwrapped it.
     """
     if own is not None and tensor_under(model, name) is None:
         twin = peft_twin(name)
@@ -69,7 +69,7 @@ def _searched(
 
 
 def _is_still_there(model: nn.Module, matrix: Matrix, tensor: Tensor) -> bool:
-    """Whether the tensor is in this matrix, and all of its places are still tied."""
+    """Whether the matrix has this tensor, and all of its places are still tied."""
     held = [tensor_under(model, name) for name, _ in matrix.slots]
     known = [one for _, one in matrix.slots]
     return (

@@ -1,8 +1,9 @@
 """Reads of the model's own matrix during a call, past the copies that the call runs on.
 
-What leads to a matrix outside of the path (a global, an object, a view of its memory) cannot be
-found by search alone. So the first call of each kind is watched, function by function, and so is
-each call of a model in which an object is known to lead there: such a read is an error.
+No search finds everything that leads to a matrix outside of the path: a global, an object, a view
+of its memory. So ttfunc watches each torch function in the first call of each kind, and in every
+call of a model with an object that is known to lead there. A read of the model's own matrix is an
+error.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _CALL = nn.Module.__call__.__code__
 
 
 class OwnReads(TorchFunctionMode):
-    """Raises where a function is given the model's own tensor, or another one in its memory.
+    """A mode that raises if a function gets the model's own tensor, or another one in its memory.
 
-    Of a tensor that an engine owns these are the functions that models read a matrix with: the
-    engine gives it to others itself.
+    For a tensor that an engine owns, only lookups and products are checked: the engine itself gives
+    it to other functions.
     """
 
     def __init__(self, model: nn.Module, swaps: Sequence[Swap], uncopyable: Sequence[str]) -> None:
@@ -61,7 +62,7 @@ class OwnReads(TorchFunctionMode):
         self.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self) -> None:
-        """End the watch, if it has begun: an interrupt may have come before."""
+        """End the watch if it has begun; an interrupt may have come first."""
         leave_mode(self)
 
     def __torch_function__(
@@ -76,7 +77,7 @@ class OwnReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _read(self, func: Any, tensor: Tensor) -> str | None:
-        """The name of the model's own matrix that the tensor is, or lies in."""
+        """The name of the model's own matrix whose memory the tensor shares; None for none."""
         if name := self._own.get(id(tensor)):
             return name
         if self._places and func in READS and func not in _CASTS:
@@ -87,7 +88,7 @@ class OwnReads(TorchFunctionMode):
         return next((name for a, b, name in self._memory if first < b and a < last), None)
 
     def _is_meant(self) -> bool:
-        """Whether a hook has called the model as it is, or a function of the library."""
+        """Whether the read is of another call: a hook's of the model itself, or one of ttfunc's."""
         for frame in _frames():
             if frame.f_globals.get("__name__", "").startswith("ttfunc."):
                 return frame.f_locals.get("watch") is not self
@@ -140,7 +141,7 @@ def watch_of(model: nn.Module, swaps: Sequence[Swap], path: Path, kind: object) 
 def read_past_the_copies(
     name: str, uncopyable: Sequence[str], what: str, where: str = ""
 ) -> RuntimeError:
-    """For a matrix that was read, with what leads to it and the way out."""
+    """The error for a read of the model's own matrix: what led to it, and the way out."""
     through = f"{list(uncopyable)}, " if uncopyable else ""
     return RuntimeError(
         f"the model's own {name!r} {what} during a functional call{where}: by a hook, or through "

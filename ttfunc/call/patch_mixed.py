@@ -20,7 +20,7 @@ from ttfunc.weight.deferred import patched
 from ttfunc.weight.product import cast_like
 from ttfunc.weight.rows import Rows
 
-# The model types of transformers that have the examples in the second dimension.
+# Model types of transformers with the examples in the second dimension.
 _BATCH_LAST = {"xlnet"}
 
 
@@ -90,15 +90,15 @@ def patch_mixed(
 def _rows_of_each(
     adapters: Sequence[TokenDeltas], name: str, numbers: Sequence[int], base: Tensor, height: int
 ) -> Rows:
-    """The rows of each example: those of its adapter, by its number (n is the plain model).
+    """The rows of each example, which are its adapter's; numbers: of adapters, n the plain model's.
 
-    Where an adapter has fewer than others, unused rows of zeros fill it up.
+    Unused rows of zeros pad an adapter that has fewer rows than others.
     """
     deltas = {n: one.deltas[name] for n, one in enumerate(adapters) if name in one.deltas}
     chosen = {number: place for place, number in enumerate(dict.fromkeys(numbers))}
-    # A trained adapter that no example has takes part, so that it gets a gradient of 0.
+    # A trained adapter without examples takes part too, and so gets a gradient of 0.
     trained = [n for n, delta in deltas.items() if delta.requires_grad and n not in chosen]
-    # All rows one after the other; the first is of zeros.
+    # The rows of all adapters, one after the other; the first row is zeros.
     values, ids, at, count = [base.new_zeros(1, base.shape[1])], [], [], 1
     for number in (*chosen, *trained):
         if number not in deltas:

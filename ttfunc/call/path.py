@@ -19,14 +19,17 @@ from ttfunc.torch_distributed_private import ENGINE_STATE
 from ttfunc.torch_private import is_exported
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# Objects in which no matrix is looked for: they belong to all code.
+# Objects that are not searched: they lead to all code, and so to every matrix.
 _NOT_SEARCHED = (type, ModuleType, FrameType, CodeType, FunctionType, TracebackType)
-# A longer container is looked into again where its length is another one.
+# A longer container is searched again only when its length has changed.
 _LONG = 1000
 
 
 class Step(NamedTuple):
-    """A module of the path at a call, a copy of its dictionary, and the attributes that lead on."""
+    """A module of the path at a call, a copy of its dictionary, and the attributes that lead on.
+
+    An attribute leads on if it refers to another module or a tensor of the path.
+    """
 
     module: nn.Module
     state: dict[str, Any]
@@ -36,10 +39,10 @@ class Step(NamedTuple):
 class Path:
     """The modules through which a model reaches some tensors; the model comes first.
 
-    The references are weak: what is remembered keeps no model alive. leading: the attributes, other
-    than parameters, buffers and submodules, that lead on. uncopyable: objects that reach the
-    tensors and cannot be copied. is_compiled: whether the model has compiled parts. watched: the
-    kinds of calls in which no read went past the copies.
+    It refers to the modules weakly, and keeps no model alive. leading: for each module the
+    attributes that lead on, besides parameters, buffers and submodules. uncopyable: attributes that
+    reach the tensors through objects that cannot be copied. is_compiled: whether the model has
+    compiled parts. watched: the kinds of calls that were watched and did not read past the copies.
     """
 
     def __init__(
@@ -64,23 +67,23 @@ class Path:
             if (path := this()) is not None:
                 path._is_gone = True
 
-        # Once one of them is gone, another may take its identity.
+        # Once a module is gone, another object may have its identity.
         self._alive = [weakref.ref(module, forget) for module in searched]
 
     def steps(self) -> list[Step]:
-        """Its modules as they are now. Raises RuntimeError where one is gone."""
+        """The modules as they are now. Raises RuntimeError if one is gone."""
         return steps_of(self.modules, self.leading)
 
     def note(self, steps: Iterable[Step], buffers: Iterable[int]) -> None:
-        """Note what the modules refer to, to know whether it is the same in a later call."""
+        """Note what the modules refer to, for `is_as_noted` in later calls."""
         self._seen = self._marks_of(steps, buffers)
 
     def is_as_noted(self, steps: Iterable[Step], buffers: Iterable[int]) -> bool:
-        """Whether the path is still this one; buffers: all of the model's, by identity."""
+        """Whether the path has not changed; buffers: the identities of all of the model's."""
         return not self._is_gone and self._marks_of(steps, buffers) == self._seen
 
     def _marks_of(self, steps: Iterable[Step], buffers: Iterable[int]) -> list[object]:
-        """For each attribute what it refers to: modules by identity, other objects by class."""
+        """For each attribute a mark of what it refers to: identities of modules, classes else."""
         wanted = self._wanted
         marks: list[object] = [sum(map(wanted.__contains__, buffers))]
         objects: dict[int, object] = {}  # of other classes
@@ -105,7 +108,7 @@ class Path:
                         marks.append(id(one))
                     elif kind.__dictoffset__:
                         objects[id(one)] = one
-        # Such an object may have one of them as an attribute.
+        # Such an object may have a module or tensor of the path as an attribute.
         held = chain.from_iterable(vars(one).values() for one in objects.values())
         marks += wanted.intersection(map(id, held))
         return marks
@@ -119,8 +122,8 @@ def steps_of(
         module = reference()
         if module is None:
             raise changed_meanwhile()
-        state = vars(module).copy()  # in one step: another thread may add to it
-        if not torch.compiler.is_dynamo_compiling():  # which would guard on all of them
+        state = vars(module).copy()  # at once: another thread may add to it
+        if not torch.compiler.is_dynamo_compiling():  # dynamo would guard on every hook
             hooks = (name for name in HOOKS if state[name] and name not in names)
             names = (*names, *hooks)
         found.append(Step(module, state, names))
@@ -132,7 +135,7 @@ def find_path(
     tensors: Iterable[Tensor],
     through: Iterable[nn.Module] = (),
 ) -> Path:
-    """The path to exactly these tensors, searched for in the whole model."""
+    """Search the whole model for the path to these tensors, and through these modules."""
     tensors = list(tensors)
     referrers, modules = _referrers(model)
     on: dict[int, nn.Module] = {id(one): one for one in (model, *through)}
@@ -169,9 +172,9 @@ def _is_compiled(module: nn.Module) -> bool:
 def _referrers(
     model: nn.Module,
 ) -> tuple[dict[int, list[tuple[nn.Module, str]]], list[nn.Module]]:
-    """For each module and tensor that `model` reaches, by identity, what refers to it; all modules.
+    """The referrers of each object that `model` reaches, by its identity; and all its modules.
 
-    A referrer is a module, and the name of its attribute.
+    An object is a module or a tensor. A referrer is a module and the name of its attribute.
     """
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     modules, seen = [model], {id(model)}
@@ -208,7 +211,7 @@ def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _is_module(value: object) -> bool:
-    return issubclass(type(value), nn.Module)  # a weak proxy would say so of itself
+    return issubclass(type(value), nn.Module)  # isinstance is true of a weak proxy, too
 
 
 def _uncopyable(
@@ -244,7 +247,7 @@ def _within(value: object, most: int = 100_000) -> Iterator[object]:
 
 
 def changed_meanwhile() -> RuntimeError:
-    """For a model that leads elsewhere than it did a moment ago."""
+    """The error for a model whose path changed between two looks at it."""
     if is_exported():
         return RuntimeError(
             "torch.export shows other modules of this model at each look, since it has one under "

@@ -1,7 +1,7 @@
-"""What a value refers to, and the same value with references to other objects.
+"""What a value refers to, and copies of a value that refer to other objects.
 
-What tools use is followed: lists, tuples, dicts, weak references, bound methods, partials and
-closures. A container of any other class is left as it is.
+References are followed through the classes that tools use: lists, tuples, dicts, weak references,
+bound methods, partials and closures. Objects of other classes are not looked into.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ PLUMBING = frozenset(vars(nn.Module()))
 _CALLABLES = (FunctionType, MethodType, functools.partial)
 # Another class to follow needs a branch in `parts_of` and one in `_rebuilt`.
 FOLLOWED = {list, tuple, dict, weakref.ref, *_CALLABLES}
-# What was looked at, by its identity, and what is in its place now.
+# For each object that was visited, by its identity: the object, and what replaces it.
 Seen: TypeAlias = dict[int, tuple[Any, Any]]
 _NOT_RESTORED: tuple[Any, ...] = (type, ModuleType, Tensor, *weakref.ProxyTypes)
 
 
 def references(value: object, seen: set[int] | None = None) -> Iterator[object]:
-    """What `value` refers to: modules, tensors and objects of classes that are not followed."""
+    """The modules, tensors and objects of classes that are not followed, to which `value` leads."""
     kind = type(value)
     if kind in PLAIN:
         return
@@ -47,10 +47,9 @@ def references(value: object, seen: set[int] | None = None) -> Iterator[object]:
 
 
 def substituted(value: Any, others: Mapping[int, Any]) -> Any:
-    """`value` with `others[id(x)]` in place of each x that it refers to; itself if there is none.
+    """`value` with `others[id(x)]` in place of each x that it leads to; itself if there is no x.
 
-    A container that holds such an x is made anew, and shares all else: a closure keeps all of its
-    other cells.
+    A container that holds such an x is copied, and the copy shares everything else with it.
     """
     if id(value) in others:
         return others[id(value)]
@@ -70,8 +69,8 @@ def substituted(value: Any, others: Mapping[int, Any]) -> Any:
 def restored(value: Any, own: Callable[[Any], Any], seen: Seen, depth: int = 100) -> Any:
     """`value` with `own(x)` in place of each x that it reaches, through objects of any class.
 
-    What can be changed is changed in place. `own` gives x itself for what is to stay. `seen` has
-    what was looked at before and what is in its place, and is added to.
+    Objects that can change are changed in place. own: returns x itself if x stays. seen: objects
+    that were visited before; this adds to it.
     """
     other = own(value)
     kind = type(value)
@@ -115,11 +114,11 @@ def _restore_items(value: Any, of: Callable[[Any], Any]) -> None:
 
 
 def _attributes(value: Any) -> list[tuple[str, Any]]:
-    """What an object has in its dictionary and in its slots."""
+    """The attributes that an object has in its dictionary and in its slots."""
     kind: Any = type(value)
     found = list(vars(value).items()) if kind.__dictoffset__ else []
     found += [(name, getattr(value, name)) for name in slot_names(kind) if hasattr(value, name)]
-    apart = PLUMBING.difference(HELD) if isinstance(value, nn.Module) else ()  # whoever hooks it
+    apart = PLUMBING.difference(HELD) if isinstance(value, nn.Module) else ()  # hooks stay
     return [(name, part) for name, part in found if isinstance(name, str) and name not in apart]
 
 
@@ -146,7 +145,7 @@ def refill(container: Any, content: Any) -> None:
 
 
 def global_references(value: object) -> Iterator[object]:
-    """What functions in `value` find among their globals, by name."""
+    """The globals that functions in `value` load."""
     pending, seen = [value], set()
     while pending:
         one = pending.pop()
@@ -166,7 +165,7 @@ def _names_of_globals(code: CodeType) -> frozenset[str]:
 
 
 def parts_of(value: Any) -> list[Any]:
-    """What a value of a followed class holds directly."""
+    """The objects that a value of a followed class holds directly."""
     kind = type(value)
     if kind is dict:
         return list(value.values())
@@ -183,7 +182,7 @@ def parts_of(value: Any) -> list[Any]:
 
 
 def _rebuilt(value: Any, parts: list[Any], new: list[Any]) -> Any:
-    """A value of a followed class with new parts, or itself where they are the same."""
+    """A value of a followed class with new parts; itself if they are the same objects."""
     kind: Any = type(value)
     if _same(parts, new):
         return value
@@ -212,10 +211,10 @@ def _content(cell: CellType) -> object:
 def _function_anew(
     function: FunctionType, change: Callable[[Any, dict[int, Any]], Any]
 ) -> FunctionType:
-    """The function with `change(x, known)` for what its cells and defaults hold.
+    """The function with `change(x, known)` in place of each x in its cells and defaults.
 
-    It is the function itself where nothing changes. A function may call itself: `known` has the new
-    one for the old one.
+    It is the function itself if nothing changes. A function may refer to itself: `known` maps the
+    old one to the new one.
     """
     cells = list(function.__closure__ or ())
     old = [_content(cell) for cell in cells]

@@ -1,9 +1,9 @@
-"""What makes rows, a patch and a tie stale, and what has happened where one is.
+"""When rows, a patch or a tie are stale, and the errors that say what has happened.
 
-Where an engine owns a parameter, the place holds something else at each moment: there the check is
-of what the engine keeps, and calls that engines cannot do are refused. Nothing here changes the
-model, and what one rank is refused, all are. Copies that a weight holds of rows are checked at each
-read, in weight/source.py.
+If an engine owns a parameter, its place holds another tensor at each moment. So the checks compare
+what the engine keeps, and refuse calls that engines cannot do. Every rank refuses the same calls.
+Nothing here changes the model. Weights that hold copies of rows are checked at each read, in
+weight/source.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ttfunc.weight.source import Source
 
 
 def matrix_of_rows(spec: RowSpec) -> Matrix:
-    """The matrix of the rows. Raises RuntimeError if there is none, ValueError if it changed."""
+    """The matrix of the rows. Raises RuntimeError if they have none, ValueError if it changed."""
     name, matrix = spec.names[0], spec.matrix
     if matrix is None:
         raise RuntimeError(
@@ -52,8 +52,8 @@ def matrix_of_rows(spec: RowSpec) -> Matrix:
 
 
 def _is_tied(a: Tensor, b: Tensor) -> bool:
-    # Engines give each place of a tied matrix a parameter of its own. Dynamo, which cannot read
-    # where tensors lie, guards that the two are those it has traced.
+    # Engines give each place of a tied matrix its own parameter. Dynamo cannot read where tensors
+    # lie in memory, and guards that both are the tensors that it has traced.
     unknown = torch.compiler.is_dynamo_compiling() or is_sharded(a) or is_sharded(b)
     return a is b or unknown or same_memory(a, b)
 
@@ -63,15 +63,15 @@ def check_fresh(
 ) -> None:
     """Raise ValueError unless each place of `matrix` still holds the tensor that was patched.
 
-    now: what the model holds in these places.
+    now: the tensors that the model holds in these places.
     """
-    # Resizing and casting may keep the Parameter and replace its memory. (torch.compile cannot read
-    # data pointers. A patch that is made in the compiled function is fresh.)
+    # Resizing and casting may keep the Parameter and replace its memory. torch.compile cannot read
+    # data pointers, but a patch that is made in the compiled function is fresh.
     memory = None if torch.compiler.is_dynamo_compiling() else source.memory
     known = None
     for (name, tensor), held in zip(matrix.slots, now, strict=True):
         if isinstance(held, PatchedWeight) and held.source.matrix is not None:
-            # This calls a copy, inside of another call: the place holds a weight of the outer call.
+            # A call inside of another one runs on a copy, which holds the outer call's weight.
             held = next((one for _, one in held.source.matrix.slots if one is tensor), held)
         # torch.export has one stand-in for a tied parameter.
         as_tied = held is now[0] or tensor is not matrix.tensor
@@ -84,7 +84,7 @@ def check_fresh(
 
 
 def _is_traced_of(now: Tensor, tensor: Tensor, source: Source, matrix: Matrix) -> bool:
-    """Whether it stands for the matrix while the model that this belongs to is exported."""
+    """Whether `now` stands for the matrix because its model is being exported."""
     own = matrix if source.matrix is None else source.matrix
     return is_stand_in(now, tensor) and own.holds(now)
 
@@ -133,7 +133,7 @@ def _check_engine(weight: PatchedWeight, matrix: Matrix, places: Sequence[Place]
 def _check_kept(
     model: nn.Module, name: str, known: Tensor, now: Tensor | None, source: Source, matrix: Matrix
 ) -> None:
-    # What was sharded since is another tensor, in the same model.
+    # A parameter that was sharded since then is another tensor, in the same model.
     sharded_since = not is_sharded(known) and matrix.model() in set(model.modules())
     if now is None or not (now is known or sharded_since):
         raise stale_patch(model, name, now, source.matrix)
@@ -151,7 +151,7 @@ def _check_kept(
 
 
 def _has_rows_of(now: Tensor, known: Tensor, source: Source) -> bool:
-    """Whether a matrix has the rows of what it was before; asked once, as that is let go of."""
+    """Whether a sharded matrix has the rows of the tensor that it was, which is freed after this."""
     indices = source.rows.ids
     if not isinstance(indices, TokenIndices) or known.is_meta:
         return True
@@ -163,9 +163,9 @@ def _has_rows_of(now: Tensor, known: Tensor, source: Source) -> bool:
 
 
 def _check_one_matrix(model: nn.Module, matrix: Matrix, places: Sequence[Place]) -> None:
-    """Raise ValueError where the places are not those of one matrix, as far as an engine tells.
+    """Raise ValueError unless the places hold one matrix, as far as the engine shows it.
 
-    Tensor parallelism, and FSDP2 of some of them alone, make separate parameters of a tied one.
+    Tensor parallelism makes separate parameters of a tied one; so does FSDP2 of some places alone.
     """
     kept = [place.kept for place in places]
     together = all(fsdp_manages(one.module) and not is_split_twice(one.kept) for one in places)
@@ -179,7 +179,7 @@ def _check_one_matrix(model: nn.Module, matrix: Matrix, places: Sequence[Place])
 
 
 def tied_since(model: nn.Module, name: str) -> ValueError:
-    """For a model with more places of a matrix than there were."""
+    """The error for a model that has tied a matrix to more places."""
     return ValueError(
         f"{type(model).__name__} ties {name!r} to more places than it did when the parameters were "
         "made. Make them anew with init_deltas after tying the weights."
@@ -189,7 +189,7 @@ def tied_since(model: nn.Module, name: str) -> ValueError:
 def stale_patch(
     model: nn.Module, name: str, now: Tensor | None, matrix: Matrix | None
 ) -> ValueError:
-    """For a place that holds another tensor than the one that was patched, with what to do."""
+    """The error for a place that holds another tensor than the patched one, and what to do."""
     there = (
         "is not there"
         if now is None

@@ -1,4 +1,4 @@
-"""What a call puts into which places of a model: one pass over the weights that it is given."""
+"""Which weight a call puts into which places of the model: one pass over the given weights."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ttfunc.weight.placeholder import Reads
 
 
 class Swap(NamedTuple):
-    """A matrix of the model, or a tensor beside one, and the weight that a call has in its place.
+    """A matrix of the model, or a tensor beside one, and the weight that replaces it in a call.
 
-    weight: as it was given. in_call: the same weight with a record of its own reads, since other
-    calls may share the weight. names, ways, held: for each of its places a name, the modules that
-    lead there, and what it holds. in_engine: the places that an engine owns, each with a weight
-    over what is there.
+    weight: as the caller gave it. in_call: a copy of it that notes its own reads, because other
+    calls may have the same weight at the same time. names, ways, held: for each place of the matrix
+    a name, the modules that lead there, and the tensor there. in_engine: the places that an engine
+    owns, each with a weight over the tensor that the engine puts there.
     """
 
     names: Sequence[str]
@@ -42,19 +42,19 @@ class Swap(NamedTuple):
 
     @property
     def is_own(self) -> bool:
-        """Whether it is a patch of this very matrix, which no engine owns."""
+        """Whether the weight is a patch of this matrix, and no engine owns the matrix."""
         of_patch = is_patch(self.weight) and self.weight.source.matrix is self.matrix
         return of_patch and not self.in_engine
 
     def replacements(self) -> dict[int, Tensor]:
-        """The weight in the call, by the identity of what it is in place of."""
+        """The weight for each tensor that it replaces, by the tensor's identity."""
         if self.in_engine:
             return {id(place.placed): weight for place, weight in self.in_engine}
         return {id(tensor): self.in_call for tensor in self.held}
 
 
 def swaps_of(model: nn.Module, weights: Mapping[str, Tensor], at: Model | None) -> list[Swap]:
-    """What is swapped in a call. `at` is the model at that call."""
+    """The swaps of a call. at: the model at this call."""
     swaps: dict[str, Swap] = {}
     wanted = {
         name: weight
@@ -130,9 +130,9 @@ def _in_engine(
 
 
 def _is_gathered_anyway(model: nn.Module, name: str, weight: Tensor) -> bool:
-    """Whether it is the model's own parameter, which its engine has gathered in the call.
+    """Whether the weight is the model's own parameter, which its engine gathers for the call.
 
-    Raises ValueError for another one that is sharded: the module runs with a whole one.
+    Raises ValueError for another sharded tensor, because the module runs with a whole one.
     """
     module, held = way_to(model, name)[-1], tensor_under(model, name)
     if held is None or is_patch(weight) or not fsdp_manages(module):
@@ -149,7 +149,7 @@ def _is_gathered_anyway(model: nn.Module, name: str, weight: Tensor) -> bool:
 
 
 def hiding(swaps: Iterable[Swap]) -> dict[nn.Module, dict[str, Tensor]]:
-    """For modules with parameters that an engine owns, what is to hide these in a call."""
+    """For each module with parameters of an engine, the attributes that hide these in a call."""
     found: dict[nn.Module, dict[str, Tensor]] = {}
     for place, weight in chain.from_iterable(swap.in_engine for swap in swaps):
         found.setdefault(place.module, {})[place.attribute] = weight
@@ -157,13 +157,13 @@ def hiding(swaps: Iterable[Swap]) -> dict[nn.Module, dict[str, Tensor]]:
 
 
 def sizes_of(weights: Iterable[Tensor]) -> dict[int, int]:
-    """The heights of the matrices that are higher with their new tokens, and what they are then."""
+    """For each matrix with new tokens its height without them, and with them."""
     sources = (weight.source for weight in weights if is_patch(weight))
     return {len(source.base): source.height() for source in sources if source.new_tokens()}
 
 
 def _fits(weight: Tensor, held: Tensor, weights: Mapping[str, Tensor]) -> bool:
-    """Whether it has the shape of what it is to stand for, or that of a bias for new tokens too."""
+    """Whether the weight has the shape of the tensor, or of a bias that is longer by new tokens."""
     if weight.shape == held.shape:
         return True
     longer = (
@@ -173,7 +173,7 @@ def _fits(weight: Tensor, held: Tensor, weights: Mapping[str, Tensor]) -> bool:
 
 
 def _lengthen_beside(swaps: dict[str, Swap]) -> None:
-    """Where a matrix has new tokens, give what has a number for each token zeros for these."""
+    """Give tensors with one number per token (a head's bias) zeros for new tokens."""
     made: dict[int, Tensor] = {}  # a tied one goes by several names
     for name, swap in [(name, swap) for name, swap in swaps.items() if is_patch(swap.weight)]:
         source = swap.weight.source  # type: ignore[attr-defined]
@@ -185,7 +185,7 @@ def _lengthen_beside(swaps: dict[str, Swap]) -> None:
         for one in beside(way, name, len(source.base)):
             known = swaps.get(one.name)
             tensor = one.tensor if known is None else known.weight
-            if shape_of(tensor)[one.dimension] != len(source.base):  # as long as it is to be
+            if shape_of(tensor)[one.dimension] != len(source.base):  # the caller gave a longer one
                 continue
             place = _place_beside(one)
             if id(one.tensor) not in made:
@@ -203,7 +203,7 @@ def _lengthen_beside(swaps: dict[str, Swap]) -> None:
 
 
 def _place_beside(one: Beside) -> Place | None:
-    """The place of a parameter that an engine owns."""
+    """The place of a parameter if an engine owns it."""
     attribute = one.name.rpartition(".")[2]
     if not engines_at_work() or attribute not in one.way[-1]._parameters:
         return None

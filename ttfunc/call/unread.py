@@ -1,4 +1,4 @@
-"""Rows that had no effect: of a matrix that a call did not read, or for tokens it cannot say."""
+"""Rows that had no effect: the call did not read their matrix, or made no logits for them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ttfunc.call.swaps import Swap
 from ttfunc.model.matrix import Matrix
 from ttfunc.weight.deferred import PatchedWeight
 
-# Warned of once: matrices whose rows were left out at the input, and models that make no logits for
-# their new tokens.
+# Each is warned of once: matrices that were not looked up, because the caller gave embeddings; and
+# models that make no logits for their new tokens.
 _LEFT_OUT: WeakSet[Matrix] = WeakSet()
 _SILENT: WeakSet[nn.Module] = WeakSet()
 _CALLER = 4  # frames up to the one that called functional_call
 
 
 def check_read(model: nn.Module, swaps: Sequence[Swap], kwargs: Mapping[str, Any]) -> None:
-    """Raise RuntimeError where a call has read no patched matrix; warn where it left one unread.
+    """Raise RuntimeError if a call read no patched matrix; warn if it read some and not others.
 
-    A call to which the caller gives embeddings looks no token up. Then an unread input matrix is no
-    error, and what was left out is said once for each matrix.
+    A call with embeddings as its input looks no token up. Then an unread input matrix is no error,
+    and one warning for each matrix says that its rows had no effect there.
     """
     embeddings = _embeddings_in(kwargs)
     unread: dict[tuple[str, ...], None] = {}
@@ -40,7 +40,7 @@ def check_read(model: nn.Module, swaps: Sequence[Swap], kwargs: Mapping[str, Any
             _LEFT_OUT.add(matrix)
             warnings.warn(_left_out(model, matrix, embeddings), stacklevel=_CALLER)
         if left_out or "product" in uses:
-            matrix.looked_up = False  # the next call is given other embeddings
+            matrix.looked_up = False  # the next call has other embeddings
         read |= left_out or bool(uses)
         if not (left_out or uses):
             unread[swap.matrix.names] = None
@@ -53,7 +53,7 @@ def check_read(model: nn.Module, swaps: Sequence[Swap], kwargs: Mapping[str, Any
 def check_logits(
     model: nn.Module, swaps: Sequence[Swap], sizes: Mapping[int, int], out: Any, method: Any
 ) -> None:
-    """Warn, once for a model, where a call read new tokens and made no logits for them."""
+    """Warn, once for a model, if a call read new tokens and made no logits for them."""
     grown = [one.source for _, _, one in _patches(swaps) if one.source.new_tokens()]
     uses = set().union(*(source.uses() for source in grown))
     if isinstance(out, Tensor):  # hidden states may be as wide as the matrix was high
@@ -63,7 +63,7 @@ def check_logits(
         logits = getattr(out, "logits", None)
         is_short = isinstance(logits, Tensor) and logits.ndim > 1 and logits.shape[-1] in sizes
     is_silent = is_short or (method == "generate" and uses == {"lookup"})
-    # Of a matrix that was not read at all `check_read` has said so.
+    # `check_read` has warned of a matrix that was not read at all.
     if is_silent and model not in _SILENT and all(source.uses() for source in grown):
         _SILENT.add(model)
         warnings.warn(_silent(model, sizes), stacklevel=_CALLER)
