@@ -151,7 +151,7 @@ def _check_kept(
 
 
 def _has_rows_of(now: Tensor, known: Tensor, source: Source) -> bool:
-    """Whether a sharded matrix has the rows of the tensor that it was, which is freed after this."""
+    """Whether a sharded matrix has the rows that it had before, whose memory is then freed."""
     indices = source.rows.ids
     if not isinstance(indices, TokenIndices) or known.is_meta:
         return True

@@ -1,8 +1,8 @@
 """The reads of a matrix with replaced rows that is split over ranks as a DTensor.
 
-The `(k, D)` values are the same on each rank. Each rank puts its own into its part of the matrix.
-Nothing of the size of the matrix or of the logits is moved that the model would not move itself.
-DTensor's own rules bring the rows' gradients together.
+The `(k, D)` values are the same on each rank, and each rank puts the rows of its part of the matrix
+there. No rank sends anything of the size of the matrix or the logits that the model would not send
+itself. DTensor's own rules sum the gradients of the rows.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def product(
 ) -> Tensor:
     """`F.linear` of `(..., D)` hidden states, a DTensor: `(..., V)`, split as F.linear splits it.
 
-    In each dimension of the mesh, where the base is split by token, the logits are split by token;
-    where it is split by feature, each rank has a part of their sum; where each rank has all of it,
-    they are split as the hidden states are.
+    For each dimension of the mesh: if the base is split by token, so are the logits; if it is split
+    by feature, each rank has a partial sum of the logits; if each rank has all of it, the split of
+    the logits is the one of the hidden states.
     """
     from torch.distributed.tensor import DTensor
 
@@ -72,7 +72,7 @@ def product(
 
 
 def materialise(values: Tensor, indices: TokenIndices, base: Any) -> Tensor:
-    """The matrix itself, a DTensor like the base; nothing is moved."""
+    """The matrix itself, a DTensor like the base; no rank sends anything."""
     rows, ids = part(values, indices, base)
     return like(base, with_rows(base.to_local(), ids.ids_on(base.device), rows))
 
@@ -80,7 +80,7 @@ def materialise(values: Tensor, indices: TokenIndices, base: Any) -> Tensor:
 def part(
     values: Tensor, indices: TokenIndices, base: Any, gradient: Any = None
 ) -> tuple[Tensor, TokenIndices]:
-    """The `(k', D')` rows in this rank's part of the matrix, and their ids, counted in this part.
+    """The `(k', D')` rows in this rank's part of the matrix, and their ids counted in that part.
 
     gradient: how the gradient of these rows is split over the ranks; by default each rank has the
     gradient of its own part.
@@ -99,9 +99,9 @@ def part(
 
 
 def _split(hidden: Any, base: Any, last: int) -> tuple[Any, Any, Any, Any]:
-    """How a product is split in one dimension of a mesh: its states and its logits.
+    """How a product is split in one dimension of a mesh.
 
-    The last two say how the gradients of the states and of the rows are split.
+    Returns the splits of the states, of the logits, of the states' gradient and of the rows'.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -124,7 +124,7 @@ def _bias_here(bias: Any, base: Any) -> Tensor:
 
 
 def _on(mesh: Any, tensor: Any) -> Any:
-    """As a DTensor; each rank has all of a plain one."""
+    """The tensor as a DTensor; of a plain one each rank has all."""
     from torch.distributed.tensor import DTensor, Replicate
 
     if is_dtensor(tensor):
@@ -139,7 +139,7 @@ def _by_token(placement: Any) -> bool:
 
 
 def like(matrix: Any, local: Tensor) -> Tensor:
-    """A DTensor split as another is, of which this rank has `local`."""
+    """A DTensor with this rank's part `local`, split as `matrix` is."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(

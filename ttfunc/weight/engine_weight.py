@@ -1,4 +1,4 @@
-"""A patched weight over a parameter that an engine owns: it reads what its module has by then."""
+"""A patched weight over a parameter that an engine owns: each read is of what was gathered."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from ttfunc.weight.source import Source
 
 
 class Place:
-    """Where an owned parameter is: in a module, and in the copy of it that a call runs on.
+    """Where a parameter of an engine is: in a module, and in the copy that a call runs on.
 
-    Most engines gather into the module. Some put into the copy, which their own code then runs on,
-    what the module is to read.
+    Most engines write the gathered weight to the module. Some (transformers' plans) run their own
+    code on the copy, and write it there.
+
+    placed: the tensor in both when the call began. kept: the parameter as the engine keeps it.
     """
 
     def __init__(self, module: nn.Module, attribute: str, engines: EngineParameters) -> None:
         self.module, self.attribute = module, attribute
-        self.copy = module  # until there is one
+        self.copy = module  # until the call makes one
         placed: Any = module._parameters.get(attribute)
-        self.placed = placed  # in both
+        self.placed = placed
         self.kept: Any = engines.of(module, attribute, placed)
 
     @property
@@ -38,7 +40,7 @@ class Place:
         return is_owned(self.module, self.attribute)
 
     def held(self) -> Tensor | None:
-        """What is there now."""
+        """The tensor that is there now."""
         here = self.copy._parameters.get(self.attribute)
         if here is self.placed or isinstance(here, Lazy):
             return self.module._parameters.get(self.attribute)
@@ -46,25 +48,25 @@ class Place:
 
 
 def owned(weight: PatchedWeight, place: Place, reads: Reads) -> PatchedWeight:
-    """The same weight over what a place holds when it is read; the reads are noted in `reads`."""
+    """The weight over the tensor that a place holds at each read; `reads` notes the reads."""
     source = weight.source
     nan = matrix_placeholder(source.rows, source.base, reads, whole=False)
 
     def gathered(source: Source, read: bool) -> Source:
         return _by_now(source, place, read=read)
 
-    # What an engine gathers is gone after the call, when logits may still be waiting.
+    # Nothing is deferred: a gathered matrix is gone after the call.
     return weight.with_source(
         source._replace(placeholder=nan, memory=None, defers=False, reads=reads, gathered=gathered)
     )
 
 
 def longer(tensor: Tensor, dimension: int, by: int, place: Place | None) -> Tensor:
-    """The tensor with `by` zeros at the end of a dimension; in its place when it is read."""
+    """The tensor with `by` zeros at the end of a dimension; of an engine's, made at each read."""
     if place is None:
         return lengthened(tensor, dimension, by)
     if is_zero3(tensor) and tensor.requires_grad and torch.is_grad_enabled():
-        # DeepSpeed's F.linear knows the gradients of a module's own parameters alone.
+        # DeepSpeed's F.linear passes gradients only to a module's own parameters.
         raise RuntimeError(
             f"{by} new tokens, and a {place.attribute} of {type(place.module).__name__} "
             f"{tuple(shape_of(tensor))} with a number for each token, which ZeRO-3 has split and "
@@ -82,7 +84,7 @@ def _by_now(source: Source, place: Place, *, read: bool) -> Source:
     held: Any = place.held()
     there = held is not None and not is_dtensor(held) and held.shape == source.base.shape
     source = source._replace(gathered=None)
-    if not read:  # of all parameters and at any time, for the dtype of a model
+    if not read:  # a model's dtype is asked for at any time, of parameters that are not gathered
         return source._replace(base=held.detach()) if there else source
     if is_dtensor(held) and not (fsdp_manages(place.module) and held is place.kept):
         rows = _over_ranks(source)
@@ -132,9 +134,9 @@ def _over_ranks(source: Source) -> Any:
 
 
 def _is_part(held: Any, place: Place) -> bool:
-    """Whether it is this rank's part of the parameter, for a product."""
+    """Whether the tensor is this rank's part of the parameter, which a product may use."""
     if held is None or is_dtensor(held) or not is_dtensor(place.kept):
         return False
-    if isinstance(place.module, nn.Embedding):  # which tokens are its own, only its tool knows
+    if isinstance(place.module, nn.Embedding):  # only its tool knows which tokens are here
         return False
     return bool(held.shape == place.kept.to_local().shape)

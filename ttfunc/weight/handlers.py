@@ -1,7 +1,7 @@
 """The reads of a deferred weight that need no copy, each with the torch functions it implements.
 
-A handler gets the arguments of the function. It returns the result, or NotImplemented: then the
-function is called with the copy.
+A handler gets the arguments of the function. It returns the result, or NotImplemented; then the
+function gets the copy.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ from ttfunc.weight.source import Source
 
 
 def _positional(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """The handler for positional calls only; a call with keywords uses the copy.
-
-    The names of the arguments differ from function to function.
-    """
+    """The handler for positional calls only, as keyword names differ from function to function."""
     return lambda *args, **kwargs: NotImplemented if kwargs else handler(*args)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a dense tensor of floats, as the product needs."""
+    """Whether the value is a dense tensor of floats, as the product needs."""
     return (
         isinstance(value, Tensor)
         and not isinstance(value, PatchedWeight)
@@ -54,7 +51,7 @@ def _embedding(
 ) -> Any:
     if isinstance(input, PatchedWeight) or not isinstance(input, Tensor):
         return NotImplemented
-    # max_norm rescales the matrix itself, and scale_grad_by_freq says how its V×D gradient is made.
+    # max_norm rescales the matrix itself, and scale_grad_by_freq changes its V×D gradient.
     if max_norm is not None or scale_grad_by_freq or not is_deferred(weight):
         if not sparse:
             return NotImplemented
@@ -66,7 +63,7 @@ def _embedding(
 
 @implements(F.embedding_bag)
 def _embedding_bag(*args: Any, sparse: bool = False, **kwargs: Any) -> Any:
-    # The gradient of the rows is dense, and the copy cannot pass a sparse gradient on to them.
+    # The copy cannot pass a sparse gradient on to the rows, whose gradient is dense.
     if len(args) > 7:
         sparse, args = args[7], (*args[:7], False, *args[8:])
     return F.embedding_bag(*args, **kwargs) if sparse else NotImplemented
@@ -84,30 +81,30 @@ def _getitem(weight: Any, tokens: Any) -> Any:
         return NotImplemented
     if tokens.dtype not in (torch.int64, torch.int32):  # a mask, or bytes that count as one
         return NotImplemented
-    # Indexing counts negative numbers from the end, an embedding refuses them.
+    # Indexing counts negative numbers from the end; an embedding refuses them.
     return _embedding(torch.where(tokens < 0, tokens + len(weight), tokens), weight)
 
 
 def _is_product(input: Any, weight: Any, bias: Any) -> bool:
-    """Whether these are a product's operands; new tokens may be without a bias."""
+    """Whether these can be the operands of a product; the bias may lack the new tokens."""
     if not (is_deferred(weight) and _is_plain(input)):
         return False
     heights = ((len(weight.source.base),), (weight.source.height(),))
     return bias is None or (_is_plain(bias) and bias.shape in heights)
 
 
-@implements(F.linear, LINEAR)  # ZeRO-3 may have put another in the place of torch's
+@implements(F.linear, LINEAR)  # ZeRO-3 may have replaced F.linear by its own
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not _is_product(input, weight, bias):
         return NotImplemented
-    # Outside of a step of training someone reads the logits.
+    # Outside of a training step, something will read the logits.
     trained = input.requires_grad or weight.source.rows.values.requires_grad
     waits = weight.source.defers and trained and torch.is_grad_enabled()
     return _logits(input, weight.source, bias, waits)
 
 
 def _logits(input: Tensor, source: Source, bias: Tensor | None, waits: bool) -> Tensor:
-    """The product, or its deferred logits where it `waits` and can wait."""
+    """The product, or deferred logits if it `waits` and can be deferred."""
     source.check_and_note("product")
     waits = waits and source.rows.fixed() and can_defer(input, source.rows.values, bias)
     return (defer if waits else Rows.product)(source.rows, input, source.base, bias)
@@ -155,7 +152,7 @@ implements(Tensor.__rmatmul__)(lambda other, input: _matmul(input, other))
 def _addmm(
     input: Any, mat1: Any, mat2: Any, *old: Any, beta: Any = 1, alpha: Any = 1, out: Any = None
 ) -> Any:
-    # In an old signature, beta and alpha came first.
+    # An old signature has beta and alpha first.
     if old or out is not None or beta != 1 or alpha != 1 or mat1.ndim != 2:
         return NotImplemented
     if not is_deferred(mat2, transposed=True):
@@ -233,5 +230,5 @@ for _func in (
 
 @implements(IS_VIEW)
 def _is_view(weight: Any) -> bool:
-    """Always false: it is no view of a tensor that others hold. (torch.compile asks.)"""
+    """False, since a weight is no view of a tensor that others hold; torch.compile asks this."""
     return False

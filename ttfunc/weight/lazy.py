@@ -1,7 +1,7 @@
-"""A tensor that is made when something reads it, and until then answers for itself.
+"""A tensor that is made when something reads it; until then it answers questions about itself.
 
-Its memory is one NaN, expanded to its shape: code that reads the memory itself gets an error or
-NaN, never numbers that are wrong.
+Its memory is one NaN, expanded to its shape. Code that reads the memory directly gets an error or
+NaN, and never wrong numbers.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ttfunc.weight.overrides import QUESTIONS, refuse_writes
 
 
 class OnTensorsAlone:
-    """A `__torch_dispatch__` that tensors of a class have, and that the class itself has not.
+    """A `__torch_dispatch__` that a class's tensors have, and the class itself does not.
 
-    The dispatcher looks at the tensor. torch.compile looks at the class, and refuses one that has
-    it.
+    The dispatcher looks it up on the tensor. torch.compile looks it up on the class, and refuses a
+    class that has one.
     """
 
     def __get__(self, tensor: Tensor | None, owner: Any) -> Any:
@@ -29,15 +29,15 @@ class OnTensorsAlone:
 
 
 class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
-    """A tensor that `make` makes, at each read.
+    """A tensor that `make` makes at each read.
 
-    piece: makes the rows from a start to a stop alone, where they can be had without the whole.
+    piece: makes only the rows from a start to a stop; None if that takes the whole tensor.
     """
 
     make: Callable[[], Tensor]
     piece: Callable[[int, int], Tensor] | None
 
-    # What tensors of the class do in place of a torch function, without being made.
+    # For each torch function that does not need the tensor made, what to do in its place.
     handlers: ClassVar[Mapping[Any, Callable[..., Any]]] = {}
 
     def answering(self, question: Callable[..., Any]) -> Tensor:
@@ -45,7 +45,7 @@ class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
         return self
 
     def now(self) -> Tensor:
-        """What a handler gets for it: itself, or what stands at this moment where it looks."""
+        """The tensor that a handler gets: itself, or the one that is in its place right now."""
         return self if self.piece is not None else self.make()
 
     def made(self) -> Tensor:
@@ -57,7 +57,7 @@ class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
         return self.made()
 
     def loses_writes(self) -> bool:
-        """Whether what a function writes to it would be lost, as each read makes it anew."""
+        """Whether a write to it would be lost, because each read makes it anew."""
         return True
 
     def __dir__(self) -> list[str]:  # torch's own would read the values
@@ -65,7 +65,7 @@ class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
 
     @classmethod
     def handled(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the handler of a torch function gives; NotImplemented where there is none."""
+        """The result of the function's handler; NotImplemented if it has none."""
         handler = cls.handlers.get(func)
         return NotImplemented if handler is None else handler(*args, **kwargs)
 
@@ -89,7 +89,7 @@ class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
         refuse_writes(func, args, kwargs, _is_lost)
         return _called(func, cls.made, args, kwargs, cls)
 
-    # Code that bypasses __torch_function__ comes to the dispatcher, below autograd: the gradient
+    # Code that bypasses __torch_function__ reaches the dispatcher, below autograd, and its gradient
     # goes to the NaN, which passes it on.
     __torch_dispatch__ = OnTensorsAlone()
 
@@ -110,7 +110,7 @@ class Lazy(Tensor, metaclass=OwnTensorNames):  # type: ignore[metaclass]
 def expanded_nan(
     like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """One NaN of the device and dtype of another tensor, expanded to a shape."""
+    """One NaN with the device and dtype of another tensor, expanded to a shape."""
     nan = like.new_full((), torch.nan, dtype=dtype or like.dtype)
     forbid_writes(nan)
     return nan.expand(shape)
@@ -122,8 +122,8 @@ def lazy(
     make: Callable[[], Tensor],
     piece: Callable[[int, int], Tensor] | None = None,
 ) -> Lazy:
-    """A lazy tensor of a shape, with the dtype and device of another, and without a gradient."""
-    plain = torch.empty(0, dtype=like.dtype, device=like.device)  # also where that is a DTensor
+    """A lazy tensor of a shape, with the dtype and device of another tensor and no gradient."""
+    plain = torch.empty(0, dtype=like.dtype, device=like.device)  # not a DTensor, as `like` may be
     made = expanded_nan(plain, shape).as_subclass(Lazy)
     made.make, made.piece = make, piece
     return made
@@ -136,7 +136,7 @@ def _called(
     kwargs: dict[str, Any],
     kind: type[Lazy] = Lazy,
 ) -> Any:
-    """The result of `func`, with what `read` gives for each lazy tensor of a kind."""
+    """The result of `func` with `read(x)` in place of each lazy tensor x of a kind."""
 
     def given(one: Any) -> Any:
         return read(one) if isinstance(one, kind) else one
@@ -145,7 +145,7 @@ def _called(
 
 
 def _piece(tensor: Any, index: Any) -> Any:
-    """A slice of the first dimension alone."""
+    """A slice of the first dimension, from the tensor's `piece`."""
     if not isinstance(tensor, Lazy) or not isinstance(index, slice):
         return NotImplemented
     if tensor.piece is None or index.step not in (None, 1):

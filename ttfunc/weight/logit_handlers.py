@@ -1,7 +1,7 @@
 """What deferred logits do without being made: change shape, dtype or scale, and give a loss.
 
-A handler gets the arguments of the torch function. It returns the result, or NotImplemented: then
-the function is called with the logits.
+A handler gets the arguments of the torch function. It returns the result, or NotImplemented; then
+the function gets the logits.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ for _func in (
 @implements(Tensor.__getitem__)
 def _getitem(logits: Any, index: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
-    # As in torch, a tensor that is one number gives a view, and any other one a copy.
+    # As in torch, a tensor with one number selects a view, and any other tensor a copy.
     index = tuple(int(one) if _is_number(one) else one for one in index)
     if not isinstance(logits, DeferredLogits) or not _keeps_last(index, logits.ndim):
         return NotImplemented
@@ -74,12 +74,12 @@ def _is_number(index: Any) -> bool:
 
 
 def _keeps_last(index: tuple[Any, ...], ndim: int) -> bool:
-    """Whether an index selects positions, and all of V of each: then it fits hidden states too."""
+    """Whether an index selects positions and keeps all V columns, and so fits hidden states too."""
     for one in index:
         known = one is None or one is ... or isinstance(one, (int, slice, Tensor))
         if not known or isinstance(one, (bool, DeferredLogits)):
             return False
-    # What follows on an ellipsis belongs to the last dimensions.
+    # Indices after an ellipsis belong to the last dimensions.
     ellipsis = next((place for place, one in enumerate(index) if one is ...), len(index))
     if sum(map(_dimensions, index)) == ndim or index[ellipsis + 1 :]:
         return isinstance(index[-1], slice) and index[-1] == slice(None)
@@ -108,7 +108,7 @@ def _detach(logits: DeferredLogits) -> Any:
 
 
 def _from_the_nan(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler for a backward: the NaN has the history of the logits."""
+    """A handler for a backward, which the NaN can do, since it has the history of the logits."""
 
     def handler(*args: Any, **kwargs: Any) -> Any:
         with no_torch_function():
@@ -122,7 +122,7 @@ for _backward in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
 def _stepwise(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler for a function of each number by itself: it is applied to each chunk."""
+    """A handler for a function of single numbers, which the loss applies to each chunk."""
 
     def handler(*args: Any, **kwargs: Any) -> Any:
         tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
@@ -173,7 +173,7 @@ def _cross_entropy(
         return NotImplemented
     pending = input.pending.checked()
     if not can_defer(pending.hidden, pending.rows, pending.bias):
-        return NotImplemented  # within another transform than the one that they were made in
+        return NotImplemented  # they are in another transform than the one that made them
     hidden, base, rows, bias, indices, steps, _ = pending
     losses = cross_entropies(
         hidden.reshape(-1, hidden.shape[-1]), base, rows, bias, indices, target.reshape(-1),

@@ -1,8 +1,8 @@
 """The cross-entropy of logits that are never made, with its gradients, by chunks of positions.
 
-A loss needs one number for each labelled position, and its backward needs the gradient of the
-hidden states and of the k rows. All three are made in one pass over the chunks, each of which is a
-product of some positions with the whole matrix; positions without a label are left out.
+A loss needs one number for each labelled position, and its backward needs the gradients of the
+hidden states and of the k rows. One pass makes all three. It goes over chunks of positions, makes
+the product of each chunk with the whole matrix, and leaves out positions without a label.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ttfunc.weight.product import bias_at, product, product_into
 
 Steps = tuple[Callable[[Tensor], Tensor], ...]
 
-# Bytes of a chunk's logits, for which there is one buffer: a quarter of the matrix, within these
-# bounds. It is a constant of memory, not of positions. Each chunk reads the whole matrix twice, and
-# smaller ones wait for it.
+# Bytes of the one buffer for a chunk's logits: a quarter of the matrix, within these bounds. So the
+# memory does not grow with the positions. Each chunk reads the whole matrix twice, and smaller
+# chunks would spend their time on that.
 LEAST, MOST = 32 << 20, 128 << 20
-# Bytes of logits that stay in a CPU's cache from one pass of the softmax to the next.
+# Bytes of logits that a CPU's cache keeps from one pass of the softmax to the next.
 _CACHED = 2 << 20
 
 
@@ -43,10 +43,12 @@ def cross_entropies(
 ) -> Tensor:
     """The `(n,)` losses at n positions, in float32 or float64; 0 where the label is ignored.
 
-    That is `F.cross_entropy(steps(F.linear(hidden, W, bias)), target, reduction="none")`, W being
-    the `(V, D)` base with the `(k, D)` rows at `indices`. `hidden` is `(n, D)`, `target`
-    `(n,)` int64, `bias` as long as W.
-    Differentiable with respect to hidden and rows. `once`: that nobody differentiates the gradient.
+    It equals `F.cross_entropy(steps(F.linear(hidden, W, bias)), target, reduction="none")`, where W
+    is the `(V, D)` base with the `(k, D)` rows at `indices`. Differentiable with respect to hidden
+    and rows.
+
+    hidden: `(n, D)`. target: `(n,)` int64. bias: as long as W. once: nobody will differentiate the
+    gradient.
     """
     options = (steps, ignore_index, label_smoothing, once)
     losses: Tensor
@@ -56,7 +58,7 @@ def cross_entropies(
 
 
 def in_steps(steps: Steps, logits: Tensor) -> Tensor:
-    """What a model makes of the product."""
+    """The logits that a model makes of a product."""
     for step in steps:
         logits = step(logits)
     return logits
@@ -70,7 +72,7 @@ def made_of(
     bias: Tensor | None,
     indices: TokenIndices,
 ) -> Tensor:
-    """The logits. Their operands were cast as autocast was when the model multiplied."""
+    """The logits. Autocast is off: it cast the operands when the model multiplied."""
     with outside_of_autocast(hidden.device):
         return in_steps(steps, product(hidden, base, rows, bias, indices))
 
@@ -82,9 +84,9 @@ def gradients(
     grad: Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those of a function of hidden states and rows, which can be differentiated again.
+    """The gradients of a function of hidden states and rows, which can be differentiated again.
 
-    The hidden states may depend on the same rows: that part of the gradient is not this one's.
+    The hidden states may depend on the same rows. That part of the gradient is left to autograd.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -100,10 +102,10 @@ def gradients(
 
 
 class _CrossEntropies(torch.autograd.Function):
-    """Also returns, for its own backward, the gradient of each loss.
+    """The losses, and for the backward the gradient of each loss.
 
-    `(n, D)` by the hidden states, and `(n, k)` by the columns of the product that belong to the
-    rows: the gradient of the rows is the product of these with the hidden states.
+    That is `(n, D)` by the hidden states, and `(n, k)` by the rows' columns of the product. The
+    gradient of the rows is the product of the latter with the hidden states.
     """
 
     @staticmethod
@@ -156,7 +158,7 @@ class _CrossEntropies(torch.autograd.Function):
         steps, ignore_index, label_smoothing, once = ctx.options
         needs_hidden, _, needs_rows, *_ = ctx.needs_input_grad
         nothing = (None,) * 7
-        if torch.is_grad_enabled() and not once:  # someone will differentiate this gradient
+        if torch.is_grad_enabled() and not once:  # something will differentiate this gradient
 
             def losses(hidden: Tensor, rows: Tensor) -> Tensor:
                 logits = made_of(steps, hidden, base, rows, bias, ctx.indices)
@@ -165,7 +167,7 @@ class _CrossEntropies(torch.autograd.Function):
 
             first, second = gradients(losses, hidden, rows, grad, ctx.needs_input_grad)
             return first, None, second, *nothing
-        # Where nothing is labelled a mean divides by zero.
+        # If nothing is labelled, a mean divides by zero.
         scale = torch.where(target != ignore_index, grad, 0).unsqueeze(1)
         first = (to_hidden * scale).to(hidden.dtype) if needs_hidden else None
         second = _summed(of_rows * scale, hidden) if needs_rows else None
@@ -199,7 +201,7 @@ class _CrossEntropies(torch.autograd.Function):
 
 
 def _labelled(target: Tensor, ignore_index: int, height: int) -> Tensor:
-    """The positions that have a label. Raises as torch does for one that is out of range."""
+    """The positions that have a label. Raises torch's own error for a label out of range."""
     found = target != ignore_index
     wrong = target[found & ((target < 0) | (target >= height))]
     if len(wrong):
@@ -210,9 +212,9 @@ def _labelled(target: Tensor, ignore_index: int, height: int) -> Tensor:
 def _losses(
     logits: Tensor, target: Tensor, ids: Tensor, steps: Steps, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """`(n,)` losses of `(n, V)` logits, over which their gradients are written.
+    """`(n,)` losses of `(n, V)` logits; writes their gradients over the logits.
 
-    Also returns those of the columns `ids`, which are not rounded.
+    Also returns the gradients of the columns `ids`, not rounded to the logits' dtype.
     """
     losses, parts = [], []
     most = len(logits)
@@ -247,7 +249,7 @@ def _loss_and_gradient(
 
 
 def _summed(of_rows: Tensor, hidden: Tensor) -> Tensor:
-    """`(k, D)`, the product of `(n, k)` and `(n, D)`; narrow states are widened a few at a time."""
+    """The `(k, D)` product of `(n, k)` and `(n, D)`; widens narrow states a few at a time."""
     total = of_rows.new_zeros(of_rows.shape[1], hidden.shape[1])
     for some, states in zip(of_rows.split(1024), hidden.split(1024), strict=True):
         total = torch.addmm(total, some.mT, states.to(some.dtype))

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ttfunc.torch_private import TensorBase, tree_leaves, writes_of
 
-# Questions about the size: there may be more rows than the base has.
+# Questions about the size: the matrix may have more rows than the base.
 SIZES = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "nbytes")} | {
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
     *(Tensor.is_contiguous, torch.numel),
 }
 
-# Questions about metadata, which the base answers: no values are read.
+# Questions about metadata, which the base answers: they read no values.
 ANSWERED_BY_BASE = (
     SIZES
     | {
@@ -34,8 +34,8 @@ ANSWERED_BY_BASE = (
     }
 )
 
-# Questions that only the placeholder can answer: about autograd, and about the layout in memory,
-# which torch.compile compares with the layout that it finds.
+# Questions that the placeholder answers: about autograd, and about the layout in memory, which
+# torch.compile compares with the layout that it finds.
 ANSWERED_BY_PLACEHOLDER = {
     getattr(Tensor, name).__get__
     for name in ("requires_grad", "grad_fn", "is_leaf", "grad", "retains_grad", "output_nr")
@@ -43,10 +43,10 @@ ANSWERED_BY_PLACEHOLDER = {
 
 QUESTIONS = ANSWERED_BY_BASE | ANSWERED_BY_PLACEHOLDER
 
-# Left out are torch.resize_as_ and a few private functions: torch.compile fails to look them up.
+# Without torch.resize_as_ and a few private functions, which torch.compile fails to look up.
 _IN_PLACE = r"(?!_|resize_as)\w+_|_foreach_\w+_"
 
-# Functions that write to their first argument, or give a pointer to it.
+# Functions that write to their first argument, or return a pointer to it.
 WRITERS = (
     {
         func
@@ -72,11 +72,11 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 def registry() -> tuple[dict[Any, Callable[..., Any]], Callable[..., Callable[[Handler], Handler]]]:
-    """A table of handlers for torch functions, and the decorator that enters one in it."""
+    """A table of handlers for torch functions, and the decorator that adds to it."""
     handlers: dict[Any, Callable[..., Any]] = {}
 
     def implements(*functions: Any) -> Callable[[Handler], Handler]:
-        """Registers what a tensor does in place of these torch functions."""
+        """Registers a handler for these torch functions."""
 
         def register(handler: Handler) -> Handler:
             handlers.update(dict.fromkeys(functions, handler))
@@ -90,7 +90,7 @@ def registry() -> tuple[dict[Any, Callable[..., Any]], Callable[..., Callable[[H
 def written_by(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Any]:
-    """The arguments that `func` writes to, or gives a pointer to."""
+    """The arguments that `func` writes to, or returns a pointer to."""
     given = (*args, *kwargs.values())
     written = writes_of(func, args, kwargs)
     if written is not None:
@@ -105,9 +105,9 @@ def refuse_writes(
     kwargs: dict[str, Any],
     is_lost: Callable[[Any], bool],
 ) -> None:
-    """Raise where `func` writes to the copy, or gives a pointer to it: both would be lost.
+    """Raise if `func` writes to a tensor that is made anew at each read, or takes its address.
 
-    And for a function with strides: they belong to the placeholder, not to the copy.
+    Also raise for `as_strided`: its strides would be those of the placeholder.
     """
     if any(map(is_lost, written_by(func, args, kwargs))):
         raise RuntimeError(
@@ -124,7 +124,7 @@ def refuse_writes(
 
 def transposes(*dims: int) -> bool:
     """Whether swapping these two dimensions of a matrix transposes it."""
-    # Of a matrix, -2 and 0 are one dimension and so are -1 and 1.
+    # In a matrix, -2 and 0 are the same dimension, and so are -1 and 1.
     return set(dims) <= {-2, -1, 0, 1} and dims[0] % 2 != dims[1] % 2
 
 

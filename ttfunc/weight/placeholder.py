@@ -1,9 +1,9 @@
-"""What code gets that bypasses the `__torch_function__` of a weight, or of logits, that wait.
+"""What code gets if it bypasses the `__torch_function__` of a deferred weight or of logits.
 
-Nested tensors, scripted functions, transforms over the weight and the like never call it. They get
-a placeholder: one NaN, expanded to the shape, whose gradient goes to what the tensor is made of.
-The dispatcher makes the tensor in its place where an operation reads it; code that reads the memory
-itself gets an error or NaN, never numbers that are wrong.
+Nested tensors, scripted functions and transforms over the weight never call it. They get a
+placeholder: one NaN, expanded to the shape, that passes its gradient on to the operands the tensor
+is made of. If an operation reads the placeholder, the dispatcher makes the tensor. Code that reads
+the memory directly gets an error or NaN, and never wrong numbers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ttfunc.weight.rows import Rows, not_mixed
 class Reads:
     """How a weight was read, with a flag for each way.
 
-    Compiled code sets a flag without reading it first, so that it also serves another weight.
+    Compiled code sets a flag without reading it first, so that the code also serves another weight.
     version: the version of the rows when the call began; None for a weight outside of a call.
     """
 
@@ -50,10 +50,10 @@ class Reads:
 
 
 class Recipe(Protocol):
-    """What a placeholder stands for: a function of some operands, and its gradient."""
+    """How to make the tensor that a placeholder stands for, and its gradient."""
 
     def blank(self, *operands: Any) -> Tensor:
-        """What stands in its place: a tensor of its shape, dtype and device."""
+        """The placeholder: a tensor with the shape, dtype and device of the one it stands for."""
 
     def made(self, *operands: Any) -> Tensor:
         """The tensor itself."""
@@ -61,16 +61,16 @@ class Recipe(Protocol):
     def gradient(
         self, grad: Tensor, needs: tuple[bool, ...], *operands: Any
     ) -> tuple[Tensor | None, ...]:
-        """The gradient of each operand, given the tensor's; `needs` says which are asked for."""
+        """The gradient of each operand, given the tensor's; needs: which operands want one."""
 
 
 def placeholder(recipe: Recipe, *operands: Any) -> Tensor:
-    """What stands in the place of `recipe.made(*operands)`, with its gradient.
+    """The placeholder of `recipe.made(*operands)`, with its gradient.
 
-    Within a transform it is a tensor that the dispatcher replaces. Elsewhere the lazy tensor, which
-    takes this as its memory, is what the dispatcher finds.
+    Within a transform the result is a `Placeholder`, for which the dispatcher makes the tensor.
+    Elsewhere the caller makes the result the memory of a lazy tensor, which the dispatcher finds.
     """
-    # Only a wrapper of a transform takes the class of the lazy tensor off.
+    # Only the wrapper of a transform hides the class of the lazy tensor from the dispatcher.
     transformed = any(isinstance(one, Tensor) and is_wrapped(one) for one in operands)
     standing: Tensor = _StandIn.apply(recipe, transformed, *operands)  # type: ignore[no-untyped-call]
     return standing
@@ -85,8 +85,8 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.set_materialize_grads(False)  # no zeros of the size of the base for its tangent
-        # Not by save_for_backward: a patch that is made once is used by many backward passes.
+        ctx.set_materialize_grads(False)  # a tangent of zeros would be as large as the base
+        # Not by save_for_backward: many backward passes may use one patch.
         ctx.recipe, _, *ctx.operands = inputs
 
     @staticmethod
@@ -95,10 +95,10 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _recipe: None, _transformed: None, tangent: Tensor, *_: None) -> Tensor:
-        # Forward mode meets a matrix alone. It is linear in its rows: its tangent is the matrix of
-        # the rows' tangents over a base of 0.
+        # Forward mode only meets matrices. A matrix is linear in its rows, so its tangent is the
+        # matrix of the rows' tangents over a base of 0.
         _, base, *others = ctx.operands
-        # Not made of the tangent, which may be a batch.
+        # Not made from the tangent, which may be a batch.
         nothing = torch.zeros((), dtype=base.dtype, device=base.device).expand(base.shape)
         result: Tensor = _StandIn.apply(ctx.recipe, True, tangent, nothing, *others)  # type: ignore[no-untyped-call]
         return result
@@ -123,7 +123,7 @@ class _StandIn(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _InPlaceOf:
-    """Another tensor in the place of the first operand, with the gradient of that one."""
+    """Another tensor in the place of the first operand, whose gradient goes to that operand."""
 
     blank: Callable[..., Tensor]
 
@@ -137,20 +137,20 @@ class _InPlaceOf:
 
 
 def with_values(tensor: Tensor, values: Tensor) -> Any:
-    """A copy of `values` that has the gradient of `tensor`."""
+    """A copy of `values` whose gradient goes to `tensor`."""
     copy = _InPlaceOf(lambda _, values: values.clone())
     return _StandIn.apply(copy, False, tensor, values.detach())  # type: ignore[no-untyped-call]
 
 
 def wrapped(fake: Tensor, kind: type[Tensor]) -> Any:
-    """A fake tensor as one of a class, with its gradient; `as_subclass` does not work on it."""
+    """`fake.as_subclass(kind)` with a gradient, for a fake tensor, which has no such method."""
     wrapper = _InPlaceOf(lambda fake: wrapper_of(fake, kind))
     with outside_of_transforms():
         return _StandIn.apply(wrapper, False, fake)  # type: ignore[no-untyped-call]
 
 
 class Placeholder(Lazy):
-    """A lazy tensor for transforms, which work on it within their wrappers."""
+    """A lazy tensor inside of the wrapper of a transform."""
 
     __torch_function__ = plain_torch_function  # type: ignore[assignment]
 
@@ -168,7 +168,7 @@ class Placeholder(Lazy):
                 seen = func(*args, **(kwargs or {}))
             if func in COMPARISONS:
                 return seen
-            if isinstance(seen, Tensor):  # a transform makes views of it before any read
+            if isinstance(seen, Tensor):  # transforms make views of it before any read
                 make = args[0].make
                 return _replaced(seen, lambda: _viewed(func, make(), *args[1:], **(kwargs or {})))
         return cls._dispatched(func, types, args, kwargs)
@@ -181,7 +181,7 @@ def _replaced(blank: Tensor, make: Callable[[], Any]) -> Placeholder:
 
 
 def _viewed(func: Any, matrix: Tensor, *args: Any, **kwargs: Any) -> Any:
-    # The matrix has another layout in memory than the NaN, and its view may need a copy.
+    # The tensor has another layout in memory than the NaN, so its view may need a copy.
     func = torch.ops.aten.reshape if func is torch.ops.aten.view.default else func
     return func(matrix, *args, **kwargs)
 
@@ -189,8 +189,8 @@ def _viewed(func: Any, matrix: Tensor, *args: Any, **kwargs: Any) -> Any:
 def matrix_placeholder(rows: Rows, base: Tensor, reads: Reads, *, whole: bool = True) -> Tensor:
     """One NaN in the shape of the matrix, whose gradient goes to the rows.
 
-    Where each example has its own rows, the gradient is refused. A read of the matrix itself is
-    noted in `reads`, and refused where no rank has the matrix (not `whole`, or a DTensor).
+    If each example has its own rows, the gradient is refused. `reads` notes a read of the matrix
+    itself, which is refused if no rank has the whole of it (not `whole`, or a DTensor).
     """
     new_tokens = rows.new_tokens(base)
     if rows.by_example():
@@ -217,7 +217,7 @@ def matrix_placeholder(rows: Rows, base: Tensor, reads: Reads, *, whole: bool = 
 class _Matrix:
     """`base.index_copy(0, ids, values)`; a transform may put a batch in front of the values.
 
-    no_matrix, no_gradient: what is raised where there is none.
+    no_matrix, no_gradient: make the error if the matrix, or its gradient, cannot be had.
     """
 
     new_tokens: int
@@ -248,16 +248,16 @@ class _Matrix:
 def _constant(rows: Rows, base: Tensor) -> Tensor:
     """One NaN in the shape of the matrix, without a gradient.
 
-    A graph of `torch.export` with `strict=True` keeps what nothing reads, such as a copy. Dynamo
-    takes every read to the handlers.
+    A graph of `torch.export` with `strict=True` would keep a copy that nothing reads. Dynamo brings
+    every read to the handlers.
     """
     return base.new_full((), torch.nan).expand(rows.height(base), base.shape[1])
 
 
 def _no_placeholder() -> bool:
-    """Whether the placeholder cannot carry a gradient, and the copy itself takes its place.
+    """Whether to make the copy at once, because a placeholder could not carry a gradient here.
 
-    torch.compile drops the copy if nothing reads it, and so does make_fx of a transform;
+    torch.compile drops the copy if nothing reads it, and so does make_fx of a transform.
     functionalize, and forward mode without a transform (`torch.autograd.forward_ad`), pay for it.
     """
     if torch.compiler.is_dynamo_compiling() or at_work(FUNCTIONALIZE):

@@ -1,8 +1,8 @@
 """The product with a matrix whose rows at fixed ids are replaced: `Y = H Wᵀ`, `Y[:, S] = H Rᵀ`.
 
 It equals the product with `base.index_copy(0, ids, rows)`, without that copy and without a gradient
-of its size. `base` is `(V, D)`, `rows` is `(k, D)` of the same dtype and device. Where ids are past
-the end of the base, Y has columns for these new tokens, behind the V of the base.
+of its size. `base` is `(V, D)`, `rows` is `(k, D)` of the same dtype and device. Ids past the end
+of the base are new tokens: Y has columns for them behind the V columns of the base.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def product(
 
 
 def lengthened(tensor: Tensor, size: int) -> Tensor:
-    """Logits, or their bias, with zeros up to `size` columns: those of new tokens."""
+    """Logits, or their bias, padded with zeros to `size` columns, for new tokens."""
     more = size - tensor.shape[-1]
     return F.pad(tensor, (0, more)) if more else tensor
 
 
 def long_bias(bias: Tensor | None, base: Tensor, ids: TokenIndices | IdTensor) -> Tensor | None:
-    """The bias as the product takes it: cast as its operands, and 0 for new tokens without one."""
+    """The bias for the product: cast as the other operands, and 0 for new tokens that it lacks."""
     return None if bias is None else lengthened(autocast(bias), ids.height(len(base)))
 
 
@@ -64,7 +64,7 @@ def bias_at(bias: Tensor | None, ids: Tensor) -> Tensor | None:
 
 
 def first_columns(tensor: Tensor, count: int) -> Tensor:
-    """The first columns; no view where they are all, as a batched gradient has no rule for it."""
+    """The first columns; the tensor itself if it has no more: vmap has no rule for such a view."""
     return tensor if tensor.shape[-1] == count else tensor[..., :count]
 
 
@@ -77,16 +77,16 @@ def base_product(hidden: Tensor, base: Tensor, bias: Tensor | None, height: int)
 def patched_product(
     hidden: Tensor, base: Tensor, rows: Tensor, bias: Tensor | None, indices: TokenIndices
 ) -> Tensor:
-    """The product in plain operations, which have every rule of torch."""
+    """The product in plain operations, for which every transform has a rule."""
     ids = indices.ids_on(base.device)
     fresh = base_product(hidden, base, bias, indices.height(len(base)))
     return fresh.index_copy(-1, ids, F.linear(hidden, rows, bias_at(bias, ids)))
 
 
 def _in_one_buffer(hidden: Tensor, base: Tensor, bias: Tensor | None, height: int) -> Tensor:
-    """As `base_product`, without a copy; the columns of new tokens are not written yet.
+    """`base_product` without a copy, and without values in the columns of new tokens.
 
-    What `F.linear` adds a bias to is a view, to which a model could not write in place.
+    It avoids the view that `F.linear` returns with a bias: a model could not write to it in place.
     """
     views = bias is not None and hidden.ndim != 2
     if not (height > len(base) or views) or torch.compiler.is_dynamo_compiling():
@@ -97,7 +97,7 @@ def _in_one_buffer(hidden: Tensor, base: Tensor, bias: Tensor | None, height: in
 
 
 def product_into(logits: Tensor, hidden: Tensor, base: Tensor, bias: Tensor | None) -> None:
-    """Write the columns of the base to `(n, V)` logits; those of new tokens stay as they are."""
+    """Write the base's columns of `(n, V)` logits; the columns of new tokens are not touched."""
     known = logits[:, : len(base)]
     if bias is None:
         torch.mm(hidden, base.mT, out=known)
@@ -108,9 +108,9 @@ def product_into(logits: Tensor, hidden: Tensor, base: Tensor, bias: Tensor | No
 class _ProductFunction(torch.autograd.Function):
     """The product with k columns written in place, and a backward to match.
 
-    Plain autograd of `patched_product` keeps three buffers of the size of the logits. This keeps
-    none, and its backward makes one at most, after those of the loss are freed. (Subtracting the
-    old rows' part from `grad @ base` would make none, but lose digits where an old row is large.)
+    Autograd of `patched_product` would keep three buffers of the size of the logits. This keeps
+    none, and its backward makes at most one, after the loss has freed its own. Subtracting the old
+    rows' part from `grad @ base` would make none, but lose digits if an old row is large.
     """
 
     @staticmethod
@@ -143,14 +143,14 @@ class _ProductFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
-        # In place, a batch of rows would not fit into the product of an unbatched hidden state.
+        # A batch of rows cannot be written in place to the product of unbatched hidden states.
         return torch.vmap(patched_product, in_dims, randomness=info.randomness)(*operands), 0
 
 
 def _product_without(indices: TokenIndices, grad: Tensor, base: Tensor) -> Tensor:
-    """`G₀ W`: `grad @ base` as if the columns of the ids were 0."""
+    """`G₀ W`: `grad @ base` with zeros in the gradient's columns of the ids."""
     start = indices.start_of_end(grad.shape[-1])
-    if start is not None:  # added tokens: what is before them needs no copy
+    if start is not None:  # the ids are the last ones: a view of the columns before will do
         return grad[..., :start] @ base[:start]
     zeroed = grad.index_fill(-1, indices.ids_on(base.device), 0)
     return first_columns(zeroed, len(base)) @ base
@@ -164,9 +164,9 @@ def _flat(tensor: Tensor) -> Tensor:
 def _has_no_rule() -> bool:
     """Whether an autograd.Function cannot be used here.
 
-    functionalize has no rule for it, forward mode over forward mode loses the outer tangent, and
-    torch.compile has no rule for it under a transform. A graph for another runtime would hold its
-    writes in place.
+    functionalize has no rule for one, forward mode over forward mode loses the outer tangent, and
+    torch.compile has no rule for one under a transform. A graph for another runtime would contain
+    its writes in place.
     """
     if torch.compiler.is_dynamo_compiling():
         return transforms_active() or is_exported()
@@ -174,11 +174,11 @@ def _has_no_rule() -> bool:
 
 
 def cast_like(values: Tensor, base: Tensor) -> Tensor:
-    """Rows in the dtype of the base, and on its device."""
+    """Rows in the dtype and on the device of the base."""
     return values.to(base.device, base.dtype)
 
 
 def autocast(operand: Tensor) -> Tensor:
-    """Cast as autocast does for `F.linear`, before the Function, so that its backward agrees."""
+    """The cast of autocast for `F.linear`; done before the Function, its backward has it too."""
     dtype = autocast_dtype(operand.device)
     return operand if dtype is None or operand.dtype == torch.float64 else operand.to(dtype)

@@ -1,9 +1,9 @@
 """A matrix with replaced rows, and its reads: `W = base`, then `W[ids] = values`.
 
-The values are shared `(k, D)`, or `(B, k, D)`: each example of a batch has its own. The ids are
-fixed, or a tensor in which some rows may be unused. Each read equals the one of the matrix itself,
-without a copy or a gradient of its size. How many new tokens there are, the ids tell: some of them
-are past the end of the base.
+The values are `(k, D)`, shared by all examples of a batch, or `(B, k, D)`, rows of each example.
+The ids are fixed, or a tensor in which some rows may be unused; ids past the end of the base are
+new tokens. Each read gives what the same read of the matrix gives, without a copy of the matrix and
+without a gradient of its size.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from ttfunc.weight.product import autocast, base_product, cast_like, long_bias, 
 
 
 class Rows(NamedTuple):
-    """Replacement rows. Each read casts them to the dtype and moves them to the device of the base.
+    """Replacement rows, which each read casts to the dtype, and moves to the device, of the base.
 
     So a patch that is made once reads the current rows throughout training.
 
-    values: `(k, D)`, or `(B, k, D)`. ids: of the k rows; where they are a tensor, values of unused
-    rows are 0 (see `rows_at`).
+    values: `(k, D)`, or `(B, k, D)`. ids: of the k rows. If they are a tensor, unused rows have
+    values of 0 (see `rows_at`).
     """
 
     values: Tensor
@@ -50,11 +50,11 @@ class Rows(NamedTuple):
         return isinstance(self.ids, TokenIndices) and not self.by_example()
 
     def height(self, base: Tensor) -> int:
-        """How many rows the matrix has: the base's, and those of new tokens."""
+        """The number of rows of the matrix, with new tokens."""
         return self.ids.height(len(base))
 
     def new_tokens(self, base: Tensor) -> int:
-        """How many more rows than the base the matrix has."""
+        """The number of rows that the matrix has and the base does not."""
         return self.height(base) - len(base)
 
     def lookup(self, tokens: Tensor, base: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -83,7 +83,7 @@ class Rows(NamedTuple):
             count, k, _ = rows.shape
             first = k * torch.arange(count, device=row.device)
             row, rows = row + beside(first, row.ndim), rows.flatten(0, 1)
-        # An id that is no token stays as it is, and F.embedding raises for it.
+        # F.embedding raises for an id that is out of range.
         known = torch.where(hit, 0, tokens) if self.new_tokens(base) else tokens
         replaced = F.embedding(row, rows, padding_idx=padding_row)
         return torch.where(hit.unsqueeze(-1), replaced, F.embedding(known, base))
@@ -116,7 +116,7 @@ class Rows(NamedTuple):
         return fresh.scatter_(-1, columns, replaced)
 
     def materialise(self, base: Tensor) -> Tensor:
-        """The matrix itself. Raises RuntimeError where each example has its own."""
+        """The matrix itself. Raises RuntimeError if each example has its own."""
         if is_dtensor(base):
             return dtensor_rows.materialise(self.values, self._fixed_ids(), base)
         rows, columns = self.written(base)
@@ -125,7 +125,7 @@ class Rows(NamedTuple):
     def piece(self, base: Tensor, start: int, stop: int) -> Tensor:
         """The rows of the matrix from `start` to `stop`, `(stop - start, D)`; a copy.
 
-        Raises RuntimeError where each example, or each rank, has its own.
+        Raises RuntimeError if each example, or each rank, has its own.
         """
         if is_dtensor(base):
             raise _on_some_ranks(start, stop)
@@ -144,16 +144,16 @@ class Rows(NamedTuple):
         return cast(TokenIndices, self.ids)
 
     def places(self, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Which rows are used, and the column of the logits for each; no two are alike."""
+        """Which rows are used, and the column of the logits for each row, all different."""
         if not isinstance(self.ids, TokenIndices):
             return self.ids.used(), self.ids.columns
         ids = self.ids.ids_on(base.device).expand(self.values.shape[:-1])
         return torch.ones_like(ids, dtype=torch.bool), ids
 
     def written(self, base: Tensor) -> tuple[Tensor, Tensor]:
-        """What is written to the base to make the matrix, and where.
+        """The rows to write to the base to make the matrix, and their ids there.
 
-        In the place of an unused row that is what the base has there.
+        For an unused row it is the base's own row.
         """
         if self.by_example():
             raise not_mixed()
@@ -168,16 +168,15 @@ class Rows(NamedTuple):
 def rows_at(values: Tensor, ids: Tensor, height: int) -> Rows:
     """`(..., k, D)` rows at any `(..., k)` int64 ids, for a matrix of `height` rows, at least k.
 
-    A row is not used if its id is -1, or any that is no token's; of rows with one id the first
-    counts. What an unused row holds reaches no result and no gradient: times a gradient of 0 it
-    could be NaN.
+    A row is unused if its id is -1 or out of range, or if a row before it has the same id. The
+    values of an unused row are set to 0, since NaN times a gradient of 0 would be NaN.
     """
     tensor = id_tensor(first_of_each(ids, height), height)
     return Rows(torch.where(tensor.used().unsqueeze(-1), values, 0), tensor)
 
 
 def _check_examples(count: int, given: Tensor, least: int) -> None:
-    """Raise ValueError for a batch that does not have so many examples in its first dimension."""
+    """Raise ValueError for a batch whose first dimension does not have `count` examples."""
     if given.ndim < least or given.shape[0] != count:  # len would be a constant in a graph
         raise ValueError(
             f"a mixed patch for {count} examples was given a batch of shape "
@@ -189,7 +188,7 @@ def _check_examples(count: int, given: Tensor, least: int) -> None:
 
 
 def not_mixed() -> RuntimeError:
-    """What is raised where several adapters would need one matrix."""
+    """The error for a read of one matrix where each example has its own."""
     return RuntimeError(
         "the model reads its token matrix in a way that cannot be mixed. Only looking up tokens "
         "and multiplying hidden states by the matrix can be. Call the model separately for each "

@@ -1,4 +1,4 @@
-"""What a patched weight is made of, how it was read, and whether that was written to since."""
+"""What a patched weight is made of, how it was read, and whether its parts were written to."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ttfunc.torch_private import in_backward, is_traced, transforms_active, vers
 from ttfunc.weight.placeholder import Reads, matrix_placeholder
 from ttfunc.weight.rows import Rows
 
-# So many tensors, and so many bytes of them in all, are compared at each read to what they were.
+# At most this many tensors, and bytes of them in all, are compared with their copies at each read.
 MOST_TENSORS, MOST_BYTES = 64, 1 << 20
 
 
 class Copied(NamedTuple):
-    """Tensors that were copied to make a weight, and what they were then.
+    """Tensors that were copied to make a weight, with their versions and values at that time.
 
-    values: copies of all of them; none where they are too many to compare at each read.
+    values: copies of all of them; empty if they are too many to compare at each read.
     """
 
     tensors: tuple[Tensor, ...]
@@ -30,9 +30,9 @@ class Copied(NamedTuple):
     values: tuple[Tensor, ...]
 
     def written(self) -> bool:
-        """Whether one was written to since, as far as its version or its values tell.
+        """Whether one was written to since, as far as versions and values show.
 
-        No version counts a write to `tensor.data` or through numpy, as some optimizers write.
+        Versions do not count writes to `tensor.data`, as some optimizers make, or through numpy.
         """
         if any(map(operator.ne, map(version_of, self.tensors), self.versions)):
             return True
@@ -43,13 +43,14 @@ class Copied(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What a patched weight is made of: a `(V, D)` base, and rows, cast to it when they are read.
+    """What a patched weight is made of: a `(V, D)` base, and rows that are cast to it when read.
 
     placeholder: the `(V, D)` tensor that code gets if it bypasses `__torch_function__`. copy: the
-    patched matrix, if the weight is dense. memory: where the model's own matrix lay. made_from: the
-    tensors that were copied to make the weight. defers: whether its products may wait, as deferred
-    logits. reads: how the weight was read. gathered: of a matrix that an engine owns; makes of this
-    the source over what the engine has gathered by now, for a read or for a question.
+    patched matrix, if the weight is dense. memory: where the model's matrix lay when the weight was
+    made. made_from: the tensors that were copied to make it. defers: whether its products may be
+    deferred logits. reads: how the weight was read. gathered: for a matrix that an engine owns, a
+    function that returns the source over what the engine has gathered; its second argument says
+    whether that is for a read, or for a question.
     """
 
     base: Tensor
@@ -64,16 +65,16 @@ class Source(NamedTuple):
     gathered: Callable[[Source, bool], Source] | None = None
 
     def over(self, base: Tensor, rows: Rows) -> Source:
-        """The same with another base and other rows, and a placeholder of these."""
+        """The source with another base and other rows, and their placeholder."""
         placeholder = matrix_placeholder(rows, base, self.reads)
         return self._replace(base=base, rows=rows, placeholder=placeholder)
 
     def height(self) -> int:
-        """How many rows the matrix has, with new tokens."""
+        """The number of rows of the matrix, with new tokens."""
         return self.rows.height(self.base)
 
     def new_tokens(self) -> int:
-        """How many rows it has more than its base."""
+        """The number of rows that the matrix has and its base does not."""
         return self.rows.new_tokens(self.base)
 
     def uses(self) -> set[str]:
@@ -83,8 +84,9 @@ class Source(NamedTuple):
     def check_and_note(self, how: str) -> None:
         """Note a read.
 
-        Raises ValueError where what was copied has been written to since, RuntimeError for a read
-        by the backward of a call (of an autograd.Function, of a checkpoint) if the rows have been.
+        Raises ValueError if a tensor that the weight copied was written to since. Raises
+        RuntimeError if the backward of a call (an autograd.Function, a checkpoint) reads rows that
+        were written to since the call.
         """
         if not torch.compiler.is_dynamo_compiling():  # Dynamo does not trace versions
             if any(one.written() for one in self.made_from):
@@ -98,9 +100,9 @@ class Source(NamedTuple):
 
 
 def copied(*tensors: Tensor) -> tuple[Copied, ...]:
-    """These as they are now; nothing for none, and under torch.compile.
+    """A record of the tensors as they are now; empty without tensors, and under torch.compile.
 
-    Their values are kept where they are few: `MOST_TENSORS` and `MOST_BYTES` in all.
+    It keeps their values if they are no more than `MOST_TENSORS` and `MOST_BYTES`.
     """
     if not tensors or torch.compiler.is_dynamo_compiling():
         return ()
@@ -116,7 +118,7 @@ def _differs(now: Tensor, was: Tensor) -> bool:
 
 
 def _can_compare(*tensors: Tensor) -> bool:
-    """Whether values can be read here, without a trace of it in a graph."""
+    """Whether the values can be read here, and no graph would contain that read."""
     if is_traced() or transforms_active():
         return False
     if any(type(one) not in (Tensor, nn.Parameter) or one.is_meta for one in tensors):
