@@ -1,4 +1,4 @@
-"""What has a number for each token beside a token matrix: biases, and adapters around it."""
+"""Tensors beside a token matrix with a number for each token: biases, and adapters around it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ttfunc.model.held import held_in, tensors_of, way_to
 from ttfunc.model.matrix import Matrix
 from ttfunc.model.targets import copied_whole
 
-# The dimension of a LoRA's parts that has the tokens; the others have none.
+# For each part of a LoRA the dimension of its tokens; None if it has none.
 _OF_LORA = {"lora_B": 0, "lora_embedding_A": 1, "lora_A": None, "lora_embedding_B": None}
-# What other adapters have that acts before the product, or on some entries of the matrix alone.
+# Parts of other adapters that have no number for each token: they act before the product, or on a
+# few entries of the matrix.
 _WITHOUT = {"lora_E", "ranknum", "lora_magnitude_vector", "oft_R", "oft_embedding_R", "hra_u"}
 _WITHOUT |= {"shira_weight", "trainable_tokens_delta", "trainable_tokens_original"}
 _LAYERS = re.compile(r"(?<=\.)base_layer\.")
 
 
 class Beside(NamedTuple):
-    """A tensor, its name, the modules from the model to it, and which dimension has the tokens."""
+    """A tensor, its name, the modules from the model to it, and its dimension of the tokens."""
 
     name: str
     way: list[nn.Module]
@@ -34,7 +35,7 @@ class Beside(NamedTuple):
 def beside(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
     """The tensors to lengthen by zeros when the matrix at the end of the way gets new tokens.
 
-    height: of the matrix. Raises ValueError for an adapter that zeros do not lengthen rightly.
+    height: of the matrix. Raises ValueError for an adapter that cannot be lengthened by zeros.
     """
     yield from biases(way, name, height)
     *parts, attribute = name.split(".")
@@ -46,7 +47,7 @@ def beside(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
 
 
 def biases(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
-    """The biases of the logits, in the modules on the way to the matrix."""
+    """The biases of the logits, in the modules that lead to the matrix."""
     parts = name.split(".")[:-1]
     for depth, module in enumerate(way):
         for attribute, tensor in tensors_of(module):
@@ -57,7 +58,7 @@ def biases(way: list[nn.Module], name: str, height: int) -> Iterator[Beside]:
 
 
 def is_bias(name: str, shape: Sequence[int], height: int) -> bool:
-    """Whether it is a bias of the logits of `height` tokens, by its name and its shape."""
+    """Whether a name and a shape are those of a bias of the logits of `height` tokens."""
     return name.endswith("bias") and tuple(shape) in {(height,), (1, height)}
 
 
@@ -67,9 +68,9 @@ def bias_names(
     height: int,
     known: Sequence[str] | None = None,
 ) -> list[str]:
-    """The biases in a state dict, of which the shapes are known: beside the matrix, or above it.
+    """The biases in a state dict with these shapes, beside the matrix or above it.
 
-    known: their names in the model, if the model was asked; the state dict may have other ones.
+    known: their names in the model, if that is at hand; the state dict may have other names.
     """
     if known is not None and any(name in shapes for name in known):
         return [name for name in known if name in shapes and is_bias(name, shapes[name], height)]
@@ -85,7 +86,7 @@ def bias_names(
 
 
 def check_beside(model: nn.Module, matrix: Matrix) -> None:
-    """Raise ValueError where an adapter around the matrix has no place for new tokens."""
+    """Raise ValueError if an adapter around the matrix has no place for new tokens."""
     if copied := next((name for name in matrix.names if ".original_module." in name), None):
         whole = copied.partition(".original_module.")[0]
         raise copied_whole(whole, ", and the copy has no rows for new tokens")
@@ -116,9 +117,9 @@ def adapters_in(
 def _of_adapters(
     way: list[nn.Module], names: list[str], height: int, wide: bool
 ) -> Iterator[Beside]:
-    """The parts of adapters in the layer that PEFT has put around another.
+    """The parts of adapters in a layer that PEFT has put around another one.
 
-    wide: the matrix is as wide as it is high, so that a size alone tells nothing.
+    wide: whether the matrix is as wide as it is high, so that a size alone says nothing.
     """
     layer: Any = way[-1]
     idle = getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False)

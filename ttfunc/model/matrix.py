@@ -1,7 +1,7 @@
 """A token matrix: every name and every place under which a model holds it.
 
-Identity decides: two names are tied when their parameters are one object, or two objects over the
-same memory. No config is read for it.
+Identity decides: two names are tied if their parameters are one object, or two objects over the
+same memory. No config is read for that.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ttfunc.torch_private import is_fake, is_traced
 class Matrix:
     """One distinct token matrix of a model.
 
-    names: every name that `state_dict` gives it, the first one first.
-    slots: one name for each distinct (module, attribute) that holds it, with its tensor; in an
-        engine with the tensor that it keeps between calls. A module reached by two paths is one.
-    has_max_norm: whether an Embedding with max_norm holds it; that rescales it in place at a read.
-    model: the model, which these rows do not keep alive.
-    looked_up: whether a token was looked up with its rows since the last call that multiplied.
+    names: every name that `state_dict` gives it, in the order of the model.
+    slots: one name for each distinct place (module, attribute) that holds it, with the tensor
+        there; for an engine's parameter the tensor that the engine keeps between calls.
+    has_max_norm: whether an Embedding with max_norm holds it, and rescales it in place at a read.
+    model: the model, by a weak reference.
+    looked_up: whether a lookup has read its rows since the last call with a product.
     """
 
     names: tuple[str, ...]
@@ -45,22 +45,22 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Its `(V, D)`, of which this rank may have a part alone."""
+        """The `(V, D)` of the whole, even if this rank has only a part of it."""
         height, width = shape_of(self.tensor)
         return height, width
 
     def moved_to(self, tensors: Sequence[Tensor]) -> None:
-        """Note what the slots hold since an engine has sharded them; the whole is let go of."""
+        """Put an engine's tensors into the slots, which no longer keep the whole matrix alive."""
         names = [name for name, _ in self.slots]
         self.slots = tuple(zip(names, tensors, strict=True))
 
     @property
     def current(self) -> Tensor:
-        """The tensor that the model holds now: while torch.export traces it, a fake one."""
+        """The tensor that the model holds now, which is fake while torch.export traces it."""
         return (*self._stand_ins(), self.tensor)[0]
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is the parameter in one of the slots, or stands for it in a trace."""
+        """Whether `tensor` is the parameter in a slot, or stands for it in a trace."""
         return any(tensor is one for one in (*(one for _, one in self.slots), *self._stand_ins()))
 
     def _stand_ins(self) -> list[Tensor]:
@@ -79,10 +79,9 @@ class Matrix:
         return dict(first.values())
 
     def in_copy(self, memo: Mapping[int, Any]) -> Matrix:
-        """The same matrix in the copy of its model that deepcopy has made; itself without one.
+        """The matrix in the copy of its model that a deepcopy has made; itself without a copy.
 
-        Also itself within the model, of which the copy is not made yet, and where the copy is tied
-        in another way.
+        Also itself while the model is being copied, and if the copy has other ties.
         """
         model = self.model()
         copied = None if model is None else memo.get(id(model))
@@ -94,14 +93,14 @@ class Matrix:
 
 
 def is_stand_in(now: Tensor, tensor: Tensor) -> bool:
-    """Whether `now` is what torch.export calls a model with, in place of such a tensor."""
+    """Whether `now` is a fake tensor with which torch.export replaces `tensor` in a model."""
     if not (is_traced() and is_fake(now)):
         return False
     return now.shape == tensor.shape and now.dtype == tensor.dtype and now.device == tensor.device
 
 
 def holds_floats(tensor: Tensor) -> bool:
-    """Whether it has floats, and no codes for them: some quantised classes say a float's dtype."""
+    """Whether it holds floats, and not their codes: some quantised classes have a float dtype."""
     return tensor.is_floating_point() and type(tensor).dequantize is Tensor.dequantize
 
 
@@ -111,13 +110,13 @@ def matrix_of(model: nn.Module, tensor: Tensor) -> Matrix:
 
 
 def matrices_of(model: nn.Module, tensors: Sequence[Tensor]) -> list[Matrix]:
-    """For each of the tensors every place of `model` that holds it, or its memory in its shape.
+    """The matrix of each tensor: every place of `model` with the same memory in the same shape.
 
-    Raises ValueError where another place covers a part of that memory, or all of it in another
-    shape: the two cannot be patched together.
+    Raises ValueError if another place has a part of that memory, or all of it in another shape:
+    the two cannot be patched together.
     """
     held = list(held_in(model))
-    # Where an engine has gathered each place by itself, the tied places are one tensor in its keep.
+    # An engine may have gathered each tied place into a tensor of its own; it keeps one for all.
     engines = EngineParameters()
     kept = {id(one.tensor): engines.of(*one[1:]) for one in held}
     keys = [memory_of(kept.get(id(tensor), tensor)) for tensor in tensors]
@@ -152,7 +151,7 @@ def _matrix(model: nn.Module, places: Sequence[Held]) -> Matrix:
 
 
 def names_apart(model: nn.Module, matrix: Matrix) -> tuple[str, ...]:
-    """The names of other matrices of this shape, which another model may tie to this one."""
+    """The names of other matrices of the same shape, which another model may tie to this one."""
     return tuple(
         one.name
         for one in held_in(model)
@@ -164,6 +163,6 @@ def names_apart(model: nn.Module, matrix: Matrix) -> tuple[str, ...]:
 
 
 def count_places(model: nn.Module, tensors: Iterable[Tensor]) -> int:
-    """How many places of `model` hold one of exactly these tensors, as its engines keep them."""
+    """How many places of `model` hold one of these tensors, as its engines keep them."""
     wanted, engines = {id(tensor) for tensor in tensors}, EngineParameters()
     return len({one.place for one in held_in(model) if id(engines.of(*one[1:])) in wanted})

@@ -17,7 +17,7 @@ from ttfunc.model.held import names_of, way_to
 from ttfunc.model.matrix import Matrix, holds_floats, matrix_of
 from ttfunc.torch_private import outside_of_modes
 
-# The parts that wrappers put into the names of a model, and the wrapper of each.
+# The parts that wrappers put into the names of a model, each with its wrapper.
 _WRAPPERS = {
     "_orig_mod": "torch.compile",
     "_fsdp_wrapped_module": "FSDP",
@@ -27,7 +27,7 @@ _WRAPPERS = {
     "token_adapter": "PEFT",
     "module": "DataParallel or DistributedDataParallel",
 }
-# These are known at the beginning of a name alone: a model has such parts itself.
+# These count only at the beginning of a name, because models have such parts themselves.
 _FIRST = ("base_model.model", "module")
 PEFT = "base_model.model."  # before each name of the model in a PeftModel
 
@@ -48,12 +48,12 @@ def check_names(names: object) -> None:
 
 
 def peft_twin(name: str) -> str:
-    """The name of the same parameter without the PeftModel around the model, or with one."""
+    """The parameter's name without the PeftModel around the model; with one if there was none."""
     return name.removeprefix(PEFT) if name.startswith(PEFT) else f"{PEFT}{name}"
 
 
 def without_peft(name: str) -> str:
-    """The name of the same parameter in the model itself, also of a layer in a LoRA's."""
+    """The parameter's name in the model itself, without a PeftModel and its layers."""
     return _LAYERS.sub("", name.removeprefix(PEFT))
 
 
@@ -65,13 +65,13 @@ def innermost(model: nn.Module) -> nn.Module:
 
 
 def advice(names: Sequence[str], held: Collection[str]) -> str:
-    """A hint: what `held` may have for `names`, and how to give it; empty if that is not known."""
+    """A hint at the names that `held` has for `names`, and how to give them; empty without one."""
     found = through_wrappers(names, held) or _behind_a_prefix(names, held)
     return f"{_question(found)} Then give names={found!r}." if found else ""
 
 
 def _question(found: Mapping[str, str]) -> str:
-    """A question for a message: whether a name was meant for another, and what wrapper it has."""
+    """A question for a message: whether another name was meant, and which wrapper makes it."""
     parts = [
         f"'{part}.' of {who}"
         for part, who in _WRAPPERS.items()
@@ -82,19 +82,19 @@ def _question(found: Mapping[str, str]) -> str:
 
 
 def is_end(a: str, b: str) -> int:
-    """How many parts the shorter of two names has, if the longer one ends in it; else 0."""
+    """The number of parts of the shorter name, if the longer one ends in it; else 0."""
     parts = same_end(a, b)
     return parts if parts > min(_bare(a).count("."), _bare(b).count(".")) else 0
 
 
 def same_end(a: str, b: str) -> int:
-    """How many parts of two names are equal, from the last one on."""
+    """The number of equal parts at the end of two names."""
     parts = zip(reversed(_bare(a).split(".")), reversed(_bare(b).split(".")), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
 def through_wrappers(names: Iterable[str], held: Iterable[str]) -> dict[str, str]:
-    """For each of `names`, the only `held` one that differs just by parts that wrappers add."""
+    """For each name the one in `held` that differs only by parts of wrappers, if there is one."""
     bare: dict[str, list[str]] = {}
     for name in held:
         bare.setdefault(_bare(name), []).append(name)
@@ -113,7 +113,7 @@ def _bare(name: str) -> str:
 
 
 def _behind_a_prefix(names: Sequence[str], held: Collection[str]) -> dict[str, str]:
-    """Pairs of a name and a held one, if one prefix before either side makes all of them equal."""
+    """Each name with one in `held`, if a single prefix makes them equal."""
     longer = {other.removesuffix(names[0]) for other in held if other.endswith(f".{names[0]}")}
     shorter = {names[0].removesuffix(other) for other in held if names[0].endswith(f".{other}")}
     if len(longer) + len(shorter) != 1:
@@ -150,11 +150,11 @@ def matrix_named(model: nn.Module, name: str, source: Path) -> Matrix:
 
 
 def saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Those of `names` that are others in a folder of the model, and what they are there.
+    """The names that differ in a folder of the model, each with its name there.
 
     transformers renames the parameters of some models when it saves them. The function that
-    `save_pretrained` itself calls says how, of a tensor on meta under each name; no weight is read.
-    Names there have no part of a wrapper. A model that is not of transformers has no such names.
+    `save_pretrained` calls says how: it gets a tensor on meta under each name, and no weight is
+    read. Names in a folder have no parts of wrappers. Other models keep their names.
     """
     transformers = sys.modules.get("transformers.modeling_utils")
     kind, revert = (

@@ -71,7 +71,7 @@ def _matching(names: list[str], target: str | re.Pattern[str]) -> list[str]:
 
 
 def layer_of(name: str, module: nn.Module) -> tuple[str, nn.Module]:
-    """The layer that PEFT has put others around, which has the matrix; another module as it is."""
+    """The layer with the matrix, within those that PEFT put around it; any other module itself."""
     while "weight" not in module._parameters:
         part = next((one for one in _AROUND if module._modules.get(one) is not None), None)
         if part is None:
@@ -81,7 +81,7 @@ def layer_of(name: str, module: nn.Module) -> tuple[str, nn.Module]:
 
 
 def check_target(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise TypeError or ValueError where the module has no rows that can be trained."""
+    """Raise TypeError or ValueError if the module has no rows that can be trained."""
     weight = module._parameters.get("weight")
     if "modules_to_save" in module._modules:
         raise copied_whole(name)
@@ -120,12 +120,12 @@ def copied_whole(name: str, more: str = "") -> ValueError:
 
 
 def ends_of(model: nn.Module) -> list[nn.Module | None]:
-    """The embedding and the head that the model itself names; None for one that it does not."""
+    """The embedding and the head that the model itself names, each None if it names none."""
     found = []
     for end in ("input", "output"):
         try:
             named = getattr(model, f"get_{end}_embeddings")()
-        except (AttributeError, NotImplementedError):  # of no transformers model, or a composite
+        except (AttributeError, NotImplementedError):  # not of transformers, or a composite
             named = None
         found.append(named if isinstance(named, nn.Module) else None)
     return found

@@ -24,15 +24,16 @@ from ttfunc.torch_private import OPTREE_GLOBAL, outside_of_modes, torch_pytree
 
 @dataclass(frozen=True, eq=False)
 class RowSpec:
-    """What stays fixed about the rows of one matrix. Compares by content; its tensors stay as one.
+    """What stays fixed about the rows of one matrix. Two of them are equal if their content is.
 
     names: all names of the matrix. shape: its `(V, D)`. indices: which rows. originals: the
-    `(k, D)` rows as they were, in the matrix's dtype; for new tokens where they started, or zeros
-    where that is not known, and these are not part of the content. matrix: where the rows belong,
-    in the model that they were made from; not part of the content, and not pickled. origin: what
-    that model said of the matrix; not part of the content either. grown: how many of them are new,
-    for tokens that the matrix does not have. follows: how many new tokens of others come before the
-    first of these.
+    `(k, D)` rows as they were, in the matrix's dtype; for new tokens the rows that they started
+    with, or zeros if these are not known. matrix: the matrix in the model that the rows were made
+    from; it is not pickled. origin: what that model said of the matrix. grown: the number of new
+    tokens, which the matrix does not have. follows: the number of new tokens of other parameters
+    that come before these.
+
+    The content is names, shape, indices, and the originals of tokens that are not new.
     """
 
     names: tuple[str, ...]
@@ -52,17 +53,17 @@ class RowSpec:
 
     @property
     def height(self) -> int:
-        """V, and the rows that it grows by."""
+        """The number of rows of the matrix with these new tokens, and those before them."""
         return max(self.shape[0], max(self.indices.ids) + 1)
 
     @property
     def counted(self) -> str:
-        """How many rows, of how many; for a person."""
+        """The number of rows, and of how many, in words."""
         count = f"{len(self.indices) - self.grown:,} of {self.shape[0]:,}"
         return f"{count} and {self.grown:,} new" if self.grown else count
 
     def known(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The ids that the matrix has, and those of `(k, D)` rows that are theirs."""
+        """The ids that are not new, and their rows among `(k, D)` ones."""
         ids = self.indices.ids_on(rows.device)
         if not self.grown:
             return ids, rows
@@ -79,7 +80,7 @@ class RowSpec:
         )
 
     def same_originals(self, a: Tensor, b: Tensor) -> bool:
-        """Whether two `(k, D)` originals have the same bits, but for new tokens."""
+        """Whether two `(k, D)` originals have the same bits, apart from new tokens."""
         with outside_of_modes():
             return same_bits(a, b) or same_bits(self.known(a)[1], self.known(b)[1])
 
@@ -87,7 +88,7 @@ class RowSpec:
         return hash((self.names, self.shape, self.indices))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowSpec:
-        """Itself; of a copy of the model, if that was made before in the same call."""
+        """Itself; or for the copy of the model, if the same deepcopy has copied that before."""
         matrix = None if self.matrix is None else self.matrix.in_copy(memo)
         return self if matrix is self.matrix else replace(self, matrix=matrix)
 
@@ -164,10 +165,10 @@ class TokenDeltas:
         return f"TokenDeltas({'; '.join(parts)})"
 
     def half(self, spec: RowSpec) -> tuple[str, str, str | None] | None:
-        """The input embedding, the head and its target, where a spec is of the former alone.
+        """The input embedding, the head and its target, if the spec is of the embedding alone.
 
-        None where the head has rows too, where the two ends are tied, and where the model names no
-        head or is gone.
+        None if the head has rows too, if the two are tied, and if the model names no head or is
+        gone.
         """
         model = None if spec.matrix is None else spec.matrix.model()
         found = None if model is None else head_apart(model, spec.names, max(spec.indices.ids))
@@ -176,7 +177,7 @@ class TokenDeltas:
         return None if has_head else found
 
     def half_in_words(self, spec: RowSpec) -> str:
-        """What to add about a spec of the input embedding alone; nothing for another."""
+        """A note that a spec is of the input embedding alone; empty for any other spec."""
         if not (found := self.half(spec)):
             return ""
         embedding, head, target = found
@@ -197,7 +198,7 @@ def check_type(params: object, order: str = _ORDER) -> None:
         )
 
 
-# For rows that an engine has sharded, as those of a TokenModule in fully_shard.
+# The way out for rows that an engine has sharded, such as a TokenModule's in fully_shard.
 GATHER = (
     "Gather the rows first, on all ranks: "
     "optree.tree_map(lambda row: row.detach().full_tensor(), params)."
@@ -205,7 +206,7 @@ GATHER = (
 
 
 def check_shapes(params: TokenDeltas) -> None:
-    """Raise where a delta is not one `(k, D)` float tensor: ValueError, or TypeError."""
+    """Raise ValueError or TypeError unless each delta is a `(k, D)` float tensor."""
     for name, delta in params.deltas.items():
         spec = params.specs[name]
         expected = (len(spec.indices), spec.shape[1])
@@ -221,12 +222,12 @@ def check_shapes(params: TokenDeltas) -> None:
             )
 
 
-# Models that were warned of a head whose rows are not trained.
+# Models whose head without trained rows was warned of.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def warn_of_half(model: nn.Module, params: TokenDeltas) -> None:
-    """Warn, once for a model, where its head is not trained with the input embedding."""
+    """Warn, once for a model, if the input embedding is trained and its untied head is not."""
     found = next(filter(None, map(params.half, params.specs.values())), None)
     if found is None or model in _warned:
         return

@@ -69,7 +69,7 @@ def _joined_specs(a: RowSpec, b: RowSpec) -> RowSpec:
 
 
 def _check_apart(a: RowSpec, b: RowSpec) -> None:
-    """Raise ValueError where a token is in both."""
+    """Raise ValueError if a token is in both."""
     if both := sorted({*a.indices.ids} & {*b.indices.ids}):
         way = "Train or merge the adapters one at a time, or drop the overlap."
         if both[0] >= a.shape[0]:
@@ -84,7 +84,7 @@ def _check_apart(a: RowSpec, b: RowSpec) -> None:
 
 
 def _check_one_model(params: Sequence[TokenDeltas]) -> None:
-    """Raise ValueError where a name stands for matrices of different models."""
+    """Raise ValueError if a name stands for matrices of different models."""
     first: dict[str, RowSpec] = {}
     for spec in (spec for given in params for spec in given.specs.values()):
         for name in spec.names:
@@ -146,7 +146,7 @@ def stack(params_list: Iterable[TokenDeltas]) -> TokenDeltas:
 def aligned(
     params_list: Iterable[TokenDeltas], least: int = 1, order: str = "stack([params, ...])"
 ) -> list[TokenDeltas]:
-    """The adapters as a list, `least` of them or more.
+    """The adapters as a list of at least `least`.
 
     Raises unless each is well formed, all are of one model, and all have the same new tokens.
     """
@@ -167,7 +167,7 @@ def aligned(
 
 
 def _check_same_new(params: Sequence[TokenDeltas]) -> None:
-    """Raise ValueError where adapters that are to be side by side have other new tokens."""
+    """Raise ValueError if adapters for one batch have different new tokens."""
     for name in dict.fromkeys(name for given in params for name in given.specs):
         held = [given.specs.get(name) for given in params]
         found = [(spec.follows, spec.grown) if spec else (0, 0) for spec in held]
@@ -180,12 +180,12 @@ def _check_same_new(params: Sequence[TokenDeltas]) -> None:
 
 
 def no_adapters() -> ValueError:
-    """What is raised where an adapter is needed and none was given."""
+    """The error for an empty list of adapters."""
     return ValueError("no adapters: give at least one TokenDeltas.")
 
 
 def scattered(delta: Tensor, indices: TokenIndices, into: Tensor, among: TokenIndices) -> Tensor:
-    """A copy of `into`, the rows of `among`, with `delta` at the places of `indices`."""
+    """A copy of `into`, the rows of the ids `among`, with `delta` in the rows of `indices`."""
     _, places = among.find(indices.ids_on(into.device), into.device)
     return with_rows(into, places, delta.to(into.device, into.dtype))
 
@@ -207,7 +207,7 @@ def _common(specs: list[RowSpec]) -> RowSpec:
                     "or another dtype: their originals of one token differ. Make them anew with "
                     "init_deltas on the model as it is."
                 )
-            # New rows that started apart: one spec cannot say where.
+            # Adapters may have started a new row differently; one spec cannot hold both starts.
             apart = (held.view(torch.uint8) != own.view(torch.uint8)).any(1)
             originals[places[apart]] = 0
     matrix = next((spec.matrix for spec in specs if spec.matrix is not None), None)
@@ -215,14 +215,14 @@ def _common(specs: list[RowSpec]) -> RowSpec:
 
 
 def _rows_now(spec: RowSpec) -> Tensor:
-    """The rows that the model itself has for these tokens."""
+    """The model's own rows of these tokens, as they are now."""
     matrix = spec.matrix
     if matrix is None or matrix.shape != spec.shape or is_sharded(matrix.tensor):
         return spec.originals
     ids, base = spec.indices.ids_on(matrix.tensor.device), base_for_call(matrix.current)
     if not spec.grown:
         return base.index_select(0, ids)
-    # All adapters have the new tokens: what is here for these is not used.
+    # All adapters have rows for the new tokens, which replace whatever is read here.
     return base.index_select(0, ids.clamp(max=len(base) - 1))
 
 
