@@ -34,7 +34,7 @@ def with_sizes(text: str, known: Mapping[str, Entry] | None, by_value: Mapping[i
 
     Where they are not known, each usual entry that has one of the old values gets the new one.
 
-    Warns where this is a guess, or cannot be taken back. Raises ValueError where an entry has
+    Warns if this is a guess, or cannot be taken back. Raises ValueError where an entry has
     another value than in the model, or there is no place for it.
     """
     if known is None and sum(len(_usual(size).findall(text)) for size in by_value) > 1:

@@ -60,7 +60,7 @@ class Checkpoint:
         return {name: entry for header in self.headers.values() for name, entry in header.items()}
 
     def check_unchanged(self, name: str | None = None) -> None:
-        """Raises ValueError where a file, or by default anything, is not as it was found."""
+        """Raises ValueError if a file, or by default anything, is not as it was found."""
         now = _walk(self.root)[1] if name is None else _stamps(self.root, [name])
         names = sorted(now.keys() | self.files.keys()) if name is None else [name]
         if changed := [each for each in names if now.get(each) != self.files.get(each)]:

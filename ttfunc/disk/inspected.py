@@ -66,7 +66,7 @@ def rows_of_module(path: Path) -> list[Inspected]:
 def changed_rows(checkpoint: Checkpoint, base: Checkpoint) -> Iterator[Inspected]:
     """The rows in which the highest matrices of a checkpoint differ from those of its base.
 
-    Raises ValueError where so many do that it is another model.
+    Raises ValueError if so many do that it is another model.
     """
     for name in (name for name in highest(checkpoint) if name in base.tensors):
         width = checkpoint.tensors[name].shape[1]

@@ -161,7 +161,7 @@ def _tied_instead(checkpoint: Checkpoint, spec: RowSpec) -> str:
 
 
 def _check_apart(checkpoint: Checkpoint, found: Sequence[StoredMatrix], merged: bool) -> None:
-    """Raise ValueError where what is found is another matrix of the model, or that one too.
+    """Raise ValueError if what is found is another matrix of the model, or that one too.
 
     A checkpoint stores tied matrices once, and its config says that they are tied.
     """

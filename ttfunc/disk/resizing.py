@@ -159,7 +159,7 @@ def _in_order(entries: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _own_form(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """The header as it is. Raises ValueError where it could not be given back to the byte."""
+    """The header as it is. Raises ValueError if it could not be given back to the byte."""
     with open_file(checkpoint.root / name) as file:
         first = file.read(8)
         raw = first + file.read(int.from_bytes(first, "little"))

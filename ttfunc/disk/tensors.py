@@ -45,7 +45,7 @@ def check_rows(tensor: Tensor, k: int, width: int, what: str) -> None:
 
 
 def cpu_copy(tensor: Tensor, what: str) -> Tensor:
-    """A contiguous copy on the CPU. Raises ValueError where there are no values to write."""
+    """A contiguous copy on the CPU. Raises ValueError if there are no values to write."""
     if is_wrapped(tensor):
         raise ValueError(f"{what} are traced by a transform. Save what the transform returns")
     if is_dtensor(tensor):
@@ -67,7 +67,7 @@ def tensor_of(file: Any, key: str) -> Tensor:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file whose header is sound. Raises ValueError where it is not."""
+    """A safetensors file whose header is sound. Raises ValueError if it is not."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
     if not path.is_file():

@@ -48,7 +48,7 @@ def check_tokenizer(tokenizer: Any, root: Path) -> None:
 
 
 def warn_of_unknown(tokenizer: Any, root: Path, new: Iterable[int]) -> None:
-    """Warn where the tokenizer, or without one that in the folder `root`, lacks these new tokens.
+    """Warn if the tokenizer, or without one that in the folder `root`, lacks these new tokens.
 
     Nothing is said of a folder without a tokenizer, or with one that does not say its ids.
     """
@@ -70,7 +70,7 @@ def warn_of_unknown(tokenizer: Any, root: Path, new: Iterable[int]) -> None:
 
 
 def warn_of_end(tokenizer: Any, root: Path, new: Collection[int]) -> None:
-    """Warn where a tokenizer ends texts with a new token, and the model in `root` with others.
+    """Warn if a tokenizer ends texts with a new token, and the model in `root` with others.
 
     `model.generate` reads the ids to stop at in the model's files, and not in the tokenizer's.
     """
@@ -91,7 +91,7 @@ def warn_of_end(tokenizer: Any, root: Path, new: Collection[int]) -> None:
 
 
 def warn_of_left(root: Path, gone: Collection[int]) -> None:
-    """Warn where the tokenizer in `root`, which is copied as it is, has tokens that are gone."""
+    """Warn if the tokenizer in `root`, which is copied as it is, has tokens that are gone."""
     if left := sorted(set(gone).intersection(_ids_in(root))):
         warnings.warn(
             f"the copy of the tokenizer in {str(root)!r} keeps the tokens {shown(left)}, for which "
@@ -104,7 +104,7 @@ def warn_of_left(root: Path, gone: Collection[int]) -> None:
 def tokenizer_in(folder: Path) -> Any:
     """The tokenizer of transformers that was saved in a folder; nothing of the hub is asked.
 
-    Raises FileNotFoundError where there is no folder, and ValueError where it has no tokenizer.
+    Raises FileNotFoundError if there is no folder, and ValueError if it has no tokenizer.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder of a tokenizer at {str(folder)!r}.")

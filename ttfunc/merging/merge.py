@@ -114,7 +114,7 @@ def unmerge(
 
 
 def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> None:
-    """Raise ValueError where rows of `dtype` cannot be given back from `originals`."""
+    """Raise ValueError if rows of `dtype` cannot be given back from `originals`."""
     has, kept = torch.finfo(dtype), torch.finfo(originals)
     if has.eps < kept.eps or has.max > kept.max or has.smallest_normal < kept.smallest_normal:
         raise ValueError(
@@ -125,7 +125,7 @@ def check_originals(name: str, dtype: torch.dtype, originals: torch.dtype) -> No
 
 
 def _warn_of_others(state_dict: Mapping[str, Tensor], groups: list[Group], delta: Tensor) -> None:
-    """Warn where some rows of a matrix are the originals, and others are neither these nor new.
+    """Warn if some rows of a matrix are the originals, and others are neither these nor new.
 
     This happens where some of its names hold other rows, or where other adapters were merged.
     """

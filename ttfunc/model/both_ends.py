@@ -121,7 +121,7 @@ def head_apart(
 
 
 def check_ties_kept(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise ValueError where an engine has made two parameters of a tied embedding and head.
+    """Raise ValueError if an engine has made two parameters of a tied embedding and head.
 
     Between them identity decides no longer; only here the config of the model is asked.
     """

@@ -29,7 +29,7 @@ _WRAPPERS = {
 }
 # These count only at the beginning of a name, because models have such parts themselves.
 _FIRST = ("base_model.model", "module")
-PEFT = "base_model.model."  # before each name of the model in a PeftModel
+PEFT_PREFIX = "base_model.model."  # before each name of the model in a PeftModel
 
 
 def _any_of(parts: Iterable[str]) -> str:
@@ -49,12 +49,13 @@ def check_names(names: object) -> None:
 
 def peft_twin(name: str) -> str:
     """The parameter's name without the PeftModel around the model; with one if there was none."""
-    return name.removeprefix(PEFT) if name.startswith(PEFT) else f"{PEFT}{name}"
+    bare = name.removeprefix(PEFT_PREFIX)
+    return f"{PEFT_PREFIX}{name}" if bare == name else bare
 
 
 def without_peft(name: str) -> str:
     """The parameter's name in the model itself, without a PeftModel and its layers."""
-    return _LAYERS.sub("", name.removeprefix(PEFT))
+    return _LAYERS.sub("", name.removeprefix(PEFT_PREFIX))
 
 
 def innermost(model: nn.Module) -> nn.Module:

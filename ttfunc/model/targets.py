@@ -24,7 +24,7 @@ def find_targets(model: nn.Module, targets: Targets | None) -> dict[str, nn.Modu
     Where PEFT has put a layer around another, that is the one within, `"lm_head.base_layer"`.
     A string is a full module name (`""` is the model itself), or else the end of one at a dot
     (`"embed_tokens"` finds `model.embed_tokens`). A compiled pattern must match the whole name.
-    Each item of a list must match. Raises ValueError where nothing matches, TypeError for a module
+    Each item of a list must match. Raises ValueError if nothing matches, TypeError for a module
     that is neither an Embedding nor a Linear.
     """
     if targets is None:

@@ -150,7 +150,7 @@ def _merged_into(base: nn.Module) -> Iterator[Tensor]:
 
 
 def _check_ties(base: nn.Module) -> None:
-    """Raise ValueError where an adapter would be merged into a matrix that has other places."""
+    """Raise ValueError if an adapter would be merged into a matrix that has other places."""
     names: dict[int, list[str]] = {}
     for name, one in base.named_parameters(remove_duplicate=False):
         names.setdefault(id(one), []).append(name)

@@ -42,7 +42,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def check_trainable(
     model: nn.Module, free: Mapping[str, nn.Parameter], params: TokenDeltas, train_base: bool
 ) -> None:
-    """Raise ValueError where the `free` parameters of the model must not require grad."""
+    """Raise ValueError if the `free` parameters of the model must not require grad."""
     matrices = [spec.matrix for spec in params.specs.values() if spec.matrix is not None]
     with_rows = {id(tensor) for matrix in matrices for _, tensor in matrix.slots}
     if both := [name for name, one in free.items() if id(one) in with_rows]:

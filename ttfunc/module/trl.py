@@ -143,7 +143,7 @@ def check_multiplies(head: Any) -> None:
 
 
 def check_reference(base: nn.Module) -> None:
-    """Raise ValueError where a trainer, in its `__init__`, has loaded the model a second time.
+    """Raise ValueError if a trainer, in its `__init__`, has loaded the model a second time.
 
     To be called by what the trainer's `__init__` calls of the module.
     """
@@ -180,7 +180,7 @@ def _second_model(trainer: Any, model: nn.Module) -> str | None:
 
 
 def check_asking(base: nn.Module, name: str) -> None:
-    """Raise where the code that asks for this attribute is about to go on without the rows.
+    """Raise if the code that asks for this attribute is about to go on without the rows.
 
     PEFT asks for `peft_config` before it puts its layers into a model (TypeError). TRL's trainers
     of self-distillation ask for `dtype` before they load a teacher (ValueError), and for nothing

@@ -18,11 +18,11 @@ from ttfunc.disk.atomic import open_file
 from ttfunc.disk.header import LONGEST
 from ttfunc.disk.rows_file import FILE
 from ttfunc.disk.tensors import check_rows, opened, prefix_errors, tensor_of
-from ttfunc.model.names import PEFT
+from ttfunc.model.names import PEFT_PREFIX
 from ttfunc.rows.given import token_indices
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX, DELTA, WRAPPER = PEFT, ".trainable_tokens_delta", ".token_adapter"
+DELTA, WRAPPER = ".trainable_tokens_delta", ".token_adapter"
 # For each kind of adapter, what comes after the name of a module, and where its indices are.
 SUFFIX = {"TRAINABLE_TOKENS": DELTA, "LORA": WRAPPER + DELTA}
 INDICES = {"TRAINABLE_TOKENS": "token_indices", "LORA": "trainable_token_indices"}
@@ -76,7 +76,7 @@ def read_adapter(directory: Path) -> Adapter:
         for key in file.keys():  # noqa: SIM118 (it is no mapping)
             _classify(file, key, adapter)
         if not adapter.rows:
-            raise ValueError(f"it has no tensor {PREFIX}<module>{SUFFIX[kind]}")
+            raise ValueError(f"it has no tensor {PEFT_PREFIX}<module>{SUFFIX[kind]}")
     if read_json(directory / CONFIG) != config:
         raise ValueError(f"{str(directory)!r} was written to while it was read. Load it again.")
     return adapter
@@ -84,10 +84,10 @@ def read_adapter(directory: Path) -> Adapter:
 
 def _classify(file: Any, key: str, adapter: Adapter) -> None:
     """Add a tensor of the file to what the adapter has."""
-    name, kind = key.removeprefix(PREFIX), adapter.config["peft_type"]
-    if name == key or name.startswith(PREFIX):
+    name, kind = key.removeprefix(PEFT_PREFIX), adapter.config["peft_type"]
+    if name == key or name.startswith(PEFT_PREFIX):
         raise ValueError(
-            f"its key {key!r} does not begin with one {PREFIX!r}: PEFT would load such an "
+            f"its key {key!r} does not begin with one {PEFT_PREFIX!r}: PEFT would load such an "
             "adapter as if untrained. Rename the keys"
         )
     if name.endswith(DELTA):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ttfunc.disk.tensors import check_rows, cpu_copy, path_of, prefix_errors
 from ttfunc.engines.ownership import is_sharded
 from ttfunc.engines.shards import rows_at
-from ttfunc.peft.adapter import PREFIX
+from ttfunc.model.names import PEFT_PREFIX
 from ttfunc.peft.writer import write_adapter
 from ttfunc.rows.deltas import RowSpec, TokenDeltas, check_type
 
@@ -109,7 +109,7 @@ def _layers(params: TokenDeltas) -> Iterator[_Layer]:
                     f"{name!r} belongs to a {type(owner).__name__}, and PEFT's LoRA is for the "
                     "weight of an Embedding or a Linear"
                 )
-            module = module.removeprefix(PREFIX)
+            module = module.removeprefix(PEFT_PREFIX)
             if not module or module.endswith(".base_layer"):
                 raise ValueError(
                     f"{name!r} is the matrix of {'the model itself' if not module else 'a LoRA'}, "
@@ -130,7 +130,7 @@ def _factors(layer: _Layer, rank: int) -> Iterator[tuple[str, Any]]:
     held = spec.originals if is_sharded(matrix) else rows_at(matrix, ids.to(matrix.device))
     now = cpu_copy(held, f"the rows of {layer.name!r}")
     change[: len(ids)] = (layer.delta.double() - now.double()).float()
-    start = f"{PREFIX}{layer.name}"
+    start = f"{PEFT_PREFIX}{layer.name}"
     if layer.looks_up:
         yield f"{start}.lora_embedding_A", which.T.contiguous()
         yield f"{start}.lora_embedding_B", change.T.contiguous()

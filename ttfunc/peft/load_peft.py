@@ -131,7 +131,7 @@ def _spec_of(found: AdapterRows, model: nn.Module, source: Path) -> RowSpec:
 def _check_weights(
     path: Path, keys: Mapping[str, str], model: nn.Module, specs: Mapping[str, RowSpec]
 ) -> None:
-    """Raises ValueError where PEFT would write base weights that differ from the model's."""
+    """Raises ValueError if PEFT would write base weights that differ from the model's."""
     replaced = {name: list(spec.indices.ids) for spec in specs.values() for name in spec.names}
     for name, key in keys.items():
         held = whole_of(matrix_named(model, name, path).tensor)

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ttfunc.disk.tensors import prefix_errors
+from ttfunc.model.names import PEFT_PREFIX
 from ttfunc.model.targets import find_targets
-from ttfunc.peft.adapter import INDICES, PREFIX
+from ttfunc.peft.adapter import INDICES
 from ttfunc.rows.deltas import RowSpec, TokenDeltas
 
 # Regular expressions out of a file are matched in bounded time. `re` backtracks, so a pattern of
@@ -35,7 +36,7 @@ def check_ends(targets: Mapping[str, list[int]]) -> None:
 
 
 def check_ties(params: TokenDeltas, model: nn.Module) -> None:
-    """Raises ValueError where PEFT, by the config, would tie other weights than the model does."""
+    """Raises ValueError if PEFT, by the config, would tie other weights than the model does."""
     says_so = _says_tied(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     headed = getattr(head, "weight", None)
@@ -63,7 +64,7 @@ def check_targets(
 ) -> None:
     """Raises ValueError unless the matrices with rows are those that the config is for."""
     targeted = {f"{module}.weight" for module in _targeted_modules(config, model)}
-    matrices = [tuple(n.removeprefix(PREFIX) for n in spec.names) for spec in specs.values()]
+    matrices = [tuple(n.removeprefix(PEFT_PREFIX) for n in spec.names) for spec in specs.values()]
     if missing := sorted(targeted.difference(*matrices)):
         raise ValueError(
             f"it has no rows for its targets {missing}. It was trained on a model that ties them "

@@ -24,12 +24,11 @@ from ttfunc.disk.tensors import (
     tensor_of,
 )
 from ttfunc.model.given import refuse_token_module
-from ttfunc.model.names import innermost
+from ttfunc.model.names import PEFT_PREFIX, innermost
 from ttfunc.peft.adapter import (
     CONFIG,
     INDICES,
     NO_LAYERS,
-    PREFIX,
     SUFFIX,
     WEIGHTS,
     read_json,
@@ -92,7 +91,7 @@ def save_peft(
         check_ends(targets)
     if isinstance(base_model, nn.Module):
         check_ties(params, base_model)
-    keyed = {f"{PREFIX}{module}{SUFFIX[kind]}": rows for module, rows in tensors.items()}
+    keyed = {f"{PEFT_PREFIX}{module}{SUFFIX[kind]}": rows for module, rows in tensors.items()}
     write_adapter(directory, serialized({**lora, **keyed}, {"format": "pt"}), config)
 
 
@@ -113,7 +112,7 @@ def _by_module(params: TokenDeltas) -> tuple[dict[str, Tensor], dict[str, list[i
 
 
 def _module_of(name: str) -> str:
-    module, _, attribute = name.removeprefix(PREFIX).rpartition(".")
+    module, _, attribute = name.removeprefix(PEFT_PREFIX).rpartition(".")
     if "modules_to_save" in module or module.endswith(".original_module"):
         raise ValueError(
             f"{name!r} is of a module that PEFT trains whole (modules_to_save). Leave it out"
@@ -215,9 +214,9 @@ def _check_kind(config: Mapping[str, Any]) -> None:
 
 
 def _check_apart(lora: Iterable[str], modules: Iterable[str]) -> None:
-    """Raise ValueError where the LoRA also trains a module that has rows."""
+    """Raise ValueError if the LoRA also trains a module that has rows."""
     for module in modules:
-        if found := [key for key in lora if key.startswith(f"{PREFIX}{module}.")]:
+        if found := [key for key in lora if key.startswith(f"{PEFT_PREFIX}{module}.")]:
             raise ValueError(
                 f"the adapter has {found[0]!r} for {module!r}, which also has rows: PEFT trains a "
                 "matrix by a LoRA, as a whole (modules_to_save), or by rows. Leave it out of the "
@@ -226,7 +225,7 @@ def _check_apart(lora: Iterable[str], modules: Iterable[str]) -> None:
 
 
 def _check_base(params: TokenDeltas, adapter: nn.Module) -> None:
-    """Raise ValueError where the rows belong to another model than the LoRA."""
+    """Raise ValueError if the rows belong to another model than the LoRA."""
     held = {id(one) for one in adapter.parameters()}
     for name, spec in params.specs.items():
         if spec.matrix is not None and id(spec.matrix.tensor) not in held:

@@ -134,7 +134,7 @@ def _set_aside(path: Path) -> Path | None:
 
 
 def _check_replaceable(directory: Path) -> None:
-    """Raises FileExistsError where more than token rows would be lost.
+    """Raises FileExistsError if more than token rows would be lost.
 
     A partial adapter that an interrupted save has left counts as token rows too, or as nothing.
     """

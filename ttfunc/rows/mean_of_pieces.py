@@ -100,7 +100,7 @@ def _only_in(one: Any, other: Any) -> set[str] | None:
 
 
 def _check_order(before: Any, after: Any) -> None:
-    """Raise ValueError where it is the first tokenizer that has more tokens."""
+    """Raise ValueError if it is the first tokenizer that has more tokens."""
     gone = _only_in(before, after)
     if gone and not _only_in(after, before):
         raise ValueError(

@@ -44,7 +44,7 @@ def check_after(model: nn.Module, after: object) -> None:
 def next_token(after: TokenDeltas, matrix: Matrix) -> int:
     """The id that follows on the last row of a matrix with the rows of `after`.
 
-    Raises ValueError where these were made for a matrix of another shape.
+    Raises ValueError if these were made for a matrix of another shape.
     """
     for spec in after.specs.values():
         if not set(spec.names).isdisjoint(matrix.names):
@@ -66,7 +66,7 @@ def numbered_on(spec: RowSpec, after: TokenDeltas, matrix: Matrix) -> RowSpec:
 
 
 def check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) -> None:
-    """Raise ValueError where one end of the model grows otherwise than the other."""
+    """Raise ValueError if one end of the model grows otherwise than the other."""
     sizes: dict[str, int] = {}
     for name, module in both_ends(model).items():
         weight = module.get_parameter("weight")
@@ -83,7 +83,7 @@ def check_ends(model: nn.Module, requests: list[tuple[Matrix, TokenIndices]]) ->
 
 
 def check_complete(params: TokenDeltas) -> None:
-    """Raise ValueError where new rows lack those that they follow on."""
+    """Raise ValueError if new rows lack those that they follow on."""
     for spec in params.specs.values():
         if spec.height > spec.shape[0] + spec.grown:
             raise _left_out(spec, spec.shape[0])
@@ -92,7 +92,7 @@ def check_complete(params: TokenDeltas) -> None:
 def shape_in_weights(spec: RowSpec, merged: bool) -> tuple[int, int]:
     """The shape of the matrix in weights that the rows are to be merged into, or were.
 
-    They have the new tokens that these rows follow on. Raises ValueError where the new rows
+    They have the new tokens that these rows follow on. Raises ValueError if the new rows
     themselves leave one out.
     """
     start = spec.shape[0] + spec.follows
@@ -104,7 +104,7 @@ def shape_in_weights(spec: RowSpec, merged: bool) -> tuple[int, int]:
 def config_entries(specs: Mapping[str, RowSpec], merged: bool = False) -> dict[str, Entry] | None:
     """What the new tokens change in the config of their model; None where that is not known.
 
-    merged: whether it is to be taken back. Raises ValueError where the config has no size for one
+    merged: whether it is to be taken back. Raises ValueError if the config has no size for one
     of the matrices alone.
     """
     specs = {key: spec for key, spec in specs.items() if spec.grown}
