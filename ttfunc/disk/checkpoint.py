@@ -15,7 +15,14 @@ from ttfunc.disk.folder import INDEX, Checkpoint, check_copyable, open_checkpoin
 from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
 from ttfunc.disk.resizing import resizing
 from ttfunc.disk.tensors import path_of
-from ttfunc.disk.tokenizer import check_tokenizer, save_tokenizer, warn_of_unknown
+from ttfunc.disk.tokenizer import (
+    check_tokenizer,
+    save_tokenizer,
+    vocabulary_of,
+    warn_of_end,
+    warn_of_removed,
+    warn_of_unknown,
+)
 from ttfunc.merging.merge import check_originals
 from ttfunc.rows.deltas import TokenDeltas, check_type
 
@@ -70,7 +77,8 @@ def merge_checkpoint(
 
     Warns:
         UserWarning: the rows in the checkpoint are not the originals, so `unmerge_checkpoint` would
-            not give them back; the tokenizer does not have the new tokens; other files seem to hold
+            not give them back; the tokenizer does not have the new tokens, or ends a text with a
+            trained token that the folder's `eos_token_id` does not have; other files seem to hold
             the same weights; or the checkpoint has only one of two matrices, and its config does
             not say whether they are tied.
     """
@@ -88,8 +96,11 @@ def merge_checkpoint(
                 "or was it merged into before? Keep this checkpoint.",
                 stacklevel=2,
             )
+    trained = {token for stored in matrices for token in stored.spec.indices.ids}
     new = [token for s in matrices for token in s.spec.indices.ids if token >= s.spec.shape[0]]
-    warn_of_unknown(tokenizer, checkpoint.root, new)
+    vocabulary = vocabulary_of(tokenizer, checkpoint.root)
+    warn_of_unknown(vocabulary, new)
+    warn_of_end(vocabulary, checkpoint.root, trained)
     heights = {s.name: max(s.entry.shape[0], max(s.spec.indices.ids) + 1) for s in matrices}
     _write_copy(checkpoint, matrices, heights, Path(destination), tokenizer, progress)
 
@@ -122,8 +133,8 @@ def unmerge_checkpoint(
         KeyError, FileExistsError, FileNotFoundError, OSError: as `merge_checkpoint`.
 
     Warns:
-        UserWarning: the rows in the checkpoint are not those that a merge writes; or other files
-            seem to hold the same weights.
+        UserWarning: the rows in the checkpoint are not those that a merge writes; the tokenizer
+            still has the new tokens; or other files seem to hold the same weights.
     """
     checkpoint = _opened(source, destination)
     params = _given(params_or_path, checkpoint, names)
@@ -139,6 +150,8 @@ def unmerge_checkpoint(
                 stacklevel=2,
             )
     heights = {s.name: s.entry.shape[0] - s.spec.grown for s in matrices}
+    if shrunk := [heights[s.name] for s in matrices if s.spec.grown]:
+        warn_of_removed(vocabulary_of(tokenizer, checkpoint.root), min(shrunk))
     _write_copy(checkpoint, matrices, heights, Path(destination), tokenizer, progress)
 
 

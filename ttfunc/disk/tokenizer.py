@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import secrets
@@ -10,21 +11,95 @@ import warnings
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from reprlib import repr as shown
-from typing import Any
+from typing import Any, NamedTuple
 
 from ttfunc.disk.atomic import sync_directory, sync_file
 from ttfunc.disk.header import read_json
 
-# The files of a tokenizer that say the ids of tokens, and where.
-_IDS: dict[str, Callable[[Any], Iterable[Any]]] = {
-    "tokenizer.json": lambda read: [
-        *_numbered(read["model"]["vocab"]),
-        *(token["id"] for token in read["added_tokens"]),
+# The files of a tokenizer that say the ids of tokens, and where: pairs of a token and its id.
+_TOKENS: dict[str, Callable[[Any], Iterable[tuple[Any, Any]]]] = {
+    "tokenizer.json": lambda said: [
+        *_numbered(said["model"]["vocab"]),
+        *((token.get("content"), token["id"]) for token in said["added_tokens"]),
     ],
-    "tokenizer_config.json": lambda read: map(int, read["added_tokens_decoder"]),
-    "added_tokens.json": lambda read: read.values(),
-    "vocab.json": lambda read: read.values(),
+    "tokenizer_config.json": lambda said: (
+        (token.get("content"), int(i)) for i, token in said["added_tokens_decoder"].items()
+    ),
+    "added_tokens.json": lambda said: said.items(),
+    "vocab.json": lambda said: said.items(),
 }
+# The files that say which token ends a text; transformers 4 wrote the second one as well.
+_SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")
+# Raised for a file that is not there, or is of another form.
+_NOT_SAID = (OSError, ValueError, LookupError, TypeError, AttributeError)
+
+
+class Vocabulary(NamedTuple):
+    """The ids of a tokenizer's tokens, and the id that ends a text: as far as it says them.
+
+    owner: how messages name the tokenizer.
+    """
+
+    owner: str
+    ids: frozenset[int]
+    end: int | None
+
+
+def vocabulary_of(tokenizer: Any, root: Path) -> Vocabulary:
+    """What a tokenizer, its folder, or without either the folder `root` says of its tokens."""
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+        return _vocabulary_in(root if tokenizer is None else Path(tokenizer))
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    tokens: dict[Any, int] = getattr(inner, "get_vocab", dict)()
+    end = getattr(inner, "eos_token_id", None)
+    owner = f"this {type(tokenizer).__name__}"
+    return Vocabulary(owner, frozenset(tokens.values()), end if isinstance(end, int) else None)
+
+
+def warn_of_unknown(vocabulary: Vocabulary, new: Iterable[int]) -> None:
+    """Warn where a tokenizer lacks these new tokens; one that says no ids may have them."""
+    ids = vocabulary.ids
+    unknown = sorted({*new} - ids) if ids else []
+    if unknown and unknown[-1] > max(ids):
+        warnings.warn(
+            f"{vocabulary.owner} does not have the new tokens {shown(unknown)}: no text becomes "
+            "one of them. Give the tokenizer that they were added to: tokenizer=... (--tokenizer "
+            "on the command line).",
+            stacklevel=3,
+        )
+
+
+def warn_of_end(vocabulary: Vocabulary, root: Path, trained: Collection[int]) -> None:
+    """Warn where a trained token ends a text, and the model in `root` would not stop there."""
+    # transformers does not ask config.json where there is a generation_config.json.
+    files = (name for name in ("generation_config.json", "config.json") if (root / name).exists())
+    name = next(files, None)
+    if name is None or vocabulary.end not in trained:
+        return
+    try:
+        ends = read_json(root / name).get("eos_token_id")
+    except (ValueError, AttributeError):  # loaders decide on that
+        return
+    if vocabulary.end not in (ends if isinstance(ends, list) else [ends]):
+        warnings.warn(
+            f"{str(root / name)!r} has eos_token_id {shown(ends)}, and {vocabulary.owner} ends a "
+            f"text with token {vocabulary.end}, at which the merged model would not stop: the copy "
+            f"keeps the file. Write {vocabulary.end} into {name} of the copy, or give it to each "
+            f"generate(eos_token_id={vocabulary.end}).",
+            stacklevel=3,
+        )
+
+
+def warn_of_removed(vocabulary: Vocabulary, height: int) -> None:
+    """Warn where a tokenizer has tokens past the end of a matrix that loses its new rows."""
+    if removed := sorted(token for token in vocabulary.ids if token >= height):
+        warnings.warn(
+            f"{vocabulary.owner} has the tokens {shown(removed)}, for which the unmerged matrices "
+            f"have no rows (they have {height}): a text with one of them would be an error. Give "
+            "the tokenizer as it was before the new tokens: tokenizer=... (--tokenizer on the "
+            "command line).",
+            stacklevel=3,
+        )
 
 
 def check_tokenizer(tokenizer: Any, root: Path) -> None:
@@ -44,28 +119,6 @@ def check_tokenizer(tokenizer: Any, root: Path) -> None:
         raise TypeError(
             f"tokenizer is a {type(tokenizer).__name__} without save_pretrained: give a tokenizer "
             "of transformers, or the folder that its save_pretrained wrote."
-        )
-
-
-def warn_of_unknown(tokenizer: Any, root: Path, new: Iterable[int]) -> None:
-    """Warn where the tokenizer, or without one that in the folder `root`, lacks these new tokens.
-
-    Nothing is said of a folder without a tokenizer, or with one that does not say its ids.
-    """
-    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
-        where = Path(root if tokenizer is None else tokenizer)
-        ids, who = _ids_in(where), f"the tokenizer in {str(where)!r}"
-    else:
-        inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-        ids = list(getattr(inner, "get_vocab", dict)().values())
-        who = f"this {type(tokenizer).__name__}"
-    unknown = sorted(set(new) - set(ids)) if ids else []
-    if unknown and unknown[-1] > max(ids):
-        warnings.warn(
-            f"{who} does not have the new tokens {shown(unknown)}: no text becomes one of them. "
-            "Give the tokenizer that they were added to: tokenizer=... (--tokenizer on the command "
-            "line).",
-            stacklevel=3,
         )
 
 
@@ -92,23 +145,30 @@ def tokenizer_in(folder: Path) -> Any:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether it has one of the files that tokenizers have."""
-    return any((folder / name).is_file() for name in _IDS)
+    return any((folder / name).is_file() for name in _TOKENS)
 
 
-def _ids_in(folder: Path) -> list[int]:
-    """The ids that a folder's tokenizer has tokens for, as far as its files say them."""
-    found: list[int] = []
-    for name, ids in _IDS.items():
-        try:
-            found += [i for i in ids(read_json(folder / name)) if type(i) is int]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # it is not there, or of a form of its own: loaders decide on that
-    return found
+def _vocabulary_in(folder: Path) -> Vocabulary:
+    """What the files in a folder say of its tokenizer; another form is for loaders to judge."""
+    known: list[tuple[Any, int]] = []
+    for name, tokens in _TOKENS.items():
+        with contextlib.suppress(*_NOT_SAID):
+            known += [(text, i) for text, i in tokens(read_json(folder / name)) if type(i) is int]
+    end = None
+    for name in _SPECIAL:
+        with contextlib.suppress(*_NOT_SAID):
+            end = end or read_json(folder / name)["eos_token"]
+    text = end.get("content") if isinstance(end, dict) else end
+    ids = frozenset(i for _, i in known)
+    found = next((i for one, i in known if one == text), None) if text else None
+    return Vocabulary(f"the tokenizer in {str(folder)!r}", ids, found)
 
 
-def _numbered(vocabulary: Any) -> Iterable[Any]:
-    """The ids of a vocabulary: of most tokenizers a mapping, of Unigram's a list."""
-    return vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+def _numbered(vocabulary: Any) -> Iterable[tuple[Any, Any]]:
+    """The tokens of a vocabulary with their ids: most have a mapping, and Unigram a list."""
+    if isinstance(vocabulary, dict):
+        return vocabulary.items()
+    return ((token, i) for i, (token, _) in enumerate(vocabulary))
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None:
