@@ -216,14 +216,17 @@ def _write_copy(
         for name in folders:
             make_directory(checkpoint.root / name, partial / name)
         for name in checkpoint.files:
+            moved = resized.moved.get(name, {})
             edits = (
                 edit
                 for stored in matrices
                 if stored.file == name
-                for edit in stored.edits(stored.rows, heights[stored.name], resized.moved(stored))
+                for edit in stored.edits(
+                    stored.rows, heights[stored.name], moved.get(stored.name, 0)
+                )
             )
-            pieces = resized.pieces(checkpoint, name)
             left = checkpoint.files[name].size
+            pieces = resized.pieces.get(name)
             copying = copy_file(checkpoint.root / name, partial / name, edits, pieces)
             with closing(copying):  # also where `progress` raises: that is no error of the file
                 for count in copying:
