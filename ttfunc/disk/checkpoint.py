@@ -1,4 +1,4 @@
-"""Merging into a checkpoint on disk: copy its files, and write k rows at their places in them."""
+"""Merging into a checkpoint on disk: copy its files, and write k rows into the copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ttfunc.disk import rows_file
 from ttfunc.disk.atomic import copy_file, make_directory, stage, sync_directory
 from ttfunc.disk.folder import INDEX, Checkpoint, check_copyable, open_checkpoint, warn_of_copies
 from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
-from ttfunc.disk.resizing import resizing
+from ttfunc.disk.resizing import Changes, changes
 from ttfunc.disk.tensors import path_of
 from ttfunc.disk.tokenizer import (
     check_tokenizer,
@@ -201,40 +201,14 @@ def _write_copy(
     if tokenizer is not None:
         check_tokenizer(tokenizer, checkpoint.root)
     warn_of_copies(checkpoint)
-    resized = resizing(checkpoint, matrices, heights)
-    done, total = 0, checkpoint.size
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
+    changed = changes(checkpoint, matrices, heights)
 
     def make(partial: Path) -> None:
         # The folder itself comes first; a checkpoint that is a single file has none.
         folders = ["", *checkpoint.folders] if checkpoint.root.is_dir() else []
         for name in folders:
             make_directory(checkpoint.root / name, partial / name)
-        for name in checkpoint.files:
-            moved = resized.moved.get(name, {})
-            edits = (
-                edit
-                for stored in matrices
-                if stored.file == name
-                for edit in stored.edits(
-                    stored.rows, heights[stored.name], moved.get(stored.name, 0)
-                )
-            )
-            left = checkpoint.files[name].size
-            pieces = resized.pieces.get(name)
-            copying = copy_file(checkpoint.root / name, partial / name, edits, pieces)
-            with closing(copying):  # also where `progress` raises: that is no error of the file
-                for count in copying:
-                    left -= count
-                    advance(count)
-            if left:  # what was written anew
-                advance(left)
-            checkpoint.check_unchanged(name)
+        _copy_files(checkpoint, partial, changed, progress or (lambda done, total: None))
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial, {*checkpoint.headers, INDEX, "config.json"})
         for name in reversed(folders):
@@ -242,3 +216,21 @@ def _write_copy(
         checkpoint.check_unchanged()  # so all of the copy is from one point in time
 
     stage(destination, make)
+
+
+def _copy_files(
+    checkpoint: Checkpoint, partial: Path, changed: Changes, progress: Progress
+) -> None:
+    done, total = 0, checkpoint.size
+    for name, stamp in checkpoint.files.items():
+        end = done + stamp.size
+        edits, pieces = changed.edits.get(name, ()), changed.pieces.get(name)
+        copying = copy_file(checkpoint.root / name, partial / name, edits, pieces)
+        with closing(copying):  # also where `progress` raises: that is no error of the file
+            for count in copying:
+                done += count
+                progress(done, total)
+        if done < end:  # some bytes were not copied, but written anew
+            done = end
+            progress(done, total)
+        checkpoint.check_unchanged(name)

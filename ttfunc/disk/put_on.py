@@ -41,7 +41,9 @@ def put_on(
         if after is not None:
             spec = numbered_on(spec, after, matrix)
         spec = _at_height_of(matrix, spec, path, after)
-        first, device = matrix.names[0], _rows_device(matrix)
+        first, weight = matrix.names[0], matrix.tensor
+        # The rows of a model on meta go to the CPU, so that they can be merged into real weights.
+        device = torch.device("cpu") if weight.is_meta else weight.device
         with outside_of_modes():
             # The originals are on meta where they were taken from a model that is.
             originals = spec.originals if spec.originals.is_meta else spec.originals.to(device)
@@ -51,7 +53,8 @@ def put_on(
             spec, names=matrix.names, originals=originals, matrix=matrix, origin=origin
         )
         messages.append(_other_base(matrix, loaded, spec.origin, path))
-        grown += [(matrix, loaded.indices)] * bool(loaded.grown)
+        if loaded.grown:
+            grown.append((matrix, loaded.indices))
     if grown:
         with prefix_errors(f"{str(path)!r} has rows that are new tokens on this model"):
             check_ends(model, grown)
@@ -72,11 +75,6 @@ def on_matrix(matrix: Matrix, ids: Sequence[int], rows: Tensor, what: str) -> Ro
     with outside_of_modes():
         originals = rows_or_zeros(weight, indices.on(weight.device).ids)
     return RowSpec(matrix.names, matrix.shape, indices, originals, matrix)
-
-
-def _rows_device(matrix: Matrix) -> torch.device:
-    """The device for the rows of a matrix: its own, or the CPU where it has no values."""
-    return torch.device("cpu") if matrix.tensor.is_meta else matrix.tensor.device
 
 
 def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:

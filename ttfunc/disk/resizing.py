@@ -1,7 +1,8 @@
-"""A checkpoint in which some matrices get more rows, or lose them: its files, piece by piece.
+"""What changes in the files of a checkpoint where its matrices get rows, and may get longer.
 
-The header of such a file is written anew, and all tensors after a resized one move. The header must
-be in the form that the safetensors library writes, so that an unmerge can give its bytes back.
+In a file with a resized tensor the header is written anew, and all tensors after that one move. The
+header must be in the form that the safetensors library writes, so that an unmerge can give its
+bytes back.
 """
 
 from __future__ import annotations
@@ -37,26 +38,28 @@ class Tail(NamedTuple):
 Tails = dict[str, dict[str, Tail]]  # by the file and the name of a tensor
 
 
-class Resizing(NamedTuple):
-    """The files that change, by their names.
+class Changes(NamedTuple):
+    """How a copy of a checkpoint differs from it, by the names of the files.
 
-    pieces: the contents of each. moved: how many bytes later each tensor of it begins.
+    edits: the offsets at which rows are written, and their bytes. pieces: the contents of a file
+    that changes its size, to which the edits come.
     """
 
+    edits: dict[str, list[tuple[int, memoryview]]]
     pieces: dict[str, list[Piece]]
-    moved: dict[str, dict[str, int]]
 
 
-def resizing(
+def changes(
     checkpoint: Checkpoint, matrices: Sequence[StoredMatrix], heights: Mapping[str, int]
-) -> Resizing:
-    """The files that change where each matrix gets its new height, and its biases with it.
+) -> Changes:
+    """What changes where the matrices get their rows and new heights, and their biases with them.
 
-    heights: the new heights by the names of the matrices; it may be the present one.
+    heights: the new heights by the names of the matrices; one may have its height already.
     """
+    found = Changes({}, {})
+    moved: dict[str, dict[str, int]] = {}
     resized = [stored for stored in matrices if stored.entry.shape[0] != heights[stored.name]]
     tails = _tails(checkpoint, resized, heights)
-    found = Resizing({}, {})
     if resized and "config.json" in checkpoint.files:
         text = _text(checkpoint, "config.json")
         sizes = {stored.entry.shape[0]: heights[stored.name] for stored in resized}
@@ -65,8 +68,12 @@ def resizing(
     for name in checkpoint.files if resized else ():
         if "/" not in name and name.endswith(".safetensors.index.json"):
             found.pieces[name] = [_index(checkpoint, _text(checkpoint, name), tails).encode()]
-    for name, changed in tails.items():
-        found.pieces[name], found.moved[name] = _weights(checkpoint, name, changed)
+    for name, ends in tails.items():
+        found.pieces[name], moved[name] = _weights(checkpoint, name, ends)
+    for stored in matrices:
+        later = moved.get(stored.file, {}).get(stored.name, 0)
+        edits = stored.edits(stored.rows, heights[stored.name], later)
+        found.edits.setdefault(stored.file, []).extend(edits)
     return found
 
 
@@ -103,8 +110,8 @@ def _entries(
 def _index(checkpoint: Checkpoint, text: str, tails: Tails) -> str:
     """The index of the shards, with the new sizes in its metadata."""
     growth = {"total_size": 0, "total_parameters": 0}
-    for file, changed in tails.items():
-        for tensor, tail in changed.items():
+    for file, ends in tails.items():
+        for tensor, tail in ends.items():
             entry = checkpoint.headers[file][tensor]
             growth["total_size"] += tail.growth(entry)
             growth["total_parameters"] += tail.growth(entry) * 8 // BITS[entry.dtype]

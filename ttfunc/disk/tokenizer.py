@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ttfunc.disk.atomic import sync_directory, sync_file
 from ttfunc.disk.header import read_json
 
-# The files of a tokenizer that say the ids of tokens, and where: pairs of a token and its id.
+# The files of a tokenizer that have the ids of its tokens, and how each file has these pairs.
 _TOKENS: dict[str, Callable[[Any], Iterable[tuple[Any, Any]]]] = {
     "tokenizer.json": lambda said: [
         *_numbered(said["model"]["vocab"]),
@@ -30,12 +30,12 @@ _TOKENS: dict[str, Callable[[Any], Iterable[tuple[Any, Any]]]] = {
 }
 # The files that say which token ends a text; transformers 4 wrote the second one as well.
 _SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")
-# Raised for a file that is not there, or is of another form.
+# What reading raises for a file that is missing or has another form; loaders judge such a file.
 _NOT_SAID = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 class Vocabulary(NamedTuple):
-    """The ids of a tokenizer's tokens, and the id that ends a text: as far as it says them.
+    """The ids of a tokenizer's tokens, and the id that ends a text, as far as they are known.
 
     owner: how messages name the tokenizer.
     """
@@ -46,7 +46,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_of(tokenizer: Any, root: Path) -> Vocabulary:
-    """What a tokenizer, its folder, or without either the folder `root` says of its tokens."""
+    """The vocabulary of a tokenizer, given or in its folder; without one, of that in `root`."""
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
         return _vocabulary_in(root if tokenizer is None else Path(tokenizer))
     inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
@@ -57,7 +57,7 @@ def vocabulary_of(tokenizer: Any, root: Path) -> Vocabulary:
 
 
 def warn_of_unknown(vocabulary: Vocabulary, new: Iterable[int]) -> None:
-    """Warn where a tokenizer lacks these new tokens; one that says no ids may have them."""
+    """Warn where a tokenizer lacks these new tokens, unless its ids are not known."""
     ids = vocabulary.ids
     unknown = sorted({*new} - ids) if ids else []
     if unknown and unknown[-1] > max(ids):
@@ -72,7 +72,7 @@ def warn_of_unknown(vocabulary: Vocabulary, new: Iterable[int]) -> None:
 def warn_of_end(vocabulary: Vocabulary, root: Path, trained: Collection[int]) -> None:
     """Warn where a trained token ends a text, and the model in `root` would not stop there."""
     # transformers does not ask config.json where there is a generation_config.json.
-    files = (name for name in ("generation_config.json", "config.json") if (root / name).exists())
+    files = (name for name in ("generation_config.json", "config.json") if (root / name).is_file())
     name = next(files, None)
     if name is None or vocabulary.end not in trained:
         return
@@ -123,7 +123,7 @@ def check_tokenizer(tokenizer: Any, root: Path) -> None:
 
 
 def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer of transformers that was saved in a folder; nothing of the hub is asked.
+    """The tokenizer of transformers that was saved in a folder; this never asks the hub.
 
     Raises FileNotFoundError where there is no folder, and ValueError where it has no tokenizer.
     """
@@ -137,19 +137,19 @@ def tokenizer_in(folder: Path) -> Any:
         ) from None
     try:
         return classes.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # each tokenizer has its own
+    except Exception as error:  # each class of tokenizer raises errors of its own
         raise ValueError(
             f"transformers cannot load a tokenizer from {str(folder)!r}: {error}"
         ) from error
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether it has one of the files that tokenizers have."""
+    """Whether a folder has one of the files of a tokenizer."""
     return any((folder / name).is_file() for name in _TOKENS)
 
 
 def _vocabulary_in(folder: Path) -> Vocabulary:
-    """What the files in a folder say of its tokenizer; another form is for loaders to judge."""
+    """The vocabulary of the tokenizer in a folder, as its files have it."""
     known: list[tuple[Any, int]] = []
     for name, tokens in _TOKENS.items():
         with contextlib.suppress(*_NOT_SAID):
@@ -158,10 +158,10 @@ def _vocabulary_in(folder: Path) -> Vocabulary:
     for name in _SPECIAL:
         with contextlib.suppress(*_NOT_SAID):
             end = end or read_json(folder / name)["eos_token"]
-    text = end.get("content") if isinstance(end, dict) else end
+    end = end.get("content") if isinstance(end, dict) else end
+    end_id = next((i for text, i in known if text == end), None) if end else None
     ids = frozenset(i for _, i in known)
-    found = next((i for one, i in known if one == text), None) if text else None
-    return Vocabulary(f"the tokenizer in {str(folder)!r}", ids, found)
+    return Vocabulary(f"the tokenizer in {str(folder)!r}", ids, end_id)
 
 
 def _numbered(vocabulary: Any) -> Iterable[tuple[Any, Any]]:
@@ -172,11 +172,11 @@ def _numbered(vocabulary: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None:
-    """Write a tokenizer's files into a folder, over those of the same names; synced.
+    """Write a tokenizer's files into a folder, over files of the same names, and sync them.
 
     Raises ValueError for one that would write a file in `taken`, as a whole model does.
     """
-    # First elsewhere: what save_pretrained writes over is not known before.
+    # Into a folder of its own first, since nobody knows before which files it will write.
     scratch = folder / f".ttfunc-{secrets.token_hex(8)}.tokenizer"
     if isinstance(tokenizer, (str, os.PathLike)):
         shutil.copytree(tokenizer, scratch)
@@ -186,7 +186,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
     if wrong := sorted(name for name in names if name in taken or _is_in_the_way(folder, name)):
         raise ValueError(
             f"tokenizer would write {wrong} over that of the model: give the tokenizer alone, or "
-            "the folder that its save_pretrained wrote."
+            "the folder that tokenizer.save_pretrained wrote."
         )
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -197,5 +197,5 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
 
 
 def _is_in_the_way(folder: Path, name: str) -> bool:
-    """Whether a folder has the name of this file, or a file that of its folder."""
+    """Whether a folder has the name of this file, or a file has the name of its folder."""
     return (folder / name).is_dir() or any((folder / up).is_file() for up in Path(name).parents)
