@@ -233,4 +233,3 @@ def _copy_files(
         if done < end:  # some bytes were not copied, but written anew
             done = end
             progress(done, total)
-        checkpoint.check_unchanged(name)

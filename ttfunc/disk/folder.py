@@ -60,11 +60,11 @@ class Checkpoint:
         """The tensors of all files of the model, by name."""
         return {name: entry for header in self.headers.values() for name, entry in header.items()}
 
-    def check_unchanged(self, name: str | None = None) -> None:
-        """Raise ValueError where a file, or by default anything, is not as it was found."""
-        now = _walk(self.root)[1] if name is None else _stamps(self.root, [name])
-        names = sorted(now.keys() | self.files.keys()) if name is None else [name]
-        if changed := [each for each in names if now.get(each) != self.files.get(each)]:
+    def check_unchanged(self) -> None:
+        """Raise ValueError where a file is not as it was found."""
+        _, now = _walk(self.root)
+        names = sorted(now.keys() | self.files.keys())
+        if changed := [name for name in names if now.get(name) != self.files.get(name)]:
             raise ValueError(
                 f"{str(self.root / changed[0])!r} was changed while it was copied. Merge again "
                 "when nothing writes to it."
