@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from tests.helpers.llama import llama
+from tests.helpers.rows import random_rows
 from ttfunc import merge_checkpoint, save, unmerge_checkpoint
 from ttfunc.__main__ import main
 
@@ -133,6 +135,20 @@ def test_the_file_that_transformers_reads_says_where_a_text_ends(
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     found = merged.generation_config.eos_token_id
     assert (331 in (found if isinstance(found, list) else [found])) is stops
+
+
+def test_a_row_to_spare_may_be_of_the_end(lesson, tmp_path):
+    _, before, after, _ = lesson
+    after.add_special_tokens({"eos_token": "</call>"})
+    model = llama(vocabulary=len(after))
+    source = tmp_path / "source"
+    for part in (model, before):
+        part.save_pretrained(source)
+    params = random_rows(model, [331])
+    assert params.specs["model.embed_tokens.weight"].grown == 0
+    file = "generation_config.json"
+    with pytest.warns(UserWarning, match=END.format(file, 2, file)):
+        merge_checkpoint(source, params, tmp_path / "merged", tokenizer=after)
 
 
 def test_an_end_that_was_not_trained_is_no_matter_of_a_merge(lesson, tmp_path):
