@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import re
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,6 @@ import transformers
 
 from tests.helpers.checkpoints import contents
 from tests.helpers.llama import llama
-from tests.helpers.rows import random_rows
-from tests.helpers.tokenizers import tokenizer
 from ttfunc import (
     TokenDeltas,
     functional_call,
@@ -27,21 +22,6 @@ from ttfunc import (
     unmerge_checkpoint,
 )
 from ttfunc.__main__ import main
-
-NEW = ["<call>", "</call>"]
-
-
-@pytest.fixture
-def lesson(tmp_path):
-    """A model and its tokenizer in a folder, the tokenizer with new tokens, and their rows."""
-    before = tokenizer("byte-level BPE")
-    model = llama(vocabulary=len(before))
-    model.save_pretrained(tmp_path / "model")
-    before.save_pretrained(tmp_path / "model")
-    after = copy.deepcopy(before)
-    after.add_tokens(NEW, special_tokens=True)
-    params = random_rows(model, after.convert_tokens_to_ids(NEW), grow=True)
-    return model, before, after, params
 
 
 @pytest.mark.parametrize("how", ["tokenizer", "folder", "command"])
@@ -150,92 +130,3 @@ def test_what_is_no_tokenizer_is_refused(lesson, tmp_path):
     with pytest.raises(OSError, match="the disk is full"):
         merged("model", params, Failing())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-UNKNOWN = r"does not have the new tokens \[330, 331\]: no text becomes one of them. .*tokenizer="
-
-
-@pytest.mark.parametrize("how", ["beside", "given", "processor", "folder", "command"])
-def test_a_tokenizer_without_the_new_tokens_is_told_of(how, lesson, tmp_path, capsys):
-    _, before, after, params = lesson
-    source, merged = tmp_path / "model", tmp_path / "merged"
-    after.save_pretrained(tmp_path / "after")
-    before.save_pretrained(tmp_path / "before")
-    if how == "command":
-        save(params, tmp_path / "rows")
-        assert main(["merge", *map(str, (source, tmp_path / "rows", merged)), "--quiet"]) == 0
-        assert re.search(UNKNOWN, capsys.readouterr().err)
-        return
-    processor = type(
-        "Processor", (), {"tokenizer": before, "save_pretrained": before.save_pretrained}
-    )
-    given = {
-        "beside": None,
-        "given": before,
-        "processor": processor(),
-        "folder": tmp_path / "before",
-    }
-    with pytest.warns(UserWarning, match=UNKNOWN):
-        merge_checkpoint(source, params, merged, tokenizer=given[how])
-    assert (merged / "model.safetensors").exists()
-    for known in (after, tmp_path / "after"):
-        unmerge_checkpoint(merged, params, tmp_path / "back")
-        merge_checkpoint(tmp_path / "back", params, tmp_path / "again", tokenizer=known)
-        for made in ("back", "again"):
-            shutil.rmtree(tmp_path / made)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "has"),
-    [
-        ("tokenizer.json", '{"model": {"vocab": [["a", -1.5]]}, "added_tokens": [{"id": 331}]}', 1),
-        ("tokenizer.json", '{"model": {"vocab": {"a": 0, "b": 331}}, "added_tokens": []}', 1),
-        ("tokenizer.json", '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 9}]}', 0),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"331": {"content": "<call>"}}}', 1),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"2": {"content": "</s>"}}}', 0),
-        ("added_tokens.json", '{"<call>": 330, "</call>": 331}', 1),
-        ("vocab.json", '{"a": 0}', 0),
-        ("tokenizer.json", '{"model": 3}', 1),  # of a form of its own: nothing is said
-        ("tokenizer.json", "\ud800", 1),
-        ("README.md", "no tokenizer at all", 1),
-    ],
-)
-def test_what_the_files_of_a_tokenizer_say(name: str, text: str, has: int, lesson, tmp_path):
-    model, *_, params = lesson
-    model.save_pretrained(tmp_path / "alone")
-    (tmp_path / "alone" / name).write_bytes(text.encode(errors="surrogatepass"))
-    expected = nullcontext() if has else pytest.warns(UserWarning, match=UNKNOWN)
-    with expected:
-        merge_checkpoint(tmp_path / "alone", params, tmp_path / "merged")
-
-
-@pytest.mark.parametrize("how", ["tokenizer", "folder"])
-@pytest.mark.parametrize("ends", [2, [2, "new"], None])
-def test_an_end_of_text_that_is_new_is_told_where_the_model_does_not_stop_at_it(
-    how, ends, lesson, tmp_path
-):
-    model, _, after, params = lesson
-    after.eos_token = NEW[1]
-    new = after.eos_token_id
-    model.generation_config.eos_token_id = [2, new] if isinstance(ends, list) else ends
-    model.save_pretrained(tmp_path / "model")
-    after.save_pretrained(tmp_path / "after")
-    given = after if how == "tokenizer" else tmp_path / "after"
-    told = re.escape(
-        f"the tokenizer ends a text with the new token {new} ('</call>'), and "
-        f"'generation_config.json' of the copy with {ends}"
-    )
-    with nullcontext() if isinstance(ends, list) else pytest.warns(UserWarning, match=told):
-        merge_checkpoint(tmp_path / "model", params, tmp_path / "merged", tokenizer=given)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
-
-
-def test_new_tokens_that_stay_in_the_tokenizer_of_an_unmerged_folder_are_told_of(lesson, tmp_path):
-    _, before, after, params = lesson
-    merge_checkpoint(tmp_path / "model", params, tmp_path / "merged", tokenizer=after)
-    new = after.convert_tokens_to_ids(NEW)
-    told = re.escape(f"keeps the tokens {new}, for which the matrices have no row any more")
-    with pytest.warns(UserWarning, match=told):
-        unmerge_checkpoint(tmp_path / "merged", params, tmp_path / "back")
-    unmerge_checkpoint(tmp_path / "merged", params, tmp_path / "again", tokenizer=before)

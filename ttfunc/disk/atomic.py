@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all: written to a temporary name, synced, renamed once.
+"""Files that appear whole or not at all: written under a temporary name, synced, renamed once.
 
 Python runs signal handlers, and so raises KeyboardInterrupt, between any two bytecodes of the main
-thread. This includes `finally` and `except`, so no order of statements there is safe. Work that
+thread. This includes those in `finally` and `except`, so no order of statements is safe. Work that
 must not be left half done runs in a thread of its own (`to_the_end`), where no handler runs.
 """
 
@@ -23,23 +23,23 @@ Edits: TypeAlias = Iterable[tuple[int, memoryview]]
 Piece: TypeAlias = "bytes | range"
 T = TypeVar("T")
 
-_BLOCK = 1 << 20  # what is held in memory
-_SPAN = 1 << 24  # what the kernel copies between two reports of progress
-# Values of errno that mean: copy_file_range does not support these files (copying did not fail).
+_BLOCK = 1 << 20  # bytes that are in memory at a time
+_SPAN = 1 << 24  # bytes that the kernel copies between two reports of progress
+# Values of errno that mean: copy_file_range does not support these files (no copying has failed).
 _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
-# Windows opens no folder, and syncs a file only for who may write to it.
+# Windows opens no folder, and syncs a file only through a descriptor that can write.
 _IS_POSIX = os.name == "posix"
 
 
 def stage(destination: Path, make: Callable[[Path], None]) -> None:
-    """Call `make` with a temporary path; when it has ended, rename what it made to `destination`.
+    """Call `make` with a temporary path, and rename what it made there to `destination`.
 
     The path is `.<name>.ttfunc-<random>.partial`, beside the destination. A killed run may leave it
     there; it can be deleted. If `make` raises or is interrupted, what it made is removed.
     """
     name = destination.name
-    # A name has at most 255 bytes, and on macOS whole characters.
+    # A name has at most 255 bytes, and macOS does not take half a character.
     while len(os.fsencode(name)) > 200:
         name = name[:-1]
     partial = destination.parent / f".{name}.ttfunc-{secrets.token_hex(4)}.partial"
@@ -53,7 +53,7 @@ def stage(destination: Path, make: Callable[[Path], None]) -> None:
 
 
 def to_the_end(act: Callable[[], T]) -> T:
-    """Run `act()` once and completely; an interrupt meanwhile is raised when it has ended.
+    """Run `act()` once and completely; raise an interrupt that comes meanwhile at its end.
 
     So `act` should be short, and should wait for nothing. Returns and raises what `act` does.
     """
@@ -61,7 +61,7 @@ def to_the_end(act: Callable[[], T]) -> T:
     outcome: list[tuple[Callable[[], T], BaseException | None]] = []
 
     def work() -> None:
-        if not claim.acquire(blocking=False):  # it was started twice
+        if not claim.acquire(blocking=False):  # an interrupt made the loop start it twice
             return
         try:
             result = act()
@@ -76,7 +76,7 @@ def to_the_end(act: Callable[[], T]) -> T:
         try:
             _thread.start_new_thread(work, ())
             while not outcome:
-                # An interrupt may come when the lock is already taken: then ask for it again.
+                # An interrupt may come just as the lock is taken, so look at the outcome again.
                 ended.acquire(timeout=0.1)
         except BaseException as error:
             if isinstance(error, RuntimeError) and claim.acquire(blocking=False):
@@ -108,7 +108,7 @@ def writable(path: Path) -> Path:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file with this content in place of what was there, whole or not at all."""
+    """Write a file with this content over any file at `path`, whole or not at all."""
 
     def write() -> None:
         with replacement(path, data) as temporary:
@@ -120,10 +120,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacement(path: Path, data: bytes) -> Iterator[Path]:
-    """A synced file beside `path` with this content, removed at the end if it was not renamed.
+    """A synced file beside `path` with this content; removed at the end if nobody renamed it.
 
-    It has the permissions of the file that it is to replace. Use it only within `to_the_end`, where
-    nothing interrupts.
+    It has the permissions of the file at `path`. Use it only within `to_the_end`, where nothing
+    interrupts.
     """
     temporary = path.with_name(f".ttfunc-{secrets.token_hex(8)}.partial")
     try:
@@ -139,7 +139,7 @@ def replacement(path: Path, data: bytes) -> Iterator[Path]:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A regular file, open to read. Raises ValueError for a pipe: a read of it may never end."""
+    """A regular file, open to read. Raises ValueError for a pipe, of which a read may never end."""
     at_once = getattr(os, "O_NONBLOCK", 0)
     file = open(  # noqa: SIM115 (it is returned)
         path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)
@@ -169,9 +169,10 @@ def rename_new(source: Path, destination: Path) -> None:
 def copy_file(
     source: Path, destination: Path, edits: Edits, pieces: Sequence[Piece] | None = None
 ) -> Generator[int]:
-    """A new file with the bytes and permissions of `source`, then `edits` at their offsets; synced.
+    """Write a copy of a file, with its permissions, then `edits` at their offsets; sync it.
 
-    With `pieces`, the file consists of these: bytes as they are, and ranges of the source.
+    pieces: what the copy consists of: bytes as they are, and ranges of the source. By default it is
+    the whole source.
 
     The kernel copies, and shares the blocks where the file system can. Yields the number of bytes
     that were copied since the last yield; the file is whole at the end. Raises an OSError that
@@ -202,27 +203,27 @@ def copy_file(
 
 
 def _copy_bytes(reader: BinaryIO, writer: BinaryIO, span: range, at: int) -> Iterator[int]:
-    """Copy these bytes to where `at` is."""
+    """Copy the bytes of this span to the offset `at`. Yields how many after each step."""
     done, in_kernel = span.start, hasattr(os, "copy_file_range")
     while done < span.stop:
-        moved, left, there = 0, span.stop - done, at + done - span.start
+        copied, left, target = 0, span.stop - done, at + done - span.start
         if in_kernel:
-            moved = _kernel_copy(reader.fileno(), writer.fileno(), done, there, min(left, _SPAN))
-            in_kernel = moved > 0  # some file systems copy nothing and say so
+            copied = _kernel_copy(reader.fileno(), writer.fileno(), done, target, min(left, _SPAN))
+            in_kernel = copied > 0  # some file systems copy nothing and say so
         if not in_kernel:
             reader.seek(done)
-            writer.seek(there)
-            moved = writer.write(reader.read(min(left, _BLOCK)))
+            writer.seek(target)
+            copied = writer.write(reader.read(min(left, _BLOCK)))
             writer.flush()
-            if not moved:
+            if not copied:
                 raise OSError(errno.EIO, f"the file ends at {done} of {span.stop} bytes")
-        _begin_writing(writer.fileno(), there, moved)
-        done += moved
-        yield moved
+        _begin_writing(writer.fileno(), target, copied)
+        done += copied
+        yield copied
 
 
 def _begin_writing(descriptor: int, offset: int, count: int) -> None:
-    # For dirty pages this advice starts the write; else the disk would be idle until the sync.
+    # This advice makes the kernel write dirty pages; else the disk would be idle until the sync.
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):  # only advice
             os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
@@ -244,13 +245,13 @@ def make_directory(source: Path, destination: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Makes what is in a file survive a loss of power."""
+    """Make the contents of a file survive a loss of power."""
     with path.open("rb" if _IS_POSIX else "r+b") as file:
         os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in a folder survive a loss of power; Windows cannot be asked for it."""
+    """Make the names in a folder survive a loss of power; Windows has no call for it."""
     if not _IS_POSIX:
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,25 +1,26 @@
-"""Merging into a checkpoint on disk: copy its files, and write k rows at their places in them."""
+"""Merging into a checkpoint on disk: copy its files, and write k rows into the copies."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ttfunc.disk import rows_file
-from ttfunc.disk.atomic import Edits, copy_file, make_directory, stage, sync_directory
+from ttfunc.disk.atomic import copy_file, make_directory, stage, sync_directory
 from ttfunc.disk.folder import INDEX, Checkpoint, check_copyable, open_checkpoint, warn_of_copies
 from ttfunc.disk.matrices import StoredMatrix, check_finite, find_matrices, holds, under_names
-from ttfunc.disk.resizing import Resizing, resizing
+from ttfunc.disk.resizing import Changes, changes
 from ttfunc.disk.tensors import path_of
 from ttfunc.disk.tokenizer import (
     check_tokenizer,
     save_tokenizer,
+    vocabulary_of,
     warn_of_end,
-    warn_of_left,
+    warn_of_removed,
     warn_of_unknown,
 )
 from ttfunc.merging.merge import check_originals
@@ -76,10 +77,10 @@ def merge_checkpoint(
 
     Warns:
         UserWarning: the rows in the checkpoint are not the originals, so `unmerge_checkpoint` would
-            not give them back; the tokenizer does not have the new tokens, or ends a text with one
-            where `generate` does not stop; other files seem to hold the same weights; or the
-            checkpoint has only one of two matrices, and its config does not say whether they are
-            tied.
+            not give them back; the tokenizer does not have the new tokens, or ends a text with a
+            trained token that the folder's `eos_token_id` does not have; other files seem to hold
+            the same weights; or the checkpoint has only one of two matrices, and its config does
+            not say whether they are tied.
     """
     checkpoint = _opened(source, destination)
     params = _given(params_or_path, checkpoint, names)
@@ -95,10 +96,11 @@ def merge_checkpoint(
                 "or was it merged into before? Keep this checkpoint.",
                 stacklevel=2,
             )
+    trained = {token for stored in matrices for token in stored.spec.indices.ids}
     new = [token for s in matrices for token in s.spec.indices.ids if token >= s.spec.shape[0]]
-    warn_of_unknown(tokenizer, checkpoint.root, new)
-    if tokenizer is not None:
-        warn_of_end(tokenizer, checkpoint.root, new)
+    vocabulary = vocabulary_of(tokenizer, checkpoint.root)
+    warn_of_unknown(vocabulary, new)
+    warn_of_end(vocabulary, checkpoint.root, trained)
     heights = {s.name: max(s.entry.shape[0], max(s.spec.indices.ids) + 1) for s in matrices}
     _write_copy(checkpoint, matrices, heights, Path(destination), tokenizer, progress)
 
@@ -131,8 +133,8 @@ def unmerge_checkpoint(
         KeyError, FileExistsError, FileNotFoundError, OSError: as `merge_checkpoint`.
 
     Warns:
-        UserWarning: the rows in the checkpoint are not those that a merge writes; the tokenizer in
-            the folder keeps new tokens; or other files seem to hold the same weights.
+        UserWarning: the rows in the checkpoint are not those that a merge writes; the tokenizer
+            still has the new tokens; or other files seem to hold the same weights.
     """
     checkpoint = _opened(source, destination)
     params = _given(params_or_path, checkpoint, names)
@@ -148,9 +150,8 @@ def unmerge_checkpoint(
                 stacklevel=2,
             )
     heights = {s.name: s.entry.shape[0] - s.spec.grown for s in matrices}
-    if tokenizer is None:
-        gone = {token for s in matrices for token in s.spec.indices.ids if token >= heights[s.name]}
-        warn_of_left(checkpoint.root, gone)
+    if shrunk := [heights[s.name] for s in matrices if s.spec.grown]:
+        warn_of_removed(vocabulary_of(tokenizer, checkpoint.root), min(shrunk))
     _write_copy(checkpoint, matrices, heights, Path(destination), tokenizer, progress)
 
 
@@ -200,28 +201,14 @@ def _write_copy(
     if tokenizer is not None:
         check_tokenizer(tokenizer, checkpoint.root)
     warn_of_copies(checkpoint)
-    resized = resizing(checkpoint, matrices, heights)
-    done = 0
+    changed = changes(checkpoint, matrices, heights)
 
     def make(partial: Path) -> None:
-        nonlocal done
         # The folder itself comes first; a checkpoint that is a single file has none.
         folders = ["", *checkpoint.folders] if checkpoint.root.is_dir() else []
         for name in folders:
             make_directory(checkpoint.root / name, partial / name)
-        for name in checkpoint.files:
-            edits = (
-                edit
-                for stored in matrices
-                if stored.file == name
-                for edit in stored.edits(stored.rows, heights[stored.name], resized.moved(stored))
-            )
-            # Closed also where `progress` raises: that is no error of the file.
-            with closing(_copied(checkpoint, name, partial, edits, resized)) as copying:
-                for count in copying:
-                    done += count
-                    if progress is not None:
-                        progress(done, checkpoint.size)
+        _copy_files(checkpoint, partial, changed, progress or (lambda done, total: None))
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial, {*checkpoint.headers, INDEX, "config.json"})
         for name in reversed(folders):
@@ -231,15 +218,18 @@ def _write_copy(
     stage(destination, make)
 
 
-def _copied(
-    checkpoint: Checkpoint, name: str, partial: Path, edits: Edits, resized: Resizing
-) -> Generator[int]:
-    """Copy a file of the checkpoint with its edits; yields the bytes of it that are done."""
-    pieces, left = resized.pieces(checkpoint, name), checkpoint.files[name].size
-    with closing(copy_file(checkpoint.root / name, partial / name, edits, pieces)) as copying:
-        for count in copying:
-            left -= count
-            yield count
-    if left:  # a config, which is written anew
-        yield left
-    checkpoint.check_unchanged(name)
+def _copy_files(
+    checkpoint: Checkpoint, partial: Path, changed: Changes, progress: Progress
+) -> None:
+    done, total = 0, checkpoint.size
+    for name, stamp in checkpoint.files.items():
+        end = done + stamp.size
+        edits, pieces = changed.edits.get(name, ()), changed.pieces.get(name)
+        copying = copy_file(checkpoint.root / name, partial / name, edits, pieces)
+        with closing(copying):  # also where `progress` raises: that is no error of the file
+            for count in copying:
+                done += count
+                progress(done, total)
+        if done < end:  # some bytes were not copied, but written anew
+            done = end
+            progress(done, total)

@@ -1,7 +1,8 @@
-"""The sizes of a vocabulary in the text of a `config.json`, which keeps its form otherwise.
+"""The sizes of a vocabulary in the text of a `config.json`, whose other bytes stay as they are.
 
-A tab before a colon is a note for the way back, which changes nothing of what the text says: one
-where the entry had the new size before, and two where there was no entry.
+So that an unmerge can give back each byte, a merge leaves a note where it must: one tab before the
+colon of an entry that already had the new size, and two where it has added the entry. JSON gives
+such white space no meaning.
 """
 
 from __future__ import annotations
@@ -21,31 +22,32 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def kind_of(text: str) -> object:
-    """The `model_type` in the text of a config; None where it does not say one."""
+    """The `model_type` in the text of a config; None where it has none."""
     try:
-        described = json.loads(text)
+        config = json.loads(text)
     except ValueError:
         return None
-    return described.get("model_type") if isinstance(described, dict) else None
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
-def with_sizes(text: str, known: Mapping[str, Entry] | None, by_value: Mapping[int, int]) -> str:
-    """The text with other sizes: of the entries at the `known` paths.
+def with_sizes(text: str, entries: Mapping[str, Entry] | None, by_value: Mapping[int, int]) -> str:
+    """The text of a config with the new sizes in these entries, which it has by their paths.
 
-    Where they are not known, each usual entry that has one of the old values gets the new one.
+    Where the entries are not known (None), each usual entry with an old size of `by_value` gets the
+    new one.
 
-    Warns if this is a guess, or cannot be taken back. Raises ValueError where an entry has
-    another value than in the model, or there is no place for it.
+    Warns where this is a guess, or where an unmerge could not give the bytes back. Raises
+    ValueError where an entry has another value than in the model, or where it has no place.
     """
-    if known is None and sum(len(_usual(size).findall(text)) for size in by_value) > 1:
+    if entries is None and sum(len(_usual(size).findall(text)) for size in by_value) > 1:
         warnings.warn(
             f"config.json has the size {[*by_value]} in several places, and all of them are "
-            "changed, although one may be of another part of the model. With rows that load() has "
-            "put on the model, its config tells.",
+            "changed, although one may be of another part of the model. Rows that load() has put "
+            "on the model know which ones to change.",
             stacklevel=5,
         )
-    changed = _changed(text, known, by_value)
-    back = None if known is None else {path: entry.back for path, entry in known.items()}
+    changed = _changed(text, entries, by_value)
+    back = None if entries is None else {path: entry.back for path, entry in entries.items()}
     if _changed(changed, back, {new: old for old, new in by_value.items()}) != text:
         warnings.warn(
             f"config.json has the sizes {[*by_value.values()]} in a form that cannot be given back "
@@ -55,15 +57,15 @@ def with_sizes(text: str, known: Mapping[str, Entry] | None, by_value: Mapping[i
     return changed
 
 
-def _changed(text: str, known: Mapping[str, Entry] | None, by_value: Mapping[int, int]) -> str:
-    if known is not None:
+def _changed(text: str, entries: Mapping[str, Entry] | None, by_value: Mapping[int, int]) -> str:
+    if entries is not None:
         done = set()
-        for path, entry in known.items():
+        for path, entry in entries.items():
             objects = _objects(text, path)
-            # Several may be one in an older form of the config.
-            place = (*path.split(".")[: len(objects) - 1], path.rpartition(".")[2])
-            if place not in done:
-                done.add(place)
+            # In an older form of the config, several paths may lead to one entry.
+            found = (*path.split(".")[: len(objects) - 1], path.rpartition(".")[2])
+            if found not in done:
+                done.add(found)
                 text = _with_entry(text, objects, path, entry)
         return text
     for old, new in by_value.items():
@@ -77,7 +79,10 @@ def _changed(text: str, known: Mapping[str, Entry] | None, by_value: Mapping[int
 
 
 def _usual(size: int, note: bool = False) -> re.Pattern[str]:
-    """The entries of the usual names that have this size: those that had it, or all others."""
+    """A pattern of the usual entries that have this size.
+
+    note: those with a note that they had it before the merge, and else those without it.
+    """
     noted = r"\t(?!\t)" if note else r"(?!\t(?!\t))"
     return re.compile(rf'("(?:{"|".join(USUAL)})"){noted}(\s*:\s*){size}(?=\s*[,}}])')
 
@@ -91,9 +96,10 @@ class _Member(NamedTuple):
 
 
 def _objects(text: str, path: str) -> list[int]:
-    """Where the objects begin that lead to the entry at the path, the outermost first.
+    """The positions at which the objects around the entry at a path begin, the outermost first.
 
-    An older form of the config may have the entry in one of the objects outside.
+    An older form of the config may have the entry further out, and then the inner ones are left
+    out.
     """
     *outer, key = path.split(".")
     objects = [_after(text, 0)]
@@ -108,27 +114,28 @@ def _objects(text: str, path: str) -> list[int]:
         objects.pop()
     if not objects:
         raise ValueError(
-            f"config.json has no place for {path!r}, which says how high the matrix is in the "
-            "model that the rows were made from. Save that model with "
-            "model.save_pretrained(folder), and merge into this folder."
+            f"config.json has no place for {path!r}, the height of the matrix in the model that "
+            "the rows were made from. Save that model with model.save_pretrained(folder), and "
+            "merge into this folder."
         )
     return objects
 
 
 def _with_entry(text: str, objects: list[int], path: str, entry: Entry) -> str:
-    """The text with another number under the last part of the path, in the last of the objects."""
+    """The text with the new number in the innermost of the objects, where the entry may be new."""
     key = path.rpartition(".")[2]
     if member := _members(text, objects[-1]).get(key):
         return _with_number(text, objects[-1], member, path, entry)
     if entry.new == entry.start:
         return text
-    # Left out, as transformers does where it has the value that its class starts with.
-    begins = objects[-1] + 1
-    comma = "" if text[_after(text, begins)] == "}" else ","
-    return f"{text[:begins]}{json.dumps(key)}{_ADDED}:{entry.new}{comma}{text[begins:]}"
+    # transformers leaves out an entry that has the default of its class.
+    at = objects[-1] + 1
+    comma = "" if text[_after(text, at)] == "}" else ","
+    return f"{text[:at]}{json.dumps(key)}{_ADDED}:{entry.new}{comma}{text[at:]}"
 
 
-def _with_number(text: str, place: int, member: _Member, path: str, entry: Entry) -> str:
+def _with_number(text: str, begin: int, member: _Member, path: str, entry: Entry) -> str:
+    """The text with the new number in a member of the object that begins at `begin`."""
     key, start, end = member
     found, note = json.loads(text[start:end]), _TABS.match(text, key)[0]  # type: ignore[index]
     if found not in (entry.old, entry.new):
@@ -142,14 +149,14 @@ def _with_number(text: str, place: int, member: _Member, path: str, entry: Entry
     if note == _HAD_IT and entry.new < entry.old:
         return f"{text[:key]}{text[key + len(note) :]}"
     if note == _ADDED and entry.new == entry.start:
-        return text[: place + 1] + text[end + text.startswith(",", end) :]
+        return text[: begin + 1] + text[end + text.startswith(",", end) :]
     return f"{text[:start]}{entry.new}{text[end:]}"
 
 
-def _members(text: str, place: int) -> dict[str, _Member]:
-    """The members of the object that begins at `place`, by their keys."""
+def _members(text: str, begin: int) -> dict[str, _Member]:
+    """The members of the object that begins at `begin`, by their keys."""
     members: dict[str, _Member] = {}
-    at = _after(text, place + 1)
+    at = _after(text, begin + 1)
     while text[at] != "}":
         name, key = _VALUE.raw_decode(text, at)
         start = _after(text, _after(text, key) + 1)

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: its files, those that hold the model, and the tensors in these."""
+"""What is in a checkpoint: its files, which of them hold the model, and the tensors in these."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ttfunc.disk.header import TensorEntry, read_header, read_json
 INDEX = "model.safetensors.index.json"
 _TICK = 20_000_000  # nanoseconds; longer than a tick of the clock that kernels stamp files with
 
-# Other files with the same weights: a loader that reads them gets the rows as they were.
+# Other files with the same weights. They are copied as they are: a loader that prefers them gets
+# the rows from before.
 _OTHER_COPIES = (
     "*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf", "*.onnx", "*.onnx_data",
     "tf_model*.h5", "flax_model*.msgpack", "rust_model.ot", "*.ckpt",
@@ -25,23 +26,23 @@ _OTHER_COPIES = (
 
 
 class Stamp(NamedTuple):
-    """Properties of a file by which a write to it is noticed."""
+    """Properties of a file, of which a write to it changes at least one."""
 
     size: int
     written: int
     changed: int
-    place: tuple[int, int]
+    inode: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk, as it was found; none of its files is open.
 
-    root: the folder, or the file if it is a single one. folders, files: everything below the root,
-    relative to it (a single file is `""`). headers: the tensors of each file that holds the model.
+    root: the folder, or the file where there is only one. folders, files: everything below the
+    root, relative to it (a single file is `""`). headers: the tensors of each file of the model.
 
-    Rows are written at their bytes in a copy of the file: a matrix must lie there row by row, not
-    compressed, under no checksum.
+    A merge writes rows at their bytes in a copy of the file. This needs a format that stores a
+    matrix row by row, without compression or a checksum.
     """
 
     root: Path
@@ -51,7 +52,7 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The bytes of all files together."""
         return sum(stamp.size for stamp in self.files.values())
 
     @cached_property
@@ -59,11 +60,11 @@ class Checkpoint:
         """The tensors of all files of the model, by name."""
         return {name: entry for header in self.headers.values() for name, entry in header.items()}
 
-    def check_unchanged(self, name: str | None = None) -> None:
-        """Raises ValueError if a file, or by default anything, is not as it was found."""
-        now = _walk(self.root)[1] if name is None else _stamps(self.root, [name])
-        names = sorted(now.keys() | self.files.keys()) if name is None else [name]
-        if changed := [each for each in names if now.get(each) != self.files.get(each)]:
+    def check_unchanged(self) -> None:
+        """Raise ValueError where a file is not as it was found."""
+        _, now = _walk(self.root)
+        names = sorted(now.keys() | self.files.keys())
+        if changed := [name for name in names if now.get(name) != self.files.get(name)]:
             raise ValueError(
                 f"{str(self.root / changed[0])!r} was changed while it was copied. Merge again "
                 "when nothing writes to it."
@@ -102,22 +103,22 @@ def open_checkpoint(source: Path) -> Checkpoint:
 
 
 def check_copyable(root: Path) -> None:
-    """Raises ValueError for what a copy of a folder cannot carry over, or should not."""
-    for place, folders, names in os.walk(root):
-        for path in (Path(place, name) for name in folders):
+    """Raise ValueError for what a copy of a folder cannot or should not carry over."""
+    for folder, folders, names in os.walk(root):
+        for path in (Path(folder, name) for name in folders):
             if path.is_symlink():
                 raise ValueError(
                     f"{str(path)!r} is a symlink to a folder, which may lead anywhere. Put the "
                     "folder itself there, or merge a copy without it."
                 )
-        for path in (Path(place, name) for name in names):
+        for path in (Path(folder, name) for name in names):
             if not path.is_file():
                 raise ValueError(
                     f"{str(path)!r} is neither a file nor a symlink to one, and cannot be carried "
                     "over. Remove it, or merge a copy without it."
                 )
             target = Path(os.path.realpath(path))
-            # A hub's cache keeps the files in blobs/, and links to them from elsewhere.
+            # The cache of huggingface_hub keeps files in blobs/, and links to them from elsewhere.
             inside = Path(os.path.realpath(root)) in target.parents
             if path.is_symlink() and not inside and target.parent.name != "blobs":
                 raise ValueError(
@@ -127,7 +128,7 @@ def check_copyable(root: Path) -> None:
 
 
 def warn_of_copies(checkpoint: Checkpoint) -> None:
-    """Warns of files that seem to hold the same weights, and are copied without the new rows."""
+    """Warn of files that seem to hold the same weights, and are copied without the new rows."""
     copies = [
         name
         for name in checkpoint.files
@@ -144,10 +145,10 @@ def warn_of_copies(checkpoint: Checkpoint) -> None:
 
 
 def says_tied(checkpoint: Checkpoint) -> bool | None:
-    """Whether the config ties the head to the embedding; None if there is one that does not say.
+    """Whether the config ties the head to the embedding; None if it does not say.
 
-    The config of a part, such as the language model in a larger model, counts where the whole
-    config does not say.
+    The config of a part, such as a language model's in a larger model, counts where the whole
+    config does not say. A checkpoint without a config counts as untied.
     """
     if "config.json" not in checkpoint.files:
         return False
@@ -156,14 +157,14 @@ def says_tied(checkpoint: Checkpoint) -> bool | None:
     except ValueError:
         return None
     parts = [config, *config.values()] if isinstance(config, dict) else []
-    said = [part.get("tie_word_embeddings") for part in parts if isinstance(part, dict)]
-    return next((one for one in said if isinstance(one, bool)), None)
+    values = [part.get("tie_word_embeddings") for part in parts if isinstance(part, dict)]
+    return next((value for value in values if isinstance(value, bool)), None)
 
 
 def _settled(root: Path) -> tuple[list[str], dict[str, Stamp]]:
-    """The result of `_walk`, at a time after which each write changes a stamp."""
+    """The result of `_walk`, once it is so old that each later write changes a stamp."""
     found = _walk(root)
-    # On Windows `changed` is when the file was made.
+    # On Windows `changed` is the time at which the file was made, so both times count.
     newest = [max(stamp.written, stamp.changed) for stamp in found[1].values()]
     if any(time.time_ns() - stamp < _TICK for stamp in newest):
         time.sleep(_TICK / 1e9)  # a write in the same tick of the clock would not change the stamp
@@ -178,21 +179,21 @@ def _walk(root: Path) -> tuple[list[str], dict[str, Stamp]]:
     if not root.is_dir():
         raise ValueError(f"{str(root)!r} is neither a folder nor a file. Give a checkpoint.")
     folders, files = [], []
-    for place, below, names in os.walk(root, onerror=_raise):
-        here = Path(place).relative_to(root)
+    for folder, below, names in os.walk(root, onerror=_raise):
+        here = Path(folder).relative_to(root)
         folders += [(here / name).as_posix() for name in below]
         files += [(here / name).as_posix() for name in names]
     return folders, _stamps(root, sorted(files))
 
 
 def _stamps(root: Path, files: list[str]) -> dict[str, Stamp]:
-    """The stamps of those of the files that are there."""
+    """The stamps of these files; a file that is missing has none."""
     stamps = {}
     for name in files:
         with contextlib.suppress(FileNotFoundError):
             found = (root / name).stat()
-            place = (found.st_dev, found.st_ino)
-            stamps[name] = Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, place)
+            inode = (found.st_dev, found.st_ino)
+            stamps[name] = Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, inode)
     return stamps
 
 
@@ -201,7 +202,7 @@ def _raise(error: OSError) -> None:
 
 
 def _check_copies(source: Path, files: list[str]) -> None:
-    # Servers that find Mistral's own files read them instead of the model's.
+    # Some servers that find Mistral's own files read them and not the model's.
     top = [name for name in files if "/" not in name]
     if preferred := [name for name in top if fnmatch(name, "consolidated*.safetensors")]:
         raise ValueError(

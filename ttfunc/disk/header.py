@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
@@ -48,10 +49,11 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file by name, in the order of the file.
+    """The tensors of a safetensors file by name, in the order of its header.
 
-    The safetensors library accepts every file that is accepted here, with the same bytes for each
-    tensor. The exception is dtypes that the library does not know: such tensors are only copied.
+    The safetensors library accepts every file that this function accepts, with the same bytes for
+    each tensor. The exception is a dtype that the library does not know: such tensors are only
+    copied.
 
     Raises ValueError, naming the file and the reason, for anything else.
     """
@@ -60,7 +62,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def parse_header(file: BinaryIO, size: int, label: str) -> dict[str, TensorEntry]:
-    """`read_header` of an open file of `size` bytes; errors call it `label`."""
+    """What `read_header` does, for an open file of `size` bytes that errors call `label`."""
     first = file.read(8)
     if first == b"version ":
         raise ValueError(f"{label!r} is a pointer of Git LFS, not the file. Run git lfs pull.")
@@ -81,7 +83,7 @@ def parse_header(file: BinaryIO, size: int, label: str) -> dict[str, TensorEntry
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in a file, as `parse_json`. Raises ValueError also for a file that is too long."""
+    """The JSON in a file, as `parse_json` reads it. A file that is too long is a ValueError too."""
     with open_file(path) as file:
         raw = file.read(LONGEST + 1)
     if len(raw) > LONGEST:
@@ -104,16 +106,16 @@ def parse_json(raw: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         raise ValueError("a key is in it more than once")
-    for text in (*found, *(value for value in found.values() if isinstance(value, str))):
+    for text in (*members, *(value for value in members.values() if isinstance(value, str))):
         text.encode()  # raises for half of a surrogate pair, which is no character
-    return found
+    return members
 
 
 def _integer(digits: str) -> int | float:
-    # Negative integers become floats, so that the checks of sizes reject them ("-0" too).
+    # The checks of sizes reject floats, so they reject a negative integer, and "-0" too.
     return float(digits) if digits.startswith("-") else int(digits)
 
 
@@ -151,7 +153,7 @@ def _entry(name: str, fields: Any, base: int) -> TensorEntry:
 
 
 def _numel(name: str, shape: list[int]) -> int:
-    # An overflow is an error even if another dimension is 0. The check in the loop bounds `count`.
+    # The library refuses an overflow even if another dimension is 0, so a 0 counts as 1 at first.
     count = 1
     for size in shape:
         count *= size or 1
@@ -164,9 +166,14 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def _check_coverage(entries: dict[str, TensorEntry], position: int, size: int) -> None:
-    """Each byte after the header belongs to exactly one tensor."""
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+def in_order(entries: Mapping[str, TensorEntry]) -> list[tuple[str, TensorEntry]]:
+    """The tensors with their names, as they lie in the file."""
+    return sorted(entries.items(), key=lambda item: (item[1].start, item[1].end))
+
+
+def _check_coverage(entries: Mapping[str, TensorEntry], position: int, size: int) -> None:
+    """Raise ValueError unless each byte after the header belongs to exactly one tensor."""
+    for name, entry in in_order(entries):
         if entry.start != position or entry.end < position:
             raise ValueError(f"{name!r} does not begin where the tensor before it ends")
         position = entry.end

@@ -22,35 +22,36 @@ _MOST = 10_000  # rows that differ; a model that was trained whole has more
 def highest(checkpoint: Checkpoint) -> list[str]:
     """The names of the matrices that have the most rows."""
     heights = {n: e.shape[0] for n, e in checkpoint.tensors.items() if len(e.shape) == 2}
-    return [name for name, height in heights.items() if height == max(heights.values())]
+    most = max(heights.values(), default=0)
+    return [name for name, height in heights.items() if height == most]
 
 
 @contextlib.contextmanager
 def matrix_in(checkpoint: Checkpoint, names: Sequence[str], width: int) -> Iterator[Base]:
-    """The matrix of a checkpoint that has one of these names; its rows are read as it is sliced.
+    """The matrix of a checkpoint that has one of these names; slices of it read its rows.
 
-    Raises KeyError for none, and ValueError for one of another width or without floats.
+    Raises KeyError where there is none, and ValueError for another width or another dtype.
     """
-    held = {name: file for file, header in checkpoint.headers.items() for name in header}
-    name = next((name for name in names if name in held), None)
-    name = name or next(iter(through_wrappers(names, held).values()), None)
+    files = {name: file for file, header in checkpoint.headers.items() for name in header}
+    exact = [name for name in names if name in files]
+    name = next(iter([*exact, *through_wrappers(names, files).values()]), None)
     if name is None:
         raise KeyError(
             f"the checkpoint {str(checkpoint.root)!r} has none of the names {tuple(names)}; its "
             f"matrices with the most rows are {highest(checkpoint)[:4]}. Is it of the same model?"
         )
-    entry = checkpoint.headers[held[name]][name]
+    entry = checkpoint.tensors[name]
     if len(entry.shape) != 2 or entry.shape[1] != width or entry.dtype not in FLOATS:
         raise ValueError(
             f"{name!r} is {entry.dtype} of shape {entry.shape} in {str(checkpoint.root)!r}, and "
             f"floats of width {width} are needed. Give the model that the rows were trained on."
         )
-    with opened(checkpoint.root / held[name]) as file:
+    with opened(checkpoint.root / files[name]) as file:
         yield Base(file.get_slice(name), entry.shape[0])
 
 
 def rows_of_module(path: Path) -> list[Inspected]:
-    """What a trainer saved of a TokenModule; nothing for another file."""
+    """The rows of a TokenModule that a trainer saved; none for another file."""
     with opened(path) as file:
         if not is_of_module(file):
             return []
@@ -66,15 +67,15 @@ def rows_of_module(path: Path) -> list[Inspected]:
 def changed_rows(checkpoint: Checkpoint, base: Checkpoint) -> Iterator[Inspected]:
     """The rows in which the highest matrices of a checkpoint differ from those of its base.
 
-    Raises ValueError if so many do that it is another model.
+    Raises ValueError where so many differ that it is another model.
     """
     for name in (name for name in highest(checkpoint) if name in base.tensors):
         width = checkpoint.tensors[name].shape[1]
-        with contextlib.ExitStack() as stack:
-            now, before = (
-                stack.enter_context(matrix_in(one, [name], width)) for one in (checkpoint, base)
-            )
-            ids = [token for tokens in _changed(now, before) for token in tokens]
+        with (
+            matrix_in(checkpoint, [name], width) as now,
+            matrix_in(base, [name], width) as before,
+        ):
+            ids = tuple(_changed(now, before))
             if len(ids) > _MOST:
                 raise ValueError(
                     f"{len(ids):,} of {now.height:,} rows of {name!r} are not those of "
@@ -82,13 +83,14 @@ def changed_rows(checkpoint: Checkpoint, base: Checkpoint) -> Iterator[Inspected
                 )
             if ids:
                 rows = torch.cat([now.rows[token : token + 1] for token in ids])
-                yield Inspected((name,), tuple(ids), rows, torch.zeros_like(rows))
+                yield Inspected((name,), ids, rows, torch.zeros_like(rows))
 
 
-def _changed(now: Base, before: Base) -> Iterator[list[int]]:
-    """The ids of rows that differ, and of those that the base does not have."""
+def _changed(now: Base, before: Base) -> Iterator[int]:
+    """The ids of the rows that differ, and of those that the base does not have."""
     both = min(now.height, before.height)
     for tokens, block in Base(now.rows, both).blocks():
-        first = int(tokens[0])
-        yield [first + row for row in differing(block, before.rows[first : first + len(block)])]
-    yield [*range(both, now.height)]
+        ids = tokens.tolist()
+        rows = differing(block, before.rows[ids[0] : ids[-1] + 1])
+        yield from (ids[row] for row in rows)
+    yield from range(both, now.height)

@@ -1,4 +1,4 @@
-"""Putting the rows of a file on a model: under its names, and at the height that it has by now."""
+"""Reading rows from a file onto a model: under its names, and at the height that it has now."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ttfunc.disk.tensors import opened, path_of, prefix_errors, tensor_of
 from ttfunc.model.given import check_model
 from ttfunc.model.held import names_of
 from ttfunc.model.names import advice, check_names, matrix_named
-from ttfunc.rows.deltas import RowSpec, TokenDeltas, warn_of_half
+from ttfunc.rows.deltas import TokenDeltas, warn_of_half
 from ttfunc.rows.new_tokens import check_after
 from ttfunc.rows.renaming import key, name_in, renamed
 
@@ -70,21 +70,21 @@ def load(
     path = file_of(path)
     params = _of_trainer(path, model, names)
     if params is None:
-        params = _called(read(path), model, names, path)
+        params = _under_names(read(path), model, names, path)
     else:
         warn_of_half(model, params)
     return put_on(model, params, path, after=after, requires_grad=requires_grad)
 
 
-def _called(
+def _under_names(
     params: TokenDeltas, model: nn.Module, names: Mapping[str, str] | None, path: Path
 ) -> TokenDeltas:
-    """The parameters under the names of `model`."""
-    held, who = names_of(model), f"this {type(model).__name__}"
-    found = renamed(params, names, held, who, lambda *_: f"{who} has no such parameter.")
+    """`params` with the names of the matrices in `model`."""
+    held, owner = names_of(model), f"this {type(model).__name__}"
+    found = renamed(params, names, held, owner, lambda *_: f"{owner} has no such parameter.")
     absent = [name for spec in found.specs.values() for name in spec.names if name not in held]
-    known = [name for spec in params.specs.values() for name in spec.names]
-    if absent and names is None and (hint := advice(known, held)):
+    in_file = [name for spec in params.specs.values() for name in spec.names]
+    if absent and names is None and (hint := advice(in_file, held)):
         raise KeyError(
             f"{type(model).__name__} has no parameter {absent[0]!r}, for which {str(path)!r} has "
             f"rows.{hint} Or use the model that the rows were trained on, without a wrapper."
@@ -95,27 +95,32 @@ def _called(
 def _of_trainer(
     path: Path, model: nn.Module, names: Mapping[str, str] | None
 ) -> TokenDeltas | None:
-    """The rows that a trainer saved of a TokenModule, with originals of the model as it is.
+    """The rows of a TokenModule that a trainer saved; None where the file is another one.
 
-    The file is that of a state dict. It says neither the names and the shape of a matrix nor the
-    rows as they were. None for another file. Raises as `load`; warns of tensors that are not rows.
+    Such a file is a state dict, and lacks the names and the shape of a matrix and the originals:
+    these come from the model. Raises as `load` does; warns of tensors that are not rows.
     """
     deltas, specs = {}, {}
+    renamings = names or {}
     with opened(path) as file, prefix_errors(f"{str(path)!r} does not fit {type(model).__name__}"):
         if not is_of_module(file):
             return None
         if names is not None:
             check_names(names)
         keys = set(file.keys())
-        given = [name for one in sorted(keys) if (name := name_in(one, "deltas")) is not None]
-        if wrong := (names or {}).keys() - set(given):
-            raise ValueError(f"names has {sorted(wrong)}, and the rows are for {given}")
-        for name in given:
-            found = _rows(file, keys, name, (names or {}).get(name, name), model, path)
-            deltas[found[0].names[0]], specs[found[0].names[0]] = found[1], found[0]
-    if len(specs) < len(given):
+        in_file = [name for entry in sorted(keys) if (name := name_in(entry, "deltas")) is not None]
+        if wrong := renamings.keys() - set(in_file):
+            raise ValueError(f"names has {sorted(wrong)}, and the rows are for {in_file}")
+        for name in in_file:
+            delta, ids = _rows(file, keys, name)
+            matrix = matrix_named(model, renamings.get(name, name), path)
+            if matrix.tensor.is_meta:
+                raise ValueError("on meta there are no rows as they were. Load onto the real model")
+            spec = on_matrix(matrix, ids, delta, f"the rows {key('deltas', name)!r}")
+            deltas[spec.names[0]], specs[spec.names[0]] = delta, spec
+    if len(specs) < len(in_file):
         raise ValueError(
-            f"{str(path)!r} has rows of {given}, which are one matrix in this "
+            f"{str(path)!r} has rows of {in_file}, which are one matrix in this "
             f"{type(model).__name__}. Use the model that was trained, which does not tie them."
         )
     if keys:
@@ -129,18 +134,13 @@ def _of_trainer(
     return TokenDeltas(deltas, specs)
 
 
-def _rows(
-    file: Any, keys: set[str], name: str, called: str, model: nn.Module, path: Path
-) -> tuple[RowSpec, Tensor]:
-    """The rows of a matrix, of which the names are taken out of the keys that are left."""
+def _rows(file: Any, keys: set[str], name: str) -> tuple[Tensor, list[int]]:
+    """The rows of a matrix and their ids, whose entries are removed from `keys`."""
     pair = [key(part, name) for part in ("deltas", "token_indices")]
     if missing := [one for one in pair if one not in keys]:
         raise ValueError(f"it has {pair[0]!r} and lacks {missing}")
     keys.difference_update(pair)
     delta, ids = (tensor_of(file, one) for one in pair)
-    matrix = matrix_named(model, called, path)
-    if matrix.tensor.is_meta:
-        raise ValueError("on meta there are no rows as they were. Load onto the real model")
     if ids.is_floating_point() or ids.ndim != 1:
         raise ValueError(f"{pair[1]!r} are {ids.dtype} of shape {tuple(ids.shape)}")
-    return on_matrix(matrix, ids.tolist(), delta, f"the rows {pair[0]!r}"), delta
+    return delta, ids.tolist()

@@ -1,4 +1,4 @@
-"""Where the rows of token matrices lie in a checkpoint on disk, and whether they can be written."""
+"""Where the token matrices lie in a checkpoint on disk, and whether rows can be written there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ttfunc.rows.renaming import apart_among, renamed
 class StoredMatrix:
     """One token matrix in one file of a checkpoint, and the `(k, D)` rows to write there.
 
-    key: of the matrix in the parameters. name: the one of its names that the file has.
+    key: the matrix's name in the parameters. name: its name in the file.
     """
 
     file: str
@@ -45,23 +45,24 @@ class StoredMatrix:
     def edits(self, rows: Tensor, height: int, moved: int = 0) -> Iterator[tuple[int, memoryview]]:
         """For each row of a token below `height`, the byte at which it begins, and its bytes.
 
-        moved: by how many bytes the matrix begins later than in this file.
+        moved: how many bytes later the matrix begins in a new file.
         """
         stride = self.spec.shape[1] * self.dtype.itemsize
-        for token, block in self._blocks(rows):
+        for token, block in self._blocks(rows).items():
             if token < height:
                 yield self.entry.start + moved + token * stride, block
 
     def tail(self, height: int) -> bytes:
-        """The rows of tokens from `height` on, in their order."""
-        new = {token: block for token, block in self._blocks(self.rows) if token >= height}
-        return b"".join(new[token] for token in sorted(new))
+        """The rows of tokens from `height` on, by their ids."""
+        blocks = self._blocks(self.rows)
+        return b"".join(blocks[token] for token in sorted(blocks) if token >= height)
 
-    def _blocks(self, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
-        # The cast is that of ttfunc.merge.
+    def _blocks(self, rows: Tensor) -> dict[int, memoryview]:
+        """The bytes of each token's row."""
+        # ttfunc.merge casts in the same way.
         blocks = rows.to(self.dtype).contiguous().view(torch.uint8).numpy()
-        for token, block in zip(self.spec.indices.ids, blocks, strict=True):
-            yield token, memoryview(block)
+        pairs = zip(self.spec.indices.ids, blocks, strict=True)
+        return {token: memoryview(block) for token, block in pairs}
 
 
 def under_names(
@@ -79,12 +80,12 @@ def find_matrices(
     *,
     merged: bool = False,
 ) -> list[StoredMatrix]:
-    """Every tensor of `checkpoint` to write `values` to: `(k, D)` rows for each key of `params`.
+    """Every tensor of `checkpoint` that gets rows of `values`, which has them by `params`' keys.
 
     merged: whether the checkpoint has the new tokens of `params` already.
 
-    Raises KeyError for a matrix that is not there under any of its names; ValueError where it has
-    another shape, or cannot take rows, and for ids that are none.
+    Raises KeyError for a matrix that the checkpoint has under none of its names, and ValueError for
+    one that has another shape or cannot take rows, and for ids that are not valid.
     """
     matrices: list[StoredMatrix] = []
     absent = []
@@ -119,7 +120,7 @@ def find_matrices(
 
 
 def holds(root: Path, stored: StoredMatrix, rows: Tensor) -> bool:
-    """Whether the file has these `rows`, cast to its dtype, at their place; new ones apart."""
+    """Whether the file has these `rows`, cast to its dtype, up to the matrix's end."""
     with open_file(root / stored.file) as file:
         for offset, block in stored.edits(rows, stored.entry.shape[0]):
             file.seek(offset)
@@ -129,7 +130,7 @@ def holds(root: Path, stored: StoredMatrix, rows: Tensor) -> bool:
 
 
 def check_finite(stored: StoredMatrix) -> None:
-    """Raises ValueError for rows that the file's dtype cannot hold: NaN, infinite or too large."""
+    """Raise ValueError for rows that the file's dtype cannot hold: NaN, infinite or too large."""
     rows, limits = stored.rows.double(), torch.finfo(stored.dtype)
     # Some casts to float8 saturate. A value that only rounds to the largest number is fine.
     fits = rows.abs() <= limits.max * (1 + limits.eps / 2)
@@ -142,7 +143,7 @@ def check_finite(stored: StoredMatrix) -> None:
         )
 
 
-# What is in the names of the tensors with which a quantised matrix is to be read.
+# Names of tensors that a quantised matrix needs to be read have one of these in them.
 _SCALES = ("scale", "zero", "absmax", "quant", "packed", "codebook", "scb", "g_idx")
 
 _TIED = (
@@ -153,7 +154,7 @@ _TIED = (
 
 
 def _tied_instead(checkpoint: Checkpoint, spec: RowSpec) -> str:
-    """What to do where the checkpoint has another matrix of the model alone; "" elsewhere."""
+    """The way out where a checkpoint stores another matrix of the model in place of this; or ""."""
     others = apart_among(spec, checkpoint.tensors)
     if others and not _of_shape(checkpoint, spec.shape, others):
         return f" It has {others}, another matrix when the rows were made. {_TIED}"
@@ -161,7 +162,7 @@ def _tied_instead(checkpoint: Checkpoint, spec: RowSpec) -> str:
 
 
 def _check_apart(checkpoint: Checkpoint, found: Sequence[StoredMatrix], merged: bool) -> None:
-    """Raise ValueError if what is found is another matrix of the model, or that one too.
+    """Raise ValueError where the checkpoint stores another matrix of the model as the same tensor.
 
     A checkpoint stores tied matrices once, and its config says that they are tied.
     """
@@ -171,7 +172,7 @@ def _check_apart(checkpoint: Checkpoint, found: Sequence[StoredMatrix], merged: 
             f"the rows of {key!r} cannot be written to {others} in {str(checkpoint.root)!r}, "
             f"another matrix when they were made. {_TIED}"
         )
-    # What has no new tokens keeps the old shape.
+    # The other matrix keeps the old shape where it has no new tokens.
     shapes = {found[0].entry.shape, spec.shape}
     if not spec.origin.apart or any(_of_shape(checkpoint, one, names) for one in shapes):
         return
@@ -198,8 +199,9 @@ def _of_shape(
 
 def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) -> None:
     entry, spec = stored.entry, stored.spec
-    # Scales and the like, such as weight_scale_inv and weight.absmax. Another matrix of the same
-    # shape is none, nor is what the model itself has, and beside a wide float no other name is.
+    # Scales and the like, such as weight_scale_inv and weight.absmax, tell of a quantised matrix.
+    # A tensor of the same shape is none. Beside a wide float, neither is one that the model itself
+    # has, or one whose name does not say so.
     parts, narrow = (f"{stored.name}_", f"{stored.name}."), entry.dtype.startswith("F8")
     beside = [
         name
@@ -220,7 +222,7 @@ def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) ->
             "quantise the result."
         )
     shape = shape_in_weights(spec, merged)
-    # A taller one, padded or resized, has the tokens as well.
+    # A taller matrix, padded or resized, has a row for each token too.
     taller = len(entry.shape) == 2 and entry.shape[0] > max(spec.indices.ids)
     taller = taller and entry.shape[0] > shape[0] and entry.shape[1] == shape[1]
     if entry.shape != shape and not (taller and not (merged and spec.grown)):
@@ -234,9 +236,9 @@ def _check_matrix(checkpoint: Checkpoint, stored: StoredMatrix, merged: bool) ->
 def _likely(
     checkpoint: Checkpoint, absent: Sequence[RowSpec], taken: Collection[str], merged: bool
 ) -> dict[str, str]:
-    """What each of these matrices is called there, by its shape and the likeness of the names.
+    """The likely names of absent matrices in the checkpoint: those of their shapes that are alike.
 
-    Empty where one of them has no such matrix.
+    Empty where one of the matrices has no such name.
     """
     shapes = [shape_in_weights(spec, merged) for spec in absent]
     free = {n: e.shape for n, e in checkpoint.tensors.items() if n not in taken}
@@ -260,7 +262,8 @@ def _few(names: Iterable[str]) -> list[str]:
 
 def _missing(checkpoint: Checkpoint, spec: RowSpec, *names: str) -> str:
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-    alike = [name for name, shape in shapes.items() if shape == spec.shape] or list(shapes)
+    fitting = {spec.shape, (spec.height, spec.shape[1])}  # without the new tokens, and with them
+    alike = [name for name, shape in shapes.items() if shape in fitting] or list(shapes)
     close = difflib.get_close_matches(names[0], _few(alike), n=5, cutoff=0.0)
     nearest = ", ".join(f"{name!r} {shapes[name]}" for name in close) or "no tensor at all"
     return (

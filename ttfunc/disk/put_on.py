@@ -30,9 +30,9 @@ def put_on(
     after: TokenDeltas | None = None,
     requires_grad: bool = False,
 ) -> TokenDeltas:
-    """The parameters that the file at `path` has, on the matrices of `model` with their names.
+    """The parameters from the file at `path`, on the matrices of `model` that have their names.
 
-    The ids decide where a matrix has another height by now. Raises and warns as `load`.
+    Where a matrix has another height now, the ids decide. Raises and warns as `load` does.
     """
     deltas, specs = {}, {}
     messages, grown = [], []
@@ -41,7 +41,9 @@ def put_on(
         if after is not None:
             spec = numbered_on(spec, after, matrix)
         spec = _at_height_of(matrix, spec, path, after)
-        first, device = matrix.names[0], _rows_device(matrix)
+        first, weight = matrix.names[0], matrix.tensor
+        # The rows of a model on meta go to the CPU, so that they can be merged into real weights.
+        device = torch.device("cpu") if weight.is_meta else weight.device
         with outside_of_modes():
             # The originals are on meta where they were taken from a model that is.
             originals = spec.originals if spec.originals.is_meta else spec.originals.to(device)
@@ -51,7 +53,8 @@ def put_on(
             spec, names=matrix.names, originals=originals, matrix=matrix, origin=origin
         )
         messages.append(_other_base(matrix, loaded, spec.origin, path))
-        grown += [(matrix, loaded.indices)] * bool(loaded.grown)
+        if loaded.grown:
+            grown.append((matrix, loaded.indices))
     if grown:
         with prefix_errors(f"{str(path)!r} has rows that are new tokens on this model"):
             check_ends(model, grown)
@@ -61,9 +64,9 @@ def put_on(
 
 
 def on_matrix(matrix: Matrix, ids: Sequence[int], rows: Tensor, what: str) -> RowSpec:
-    """What stays fixed about rows of a file that has no originals.
+    """The RowSpec of rows from a file that has no originals.
 
-    The originals are those of the model as it is, and zeros for tokens that it does not have.
+    The originals are the rows that the model has now, and zeros for tokens that it lacks.
     """
     weight, height = matrix.tensor, matrix.shape[0]
     first_new = min((token for token in ids if token >= height), default=None)
@@ -74,13 +77,8 @@ def on_matrix(matrix: Matrix, ids: Sequence[int], rows: Tensor, what: str) -> Ro
     return RowSpec(matrix.names, matrix.shape, indices, originals, matrix)
 
 
-def _rows_device(matrix: Matrix) -> torch.device:
-    """Where the rows of a matrix live: beside it, or on the CPU where it has no values."""
-    return torch.device("cpu") if matrix.tensor.is_meta else matrix.tensor.device
-
-
 def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:
-    """The matrix of `model` that has the names, the shape and the ties of the file."""
+    """The matrix of `model` with these names. Raises ValueError for another width or other ties."""
     matrix = matrix_named(model, spec.names[0], path)
     shape = matrix.shape
     if shape[1:] != spec.shape[1:]:
@@ -97,7 +95,7 @@ def _same_matrix(model: nn.Module, spec: RowSpec, path: Path) -> Matrix:
 
 
 def _at_height_of(matrix: Matrix, spec: RowSpec, path: Path, after: TokenDeltas | None) -> RowSpec:
-    """The rows on a matrix that has more rows by now, or fewer: what was new may be there."""
+    """The spec for a matrix that has more rows now, or fewer: a new token may be an old one now."""
     weight, height = matrix.tensor, matrix.shape[0]
     if height == spec.shape[0]:
         return spec
@@ -105,24 +103,25 @@ def _at_height_of(matrix: Matrix, spec: RowSpec, path: Path, after: TokenDeltas 
         first_new = height if after is None else next_token(after, matrix)
         token_indices(spec.indices.ids, height, matrix.names[0], first_new)
     shape = (height, spec.shape[1])
-    there = [i for i, token in enumerate(spec.indices.ids) if spec.shape[0] <= token < shape[0]]
-    if not there:
+    # For tokens that were new and that the matrix has now, its rows are the originals.
+    old_now = [i for i, token in enumerate(spec.indices.ids) if spec.shape[0] <= token < height]
+    if not old_now:
         return replace(spec, shape=shape)
     if weight.is_meta:
         raise ValueError(
-            f"{str(path)!r} has new rows for {matrix.names[0]!r} at tokens that this model has by "
-            "now, and on meta there are no values to keep of them. Load onto the real model."
+            f"{str(path)!r} has new rows for {matrix.names[0]!r} at tokens that this model has "
+            "now, and on meta these have no values to keep. Load onto the real model."
         )
-    ids = [spec.indices.ids[i] for i in there]
+    ids = [spec.indices.ids[i] for i in old_now]
     with outside_of_modes():
         originals = spec.originals.clone()
         found = rows_at(weight, torch.tensor(ids, device=weight.device))
-        originals[there] = found.to(originals.device, originals.dtype)
+        originals[old_now] = found.to(originals.device, originals.dtype)
     return replace(spec, shape=shape, originals=originals)
 
 
 def _other_base(matrix: Matrix, spec: RowSpec, saved: Origin, path: Path) -> str:
-    """What to say where a matrix is not the one that the rows of a file belong to; else nothing."""
+    """The warning where a matrix is not the one that the rows were trained on; "" elsewhere."""
     weight, first = matrix.tensor, spec.names[0]
     if weight.is_meta:
         return ""

@@ -1,7 +1,7 @@
 """Token rows in one safetensors file: `deltas/…`, `token_indices/…` and `originals/…`.
 
-The names and the shape of each matrix are in the metadata, as JSON under one key; so is what
-the model said of it, which a reader may leave out.
+The metadata have the names and the shape of each matrix, as JSON under one key. They also have what
+the model said of the matrix (its `Origin`), which a reader may leave out.
 """
 
 from __future__ import annotations
@@ -79,12 +79,13 @@ def save(
                 tensors[f"{part}/{spec.names[0]}"] = cpu_copy(tensor, f"the {part} of {name!r}")
             entry = {"names": list(spec.names), "shape": list(spec.shape)}
             described.append({**entry, "grown": spec.grown} if spec.grown else entry)
-        # Rows of tokens that the matrix had are what the first version was made for.
+        # An earlier ttfunc can read a file without new tokens.
         version = FORMAT if any("grown" in entry for entry in described) else 1
         origins = [_origin_as_json(spec.origin) for spec in params.specs.values()]
-        own = json.dumps({"format": version, "matrices": described, "origins": origins})
-        _checked_metadata(own)
-    write_file(Path(os.path.realpath(path)), serialized(tensors, {**_strings(metadata), KEY: own}))
+        text = json.dumps({"format": version, "matrices": described, "origins": origins})
+        _matrices_in(text)  # which refuses what `read` would refuse
+    all_metadata = {**_strings(metadata), KEY: text}
+    write_file(Path(os.path.realpath(path)), serialized(tensors, all_metadata))
 
 
 def is_of_rows(path: Path) -> bool:
@@ -106,16 +107,16 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
     path = path_of(path, "read(path)")
     deltas, specs = {}, {}
     with opened(path) as file, prefix_errors(f"{str(path)!r} cannot be loaded"):
-        own = (file.metadata() or {}).get(KEY)
+        text = (file.metadata() or {}).get(KEY)
         if is_of_module(file):
             raise ValueError(
                 "a trainer saved it, and it does not say what the rows were before: give what "
                 "load(path, model) returns"
             )
-        if own is None:
+        if text is None:
             raise ValueError("it has no metadata of ttfunc. For a PEFT adapter use load_peft")
-        matrices = _checked_metadata(own)
-        origins = _origins(json.loads(own).get("origins"), len(matrices))
+        matrices = _matrices_in(text)
+        origins = _origins(json.loads(text).get("origins"), len(matrices))
         expected = {f"{part}/{names[0]}" for names, *_ in matrices for part in PARTS}
         if wrong := expected ^ set(file.keys()):
             raise ValueError(f"tensors are missing, or unknown: {sorted(wrong)[:4]}")
@@ -124,7 +125,8 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
             if ids.dtype != torch.int64:
                 raise ValueError(f"the token indices of {names[0]!r} are {ids.dtype}, not int64")
             new = ids[ids >= shape[0]].tolist() if grown else []
-            indices = token_indices(ids, shape[0], names[0], min(new, default=None))
+            first_new = min(new, default=None)
+            indices = token_indices(ids, shape[0], names[0], first_new)
             check_rows(delta, len(indices), shape[1], f"the deltas of {names[0]!r}")
             check_rows(originals, len(indices), shape[1], f"the originals of {names[0]!r}")
             deltas[names[0]] = delta
@@ -137,29 +139,29 @@ def read(path: str | os.PathLike[str]) -> TokenDeltas:
 
 
 def file_of(path: Path) -> Path:
-    """The file in a folder that a trainer wrote; any other path as it is."""
+    """The file in the folder that a trainer wrote; any other path stays as it is."""
     return path / FILE if path.is_dir() and (path / FILE).is_file() else path
 
 
 def is_of_module(file: Any) -> bool:
-    """Whether the tensors of an open file are those of a TokenModule's state dict."""
+    """Whether an open file has the state dict of a TokenModule."""
     keys = [*file.keys()]
     if KEY in (file.metadata() or {}) or any(one.startswith("originals/") for one in keys):
         return False
     return any(name_in(one, "deltas") is not None for one in keys)
 
 
-def _checked_metadata(own: str) -> list[tuple[tuple[str, ...], tuple[int, int], int]]:
-    """Names and shape of each matrix, from ttfunc's own JSON."""
-    described = parse_json(own.encode())
+def _matrices_in(text: str) -> list[tuple[tuple[str, ...], tuple[int, int], int]]:
+    """The names, the shape and the number of new tokens of each matrix, from ttfunc's own JSON."""
+    described = parse_json(text.encode())
     version = described.get("format") if isinstance(described, dict) else None
     if type(version) is not int or version < 1:
-        raise ValueError(f"its metadata have no format version: {shown(own)}")
+        raise ValueError(f"its metadata have no format version: {shown(text)}")
     if version > FORMAT:
         raise ValueError(f"it has format {version}, and this ttfunc knows {FORMAT}. Upgrade ttfunc")
     entries = described.get("matrices")
     if not isinstance(entries, list) or not all(map(_is_matrix, entries)) or not entries:
-        raise ValueError(f"its metadata must give names and a shape for each matrix: {shown(own)}")
+        raise ValueError(f"its metadata must give names and a shape for each matrix: {shown(text)}")
     names = Counter(name for entry in entries for name in entry["names"])
     if twice := [name for name, times in names.items() if times > 1]:
         raise ValueError(f"{twice[:4]} are given twice: a name belongs to one matrix")
@@ -194,27 +196,27 @@ def _strings(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _origin_as_json(origin: Origin) -> dict[str, Any]:
-    """What a model said of a matrix; what is not known is left out."""
-    said = {one.name: getattr(origin, one.name) for one in fields(Origin)}
-    said = {name: value for name, value in said.items() if value != getattr(Origin(), name)}
-    if (sample := said.pop("sample", None)) is not None:
+    """What a model said of a matrix, without the fields that have their defaults."""
+    values = {field.name: getattr(origin, field.name) for field in fields(Origin)}
+    values = {name: value for name, value in values.items() if value != getattr(Origin(), name)}
+    if (sample := values.pop("sample", None)) is not None:
         numbers = sample.numbers.cpu().double()
         (dtype,) = (name for name, one in FLOATS.items() if one == sample.numbers.dtype)
         if numbers.isfinite().all():
             rows = list(sample.rows)
-            said["sample"] = {"rows": rows, "numbers": numbers.tolist(), "dtype": dtype}
-    return said
+            values["sample"] = {"rows": rows, "numbers": numbers.tolist(), "dtype": dtype}
+    return values
 
 
-def _origins(given: object, count: int) -> list[Origin]:
+def _origins(entries: object, count: int) -> list[Origin]:
     """What the model said of each matrix. Raises ValueError for what no version writes."""
-    if given is None:  # a file of an earlier version
+    if entries is None:  # a file of an earlier version
         return [Origin()] * count
-    if not isinstance(given, list) or len(given) != count or not all(map(_is_origin, given)):
-        raise ValueError(f"its metadata say of the model what no version does: {shown(given)}")
+    if not isinstance(entries, list) or len(entries) != count or not all(map(_is_origin, entries)):
+        raise ValueError(f"its metadata say of the model what no version does: {shown(entries)}")
     return [
         Origin(**{n: restored(entry[n]) for n, (_, restored) in _ORIGIN.items() if n in entry})
-        for entry in given
+        for entry in entries
     ]
 
 
@@ -224,7 +226,7 @@ def _sample(entry: dict[str, Any]) -> Sample:
 
 
 def _is_origin(entry: Any) -> bool:
-    # Keys that are not known are of a later version, which says more.
+    # A later version may write further keys.
     return isinstance(entry, dict) and all(
         fits(entry[name]) for name, (fits, _) in _ORIGIN.items() if name in entry
     )
@@ -256,7 +258,7 @@ def _is_sample(found: Any) -> bool:
     return whole and all(type(one) is float for one in numbers)
 
 
-# For each field of an Origin, whether a value of the file fits, and what it stands for.
+# For each field of an Origin: whether a value in a file is valid, and what it becomes.
 _ORIGIN: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
     **dict.fromkeys(["model", "kind"], (_is_string, str)),
     **dict.fromkeys(["shared", "biases", "apart", "beside"], (_are_strings, tuple)),

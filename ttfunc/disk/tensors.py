@@ -19,7 +19,7 @@ from ttfunc.torch_private import is_wrapped, outside_of_modes
 
 
 def path_of(given: object, order: str) -> Path:
-    """A path that the user gave. Raises TypeError for anything else, with the right `order`."""
+    """The path that the user gave. Raises TypeError for anything else, and shows the `order`."""
     if not isinstance(given, (str, os.PathLike)):
         raise TypeError(f"a path is needed, got {type(given).__name__}. The order is {order}.")
     return Path(given)
@@ -27,14 +27,14 @@ def path_of(given: object, order: str) -> Path:
 
 def differing(a: Tensor, b: Tensor) -> list[int]:
     """The rows in which two `(n, D)` tensors differ, in the coarser of their dtypes."""
-    # A checkpoint that was loaded in half precision counts as having the same rows.
+    # So a checkpoint that was loaded in half precision has the same rows.
     coarse = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     a, b = (rows.to(coarse).contiguous().view(torch.uint8) for rows in (a, b))
     return (a != b).any(1).nonzero().ravel().tolist()
 
 
 def check_rows(tensor: Tensor, k: int, width: int, what: str) -> None:
-    """Raises ValueError unless these are `(k, D)` rows of a float dtype."""
+    """Raise ValueError unless these are `(k, D)` rows of a float dtype."""
     if tuple(tensor.shape) != (k, width):
         raise ValueError(
             f"{what} have shape {tuple(tensor.shape)}, and {(k, width)} is needed: a row for each "
@@ -45,7 +45,7 @@ def check_rows(tensor: Tensor, k: int, width: int, what: str) -> None:
 
 
 def cpu_copy(tensor: Tensor, what: str) -> Tensor:
-    """A contiguous copy on the CPU. Raises ValueError if there are no values to write."""
+    """A contiguous copy on the CPU. Raises ValueError where there are no values to write."""
     if is_wrapped(tensor):
         raise ValueError(f"{what} are traced by a transform. Save what the transform returns")
     if is_dtensor(tensor):
@@ -67,13 +67,13 @@ def tensor_of(file: Any, key: str) -> Tensor:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file whose header is sound. Raises ValueError if it is not."""
+    """An open safetensors file. Raises FileNotFoundError, or ValueError where it is damaged."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
     if not path.is_file():
         raise ValueError(
-            f"{str(path)!r} is no file. For a folder of a PEFT adapter use load_peft, and for one "
-            "that a trainer saved of a TokenModule load(path, model)."
+            f"{str(path)!r} is no file. For a folder of a PEFT adapter use load_peft, and for the "
+            "folder of a TokenModule that a trainer saved, load(path, model)."
         )
     try:
         file = safe_open(path, "pt")
@@ -85,6 +85,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def prefix_errors(what: str) -> Iterator[None]:
+    """Put `what` before the message of an error; each of these becomes a ValueError."""
     try:
         yield
     except (ValueError, TypeError, IndexError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import secrets
@@ -10,21 +11,95 @@ import warnings
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from reprlib import repr as shown
-from typing import Any
+from typing import Any, NamedTuple
 
 from ttfunc.disk.atomic import sync_directory, sync_file
 from ttfunc.disk.header import read_json
 
-# The files of a tokenizer that say the ids of tokens, and where.
-_IDS: dict[str, Callable[[Any], Iterable[Any]]] = {
-    "tokenizer.json": lambda read: [
-        *_numbered(read["model"]["vocab"]),
-        *(token["id"] for token in read["added_tokens"]),
+# The files of a tokenizer that have the ids of its tokens, and how each file has these pairs.
+_TOKENS: dict[str, Callable[[Any], Iterable[tuple[Any, Any]]]] = {
+    "tokenizer.json": lambda said: [
+        *_numbered(said["model"]["vocab"]),
+        *((token.get("content"), token["id"]) for token in said["added_tokens"]),
     ],
-    "tokenizer_config.json": lambda read: map(int, read["added_tokens_decoder"]),
-    "added_tokens.json": lambda read: read.values(),
-    "vocab.json": lambda read: read.values(),
+    "tokenizer_config.json": lambda said: (
+        (token.get("content"), int(i)) for i, token in said["added_tokens_decoder"].items()
+    ),
+    "added_tokens.json": lambda said: said.items(),
+    "vocab.json": lambda said: said.items(),
 }
+# The files that say which token ends a text; transformers 4 wrote the second one as well.
+_SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")
+# What reading raises for a file that is missing or has another form; loaders judge such a file.
+_NOT_SAID = (OSError, ValueError, LookupError, TypeError, AttributeError)
+
+
+class Vocabulary(NamedTuple):
+    """The ids of a tokenizer's tokens, and the id that ends a text, as far as they are known.
+
+    owner: how messages name the tokenizer.
+    """
+
+    owner: str
+    ids: frozenset[int]
+    end: int | None
+
+
+def vocabulary_of(tokenizer: Any, root: Path) -> Vocabulary:
+    """The vocabulary of a tokenizer, given or in its folder; without one, of that in `root`."""
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+        return _vocabulary_in(root if tokenizer is None else Path(tokenizer))
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    tokens: dict[Any, int] = getattr(inner, "get_vocab", dict)()
+    end = getattr(inner, "eos_token_id", None)
+    owner = f"this {type(tokenizer).__name__}"
+    return Vocabulary(owner, frozenset(tokens.values()), end if isinstance(end, int) else None)
+
+
+def warn_of_unknown(vocabulary: Vocabulary, new: Iterable[int]) -> None:
+    """Warn where a tokenizer lacks these new tokens, unless its ids are not known."""
+    ids = vocabulary.ids
+    unknown = sorted({*new} - ids) if ids else []
+    if unknown and unknown[-1] > max(ids):
+        warnings.warn(
+            f"{vocabulary.owner} does not have the new tokens {shown(unknown)}: no text becomes "
+            "one of them. Give the tokenizer that they were added to: tokenizer=... (--tokenizer "
+            "on the command line).",
+            stacklevel=3,
+        )
+
+
+def warn_of_end(vocabulary: Vocabulary, root: Path, trained: Collection[int]) -> None:
+    """Warn where a trained token ends a text, and the model in `root` would not stop there."""
+    # transformers does not ask config.json where there is a generation_config.json.
+    files = (name for name in ("generation_config.json", "config.json") if (root / name).is_file())
+    name = next(files, None)
+    if name is None or vocabulary.end not in trained:
+        return
+    try:
+        ends = read_json(root / name).get("eos_token_id")
+    except (ValueError, AttributeError):  # loaders decide on that
+        return
+    if vocabulary.end not in (ends if isinstance(ends, list) else [ends]):
+        warnings.warn(
+            f"{str(root / name)!r} has eos_token_id {shown(ends)}, and {vocabulary.owner} ends a "
+            f"text with token {vocabulary.end}, at which the merged model would not stop: the copy "
+            f"keeps the file. Write {vocabulary.end} into {name} of the copy, or give it to each "
+            f"generate(eos_token_id={vocabulary.end}).",
+            stacklevel=3,
+        )
+
+
+def warn_of_removed(vocabulary: Vocabulary, height: int) -> None:
+    """Warn where a tokenizer has tokens past the end of a matrix that loses its new rows."""
+    if removed := sorted(token for token in vocabulary.ids if token >= height):
+        warnings.warn(
+            f"{vocabulary.owner} has the tokens {shown(removed)}, for which the unmerged matrices "
+            f"have no rows (they have {height}): a text with one of them would be an error. Give "
+            "the tokenizer as it was before the new tokens: tokenizer=... (--tokenizer on the "
+            "command line).",
+            stacklevel=3,
+        )
 
 
 def check_tokenizer(tokenizer: Any, root: Path) -> None:
@@ -47,64 +122,10 @@ def check_tokenizer(tokenizer: Any, root: Path) -> None:
         )
 
 
-def warn_of_unknown(tokenizer: Any, root: Path, new: Iterable[int]) -> None:
-    """Warn if the tokenizer, or without one that in the folder `root`, lacks these new tokens.
-
-    Nothing is said of a folder without a tokenizer, or with one that does not say its ids.
-    """
-    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
-        where = Path(root if tokenizer is None else tokenizer)
-        ids, who = _ids_in(where), f"the tokenizer in {str(where)!r}"
-    else:
-        inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-        ids = list(getattr(inner, "get_vocab", dict)().values())
-        who = f"this {type(tokenizer).__name__}"
-    unknown = sorted(set(new) - set(ids)) if ids else []
-    if unknown and unknown[-1] > max(ids):
-        warnings.warn(
-            f"{who} does not have the new tokens {shown(unknown)}: no text becomes one of them. "
-            "Give the tokenizer that they were added to: tokenizer=... (--tokenizer on the command "
-            "line).",
-            stacklevel=3,
-        )
-
-
-def warn_of_end(tokenizer: Any, root: Path, new: Collection[int]) -> None:
-    """Warn if a tokenizer ends texts with a new token, and the model in `root` with others.
-
-    `model.generate` reads the ids to stop at in the model's files, and not in the tokenizer's.
-    """
-    end, text = _end_in(tokenizer)
-    for name in ("generation_config.json", "config.json"):
-        try:
-            ends = read_json(root / name).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            continue
-        if end in new and end != ends and not (isinstance(ends, list) and end in ends):
-            warnings.warn(
-                f"the tokenizer ends a text with the new token {end} ({text!r}), and {name!r} of "
-                f"the copy with {ends}: generate does not stop at the new one. Set eos_token_id "
-                f"to {end} in {name!r} of the copy, or of the source before the merge.",
-                stacklevel=3,
-            )
-        return
-
-
-def warn_of_left(root: Path, gone: Collection[int]) -> None:
-    """Warn if the tokenizer in `root`, which is copied as it is, has tokens that are gone."""
-    if left := sorted(set(gone).intersection(_ids_in(root))):
-        warnings.warn(
-            f"the copy of the tokenizer in {str(root)!r} keeps the tokens {shown(left)}, for which "
-            "the matrices have no row any more. Give the tokenizer as it was before them: "
-            "tokenizer=... (--tokenizer on the command line).",
-            stacklevel=3,
-        )
-
-
 def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer of transformers that was saved in a folder; nothing of the hub is asked.
+    """The tokenizer of transformers that was saved in a folder; this never asks the hub.
 
-    Raises FileNotFoundError if there is no folder, and ValueError if it has no tokenizer.
+    Raises FileNotFoundError where there is no folder, and ValueError where it has no tokenizer.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder of a tokenizer at {str(folder)!r}.")
@@ -116,53 +137,46 @@ def tokenizer_in(folder: Path) -> Any:
         ) from None
     try:
         return classes.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # each tokenizer has its own
+    except Exception as error:  # each class of tokenizer raises errors of its own
         raise ValueError(
             f"transformers cannot load a tokenizer from {str(folder)!r}: {error}"
         ) from error
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether it has one of the files that tokenizers have."""
-    return any((folder / name).is_file() for name in _IDS)
+    """Whether a folder has one of the files of a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENS)
 
 
-def _ids_in(folder: Path) -> list[int]:
-    """The ids that a folder's tokenizer has tokens for, as far as its files say them."""
-    found: list[int] = []
-    for name, ids in _IDS.items():
-        try:
-            found += [i for i in ids(read_json(folder / name)) if type(i) is int]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # it is not there, or of a form of its own: loaders decide on that
-    return found
+def _vocabulary_in(folder: Path) -> Vocabulary:
+    """The vocabulary of the tokenizer in a folder, as its files have it."""
+    known: list[tuple[Any, int]] = []
+    for name, tokens in _TOKENS.items():
+        with contextlib.suppress(*_NOT_SAID):
+            known += [(text, i) for text, i in tokens(read_json(folder / name)) if type(i) is int]
+    end = None
+    for name in _SPECIAL:
+        with contextlib.suppress(*_NOT_SAID):
+            end = end or read_json(folder / name)["eos_token"]
+    end = end.get("content") if isinstance(end, dict) else end
+    end_id = next((i for text, i in known if text == end), None) if end else None
+    ids = frozenset(i for _, i in known)
+    return Vocabulary(f"the tokenizer in {str(folder)!r}", ids, end_id)
 
 
-def _end_in(tokenizer: Any) -> tuple[int | None, str | None]:
-    """The id and the text of the token that ends a text; None for what is not said."""
-    if not isinstance(tokenizer, (str, os.PathLike)):
-        inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-        return getattr(inner, "eos_token_id", None), getattr(inner, "eos_token", None)
-    try:
-        end = read_json(Path(tokenizer) / "tokenizer_config.json")["eos_token"]
-        text = end["content"] if isinstance(end, dict) else end
-        added = read_json(Path(tokenizer) / "tokenizer.json")["added_tokens"]
-        return next((token["id"], text) for token in added if token["content"] == text)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
-        return None, None  # of a form of its own
-
-
-def _numbered(vocabulary: Any) -> Iterable[Any]:
-    """The ids of a vocabulary: of most tokenizers a mapping, of Unigram's a list."""
-    return vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+def _numbered(vocabulary: Any) -> Iterable[tuple[Any, Any]]:
+    """The tokens of a vocabulary with their ids: most have a mapping, and Unigram a list."""
+    if isinstance(vocabulary, dict):
+        return vocabulary.items()
+    return ((token, i) for i, (token, _) in enumerate(vocabulary))
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None:
-    """Write a tokenizer's files into a folder, over those of the same names; synced.
+    """Write a tokenizer's files into a folder, over files of the same names, and sync them.
 
     Raises ValueError for one that would write a file in `taken`, as a whole model does.
     """
-    # First elsewhere: what save_pretrained writes over is not known before.
+    # Into a folder of its own first, since nobody knows before which files it will write.
     scratch = folder / f".ttfunc-{secrets.token_hex(8)}.tokenizer"
     if isinstance(tokenizer, (str, os.PathLike)):
         shutil.copytree(tokenizer, scratch)
@@ -172,7 +186,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
     if wrong := sorted(name for name in names if name in taken or _is_in_the_way(folder, name)):
         raise ValueError(
             f"tokenizer would write {wrong} over that of the model: give the tokenizer alone, or "
-            "the folder that its save_pretrained wrote."
+            "the folder that tokenizer.save_pretrained wrote."
         )
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -183,5 +197,5 @@ def save_tokenizer(tokenizer: Any, folder: Path, taken: Collection[str]) -> None
 
 
 def _is_in_the_way(folder: Path, name: str) -> bool:
-    """Whether a folder has the name of this file, or a file that of its folder."""
+    """Whether a folder has the name of this file, or a file has the name of its folder."""
     return (folder / name).is_dir() or any((folder / up).is_file() for up in Path(name).parents)
